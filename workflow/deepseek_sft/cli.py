@@ -1,0 +1,49 @@
+"""What every command-line program of the workflow shares: exit codes, messages, help layout."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from .errors import CrashError, StageError
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser that shows a script's docstring as written and every default."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=description, formatter_class=Formatter)
+
+
+def say(message: str) -> None:
+    """Print a progress line to standard error, flushed: logs are read while a stage runs."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's ``main`` and leave with the exit code of the contract.
+
+    Known errors print one message; an unknown one keeps its traceback (it is our bug) and exits 5.
+    A pipe closed by the reader (``script | head``) is not an error.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except StageError as error:
+        say(f"error: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted: nothing half-written is kept under a final name; run the same command to go on")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        say("error: unexpected failure, this is a defect of the workflow; please report the lines above")
+        code = CrashError.exit_code
+    sys.exit(code)
