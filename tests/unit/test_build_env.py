@@ -1,0 +1,101 @@
+"""The builder of environments: names, hashes and locks."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT / "workflow/scripts"))
+
+import build_env  # noqa: E402
+
+LOCKS = ["workflow", "dev", "train", "serve-cpu", "serve-cuda"]
+
+
+def requirements(name: str) -> dict[str, str]:
+    lines = (PROJECT / "envs" / f"{name}.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_line_of_a_lock_is_pinned_to_one_version(name):
+    for package, version in requirements(name).items():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", package)
+        assert re.fullmatch(r"[0-9][A-Za-z0-9.!]*", version), f"{package}=={version}"
+
+
+@pytest.mark.parametrize("name", ["train", "serve-cpu", "serve-cuda"])
+def test_torch_is_asked_for_without_a_local_label(name):
+    assert requirements(name)["torch"] == "2.13.0"
+
+
+def test_dev_holds_the_workflow_environment_unchanged():
+    workflow, dev = requirements("workflow"), requirements("dev")
+    assert {name: dev[name] for name in workflow} == workflow
+
+
+def test_no_lock_names_an_index_or_a_path():
+    for path in (PROJECT / "envs").glob("*.txt"):
+        assert "://" not in path.read_text()
+        assert "--find-links" not in path.read_text()
+
+
+def test_hash_follows_the_lock_and_the_shim(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_env, "LOCKS", tmp_path)
+    (tmp_path / "x.txt").write_text("a==1\n")
+    hashes = [build_env.lock_hash("x")]
+    (tmp_path / "x.no-deps.txt").write_text("b==1\n")
+    hashes.append(build_env.lock_hash("x"))
+    (tmp_path / "shims/x").mkdir(parents=True)
+    (tmp_path / "shims/x/pyproject.toml").write_text("[project]")
+    hashes.append(build_env.lock_hash("x"))
+    assert len(set(hashes)) == 3
+    assert build_env.lock_hash("x") == hashes[-1]
+
+
+def test_unknown_environment_is_named_with_the_known_ones():
+    program = PROJECT / "workflow/scripts/build_env.py"
+    done = subprocess.run([sys.executable, program, "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no environment is named trian" in done.stderr
+    assert "serve-cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupted_build_is_started_again(tmp_path, monkeypatch):
+    def install(folder, name, wheelhouse):
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_env, "install", install)
+    with pytest.raises(KeyboardInterrupt):
+        build_env.build("train", tmp_path, None)
+    built = []
+
+    def install_well(folder, name, wheelhouse):
+        assert not folder.exists()
+        folder.mkdir()
+        built.append(name)
+
+    monkeypatch.setattr(build_env, "install", install_well)
+    folder = build_env.build("train", tmp_path, None)
+    build_env.build("train", tmp_path, None)
+    assert built == ["train"]
+    assert (folder / "complete.json").exists()
+
+
+def test_linked_environment_of_the_present_lock_is_used_whatever_the_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_env, "PROJECT", tmp_path)
+    present = tmp_path / "elsewhere" / f"train-{build_env.lock_hash('train')}"
+    present.mkdir(parents=True)
+    build_env.link("train", present)
+    assert build_env.linked("train") is None  # not complete
+    (present / "complete.json").touch()
+    assert build_env.linked("train") == present
+    monkeypatch.setattr(build_env, "BUILDER", "another")
+    assert build_env.linked("train") is None  # of another lock

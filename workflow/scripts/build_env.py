@@ -1,0 +1,164 @@
+"""Build one locked environment, or find that it is there already.
+
+`.envs/NAME` becomes a link to a virtual environment named by the hash of its lock files, in the store ($ENVS_CACHE,
+default .envs/store). A build that was interrupted is started again; two builders of the same environment wait for each
+other. Uses the standard library alone, since it also builds the workflow's own environment.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli, files
+from deepseek_sft.errors import BadInputError, CrashError
+
+PROJECT = Path(__file__).resolve().parents[2]
+LOCKS = PROJECT / "envs"
+BUILDER = 2  # raise when the way of building changes what is built
+
+
+def lock_files(name: str) -> list[Path]:
+    """The lock, the packages to install without dependencies, and our own small distributions, in that order."""
+    lock = LOCKS / f"{name}.txt"
+    if not lock.exists():
+        known = sorted(p.stem for p in LOCKS.glob("*.txt") if not p.stem.endswith(".no-deps"))
+        raise BadInputError(f"no environment is named {name}", f"choose one of: {', '.join(known)}")
+    shim = LOCKS / "shims" / name
+    sources = [path for path in sorted(shim.rglob("*")) if path.suffix in (".py", ".toml")]
+    return [path for path in (lock, LOCKS / f"{name}.no-deps.txt", *sources) if path.is_file()]
+
+
+def lock_hash(name: str) -> str:
+    """Hash of everything that decides what the environment holds."""
+    hasher = hashlib.sha256(f"{BUILDER} {sys.version_info[:2]}".encode())
+    for path in lock_files(name):
+        hasher.update(path.relative_to(LOCKS).as_posix().encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()[:12]
+
+
+def find_uv() -> str | None:
+    """uv from the workflow environment or the PATH."""
+    own = PROJECT / ".envs" / "workflow" / "bin" / "uv"
+    return str(own) if own.exists() else shutil.which("uv")
+
+
+def pip_settings(python: str) -> dict[str, str]:
+    """What pip is configured with (indexes, find-links), which uv does not read by itself."""
+    command = [python, "-m", "pip", "config", "list"]
+    settings = {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines():
+        key, _, value = line.partition("=")
+        settings.setdefault(key.rsplit(".", 1)[-1], value.strip("'\""))
+    return settings
+
+
+def uv_environment(python: str) -> dict[str, str]:
+    """uv's variables for pip's index-url, extra-index-url, find-links and certificate, unless set already.
+
+    A folder index (file://) is left out: uv would take it as the only source of the packages it lists.
+    """
+    settings = pip_settings(python)
+    wanted = {
+        "UV_DEFAULT_INDEX": settings.get("index-url", ""),
+        "UV_INDEX": " ".join(u for u in settings.get("extra-index-url", "").split() if not u.startswith("file:")),
+        "UV_FIND_LINKS": ",".join(settings.get("find-links", "").split()),
+        "SSL_CERT_FILE": settings.get("cert", ""),
+    }
+    return {key: value for key, value in wanted.items() if value and key not in os.environ}
+
+
+def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
+    """Create the virtual environment and install the locks into it."""
+    run([sys.executable, "-m", "venv", str(folder)])
+    python = str(folder / "bin" / "python")
+    uv = find_uv()
+    environment = dict(os.environ)
+    if uv:
+        environment |= uv_environment(sys.executable)
+        base = [uv, "pip", "install", "--quiet", "--python", python, "--compile-bytecode"]
+    else:
+        base = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip would not compile: each start then costs 10 to 20 s
+    if wheelhouse:
+        base += ["--no-index", "--find-links", str(wheelhouse.resolve())]
+    run([*base, "-r", str(LOCKS / f"{name}.txt")], environment)
+    without = LOCKS / f"{name}.no-deps.txt"
+    if without.exists():
+        run([*base, "--no-deps", "-r", str(without)], environment)
+    shim = LOCKS / "shims" / name
+    if shim.exists():
+        copy = folder / "shim"  # building writes beside the sources, and the checkout may be read-only
+        shutil.copytree(shim, copy, ignore=shutil.ignore_patterns("*.egg-info", "build", "__pycache__"))
+        run([*base, "--no-deps", "--no-build-isolation", str(copy)], environment)
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run a command with its output on standard error; its failure is ours."""
+    code = subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode
+    if code:
+        raise CrashError(
+            f"`{' '.join(command)}` failed with exit code {code}",
+            "read its message above; packages come from the indexes that pip is configured with",
+        )
+
+
+def build(name: str, store: Path, wheelhouse: Path | None) -> Path:
+    """Build environment ``name`` in ``store`` unless it is complete there; returns its folder."""
+    store.mkdir(parents=True, exist_ok=True)
+    folder = store / f"{name}-{lock_hash(name)}"
+    complete = folder / "complete.json"
+    with open(store / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if complete.exists():
+            cli.say(f"environment {name}: {folder.name} is there")
+            return folder
+        cli.say(f"environment {name}: building {folder.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+        install(folder, name, wheelhouse)
+        files.write_json(complete, {"name": name, "locks": [p.name for p in lock_files(name)]})
+    return folder
+
+
+def linked(name: str) -> Path | None:
+    """The environment that `.envs/NAME` points at, if it is complete and of the present lock, in whichever store."""
+    place = PROJECT / ".envs" / name
+    folder = place.resolve()
+    current = folder.name == f"{name}-{lock_hash(name)}" and (folder / "complete.json").exists()
+    return folder if place.is_symlink() and current else None
+
+
+def link(name: str, folder: Path) -> None:
+    """Point `.envs/NAME` at ``folder``, atomically."""
+    place = PROJECT / ".envs" / name
+    place.parent.mkdir(exist_ok=True)
+    temporary = place.with_name(f".{name}.{os.getpid()}")
+    temporary.symlink_to(folder)
+    os.replace(temporary, place)
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("name", help="environment: a lock file envs/NAME.txt")
+    parser.add_argument("--store", type=Path, help="folder of built environments; default $ENVS_CACHE or .envs/store")
+    parser.add_argument("--wheelhouse", type=Path, help="install from this folder of wheels only (no network)")
+    parser.add_argument("--marker", type=Path, help="write what was built to this file (JSON)")
+    arguments = parser.parse_args()
+    if sys.version_info[:2] != (3, 11):
+        raise BadInputError(f"the locks are for Python 3.11, this is {sys.version.split()[0]}", "run with python3.11")
+    store = arguments.store or Path(os.environ.get("ENVS_CACHE") or PROJECT / ".envs" / "store")
+    folder = linked(arguments.name)
+    if folder is None or arguments.store:
+        folder = build(arguments.name, store.resolve(), arguments.wheelhouse)
+        link(arguments.name, folder)
+    if arguments.marker:
+        files.write_json(arguments.marker, {"environment": arguments.name, "folder": folder.name})
+
+
+if __name__ == "__main__":
+    cli.run(main)
