@@ -1,0 +1,134 @@
+"""A tokenizer that keeps control tokens and typed text apart."""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .. import files
+from ..errors import BadInputError
+from .messages import THINK_CLOSE, THINK_OPEN
+from .templates import ASSISTANT, END, USER, Piece
+
+TAG = re.compile(r"<[^<>\s]+>")  # the shape of all of DeepSeek's added tokens
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Token ids of consecutive pieces that share one fate.
+
+    Args:
+        ids: token ids.
+        generated: whether the model writes them when serving.
+        part: as in ``Piece``.
+    """
+
+    ids: list[int]
+    generated: bool
+    part: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Token ids for pieces of a template.
+
+    Args:
+        control: id of every added token (control tokens and thinking tags).
+        text: the same tokenizer without added tokens: no text, whatever it says, becomes one of them.
+        bos_token_id, eos_token_id: from tokenizer_config.json.
+        vocab_size: largest id + 1; the model's embedding is at least this long.
+        fingerprint: of tokenizer.json.
+    """
+
+    control: dict[str, int]
+    text: Tokenizer
+    bos_token_id: int
+    eos_token_id: int
+    vocab_size: int
+    fingerprint: str
+
+    def join(self, pieces: list[Piece]) -> list[Piece]:
+        """Turn thinking tags that this tokenizer has no token for into text, and join neighbouring text.
+
+        Text is encoded between control tokens as a whole, so that ids equal those of the rendered string.
+        """
+        joined: list[Piece] = []
+        for piece in pieces:
+            if piece.control and piece.text not in self.control:
+                piece = Piece(piece.text, generated=piece.generated, part="answer" if piece.generated else "")
+            last = joined[-1] if joined else None
+            if last and not (last.control or piece.control) and last.generated == piece.generated:
+                joined[-1] = Piece(last.text + piece.text, generated=piece.generated, part=piece.part)
+            else:
+                joined.append(piece)
+        return joined
+
+    def encode(self, messages: list[list[Piece]]) -> list[list[Segment]]:
+        """Encode many messages at once: text in one batch, control tokens by name."""
+        joined = [self.join(pieces) for pieces in messages]
+        texts = list(dict.fromkeys(p.text for pieces in joined for p in pieces if not p.control))
+        encoded = self.text.encode_batch_fast(texts, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
+        return [
+            [
+                Segment([self.control[p.text]] if p.control else ids[p.text], p.generated, "" if p.control else p.part)
+                for p in pieces
+            ]
+            for pieces in joined
+        ]
+
+    def mentions_control(self, text: str) -> bool:
+        """Whether text spells a control token, which a tokenizer left to itself would have obeyed."""
+        return any(tag in self.control for tag in TAG.findall(text))
+
+
+def load_encoder(folder: Path, template: str) -> Encoder:
+    """Read ``tokenizer.json`` and ``tokenizer_config.json`` of a folder, once per process.
+
+    Raises:
+        BadInputError: a file is missing or broken, or the tokenizer lacks a token that the template needs.
+    """
+    encoder, bos, eos = _load(Path(folder))
+    needed = [bos, eos, USER, ASSISTANT]
+    if template == "deepseek-v3.1":
+        needed += [THINK_OPEN, THINK_CLOSE]  # they separate prompt from answer and must not melt into text
+    missing = [name for name in needed if name not in encoder.control]
+    if missing or eos != END:
+        raise BadInputError(
+            f"the tokenizer in {folder} does not fit template {template}: "
+            + (f"no token {', '.join(missing)}" if missing else f"its eos_token is {eos}, not {END}"),
+            "use the tokenizer of a DeepSeek-V3-architecture release",
+        )
+    return encoder
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path) -> tuple[Encoder, str, str]:
+    path = folder / "tokenizer.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = Tokenizer.from_str(text)
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        plain = Tokenizer.from_str(json.dumps(json.loads(text) | {"added_tokens": [], "post_processor": None}))
+    except OSError as error:
+        raise BadInputError(
+            f"no tokenizer in {folder}: {error.strerror}: {Path(error.filename).name}",
+            "--tokenizer names a folder with tokenizer.json and tokenizer_config.json, such as the base model's",
+        ) from None
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BadInputError(f"the tokenizer in {folder} cannot be read: {error}", "copy its files again") from None
+    # The library's ids, not the file's: it numbers added tokens anew where the file leaves gaps.
+    control = {token.content: number for number, token in whole.get_added_tokens_decoder().items()}
+    bos, eos = (_token_name(config, name) for name in ("bos_token", "eos_token"))
+    size = max(plain.get_vocab_size(), *(number + 1 for number in control.values())) if control else 0
+    fingerprint = files.fingerprint_file(path, full=True)
+    return Encoder(control, plain, control.get(bos, -1), control.get(eos, -1), size, fingerprint), bos, eos
+
+
+def _token_name(config: dict[str, Any], name: str) -> str:
+    value = config.get(name)
+    return str(value.get("content") if isinstance(value, dict) else value)

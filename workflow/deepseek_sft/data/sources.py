@@ -1,0 +1,219 @@
+"""Source files: finding them and reading their records one by one, in bounded memory.
+
+Damage to one line costs that record; damage to a container (compression, Parquet, the brackets of a JSON array) stops
+the stage, because how many records it hides cannot be known.
+"""
+
+import codecs
+import difflib
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInputError
+from .formats import AUTO, FORMATS
+from .json_array import ArrayError, array_items
+
+CHUNK = 1 << 20  # bytes read at once
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file and the format its records are in."""
+
+    path: Path
+    format: str
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """A record as read: undecoded bytes of a JSON line, or a decoded value.
+
+    Args:
+        source: path of the file.
+        format: name of the format, or ``auto``.
+        record: number of the record in the file, from 1; blank lines do not count.
+        line: number of the line, from 1; None where the file has no lines of records.
+        payload: ``bytes`` of a line, or the decoded record.
+    """
+
+    source: str
+    format: str
+    record: int
+    line: int | None
+    payload: Any
+
+
+def find_sources(arguments: list[str]) -> list[Source]:
+    """Resolve ``[FORMAT=]PATH`` arguments, globs included, to files; each file once, in the order given.
+
+    Raises:
+        BadInputError: unknown format, no such file (with near matches), a folder, an unknown kind of file.
+    """
+    found: dict[Path, Source] = {}
+    for argument in arguments:
+        name, pattern = _split_argument(argument)
+        for path in _expand(pattern):
+            if _kind(path) is None:
+                raise BadInputError(
+                    f"source {path} is of no known kind",
+                    f"files end in one of {', '.join(SUFFIXES)}, the JSON ones optionally followed by .gz or .zst",
+                )
+            found.setdefault(path.resolve(), Source(path, name))
+    return list(found.values())
+
+
+def read_source(source: Source) -> Iterator[RawRecord]:
+    """Records of one file, in order.
+
+    Raises:
+        BadInputError: the container is damaged.
+    """
+    place, name = str(source.path), source.format
+    if _kind(source.path) == ".parquet":
+        rows = enumerate(_parquet_rows(source.path), 1)
+        yield from (RawRecord(place, name, number, None, row) for number, row in rows)
+    elif _kind(source.path) == ".json" and _starts_with_bracket(source.path):
+        items = enumerate(_array_items(source.path), 1)
+        yield from (RawRecord(place, name, number, None, item) for number, item in items)
+    else:
+        record = 0
+        for number, line in enumerate(_lines(source.path), 1):
+            if line.strip():
+                record += 1
+                yield RawRecord(place, name, record, number, line)
+
+
+def _split_argument(argument: str) -> tuple[str, str]:
+    head, separator, tail = argument.partition("=")
+    known = [AUTO, *FORMATS]
+    if separator and head in known:
+        return head, tail
+    if separator and re.fullmatch(r"[A-Za-z0-9_-]+", head) and not Path(argument).exists():
+        near = difflib.get_close_matches(head, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise BadInputError(f"source {argument!r}: no format is named {head!r}", f"{hint}known: {', '.join(known)}")
+    return AUTO, argument
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise BadInputError(
+            f"source {pattern} is a folder", f"name its files, for example '{pattern.rstrip('/')}/*.jsonl'"
+        )
+    if any(character in pattern for character in "*?["):
+        root = Path(path.anchor) if path.is_absolute() else Path()
+        matches = sorted(match for match in root.glob(str(path.relative_to(path.anchor))) if match.is_file())
+        if matches:
+            return matches
+        raise BadInputError(
+            f"source {pattern} matches no file", "check the path; a pattern must match at least one file"
+        )
+    near = []
+    if path.parent.is_dir():
+        files = sorted(p.name for p in path.parent.iterdir())
+        near = difflib.get_close_matches(path.name, files, 3, 0.5)
+    hint = f"did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else "check the path"
+    if not path.parent.is_dir():
+        hint = f"its folder {path.parent} does not exist either; check the path"
+    raise BadInputError(f"source {pattern} does not exist", hint)
+
+
+def _kind(path: Path) -> str | None:
+    name = path.with_suffix("").name if path.suffix in COMPRESSED else path.name
+    suffix = Path(name).suffix
+    if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix != suffix):
+        return None
+    return suffix
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """Decompressed contents, block by block."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as stream:
+                while block := stream.read(CHUNK):
+                    yield block
+        elif path.suffix == ".zst":
+            yield from _zstandard_chunks(path)
+        else:
+            with open(path, "rb") as stream:
+                while block := stream.read(CHUNK):
+                    yield block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadInputError(f"source {path} is damaged: {error}", "copy or compress the file again") from None
+    except OSError as error:
+        raise BadInputError(f"source {path} cannot be read: {error}") from None
+
+
+def _zstandard_chunks(path: Path) -> Iterator[bytes]:
+    # The library's stream reader takes a cut file for a finished one; frame objects tell the two apart.
+    import zstandard
+
+    again = "copy or compress the file again"
+    frame = None
+    with open(path, "rb") as stream:
+        while block := stream.read(CHUNK):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(block)
+                except zstandard.ZstdError as error:
+                    raise BadInputError(f"source {path} is damaged: {error}", again) from None
+                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise BadInputError(f"source {path} is cut off in the middle", again)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines split at line feeds only: other separators are legal inside JSON strings."""
+    rest: list[bytes] = []
+    first = True
+    for block in _chunks(path):
+        head, *others = block.split(b"\n")
+        rest.append(head)
+        for other in others:
+            line = b"".join(rest)
+            yield line.removeprefix(codecs.BOM_UTF8) if first else line
+            rest, first = [other], False
+    last = b"".join(rest)
+    if last:
+        yield last.removeprefix(codecs.BOM_UTF8) if first else last
+
+
+def _starts_with_bracket(path: Path) -> bool:
+    for block in _chunks(path):
+        if text := block.removeprefix(codecs.BOM_UTF8).lstrip():
+            return text.startswith(b"[")
+    return False
+
+
+def _array_items(path: Path) -> Iterator[Any]:
+    try:
+        yield from array_items(_chunks(path))
+    except ArrayError as error:
+        raise BadInputError(
+            f"source {path} is not a whole JSON array: after record {error.items}: {error}",
+            "repair the file, or write it as JSON Lines, where damage costs one record only",
+        ) from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInputError(f"source {path} is not a whole Parquet file: {error}", "copy the file again") from None

@@ -1,0 +1,175 @@
+"""``train.jsonl`` → token files, rejects and statistics."""
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import cli, files
+from ..errors import BadInputError
+from .encoding import Encoder, load_encoder
+from .messages import json_line
+from .packing import best_fit
+from .parallel import chunked, ordered_map
+from .samples import Made, Sample, Settings, make_samples
+from .statistics import Statistics
+from .tokens import TokenDataset, TokenWriter, write_index
+
+CHUNK_RECORDS = 256
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results go."""
+
+    tokens: Path
+    rejects: Path
+    statistics: Path
+
+
+def tokenize(
+    source: Path, tokenizer: Path, settings: Settings, outputs: Outputs, *, pack: bool = False, workers: int = 1
+) -> dict[str, Any]:
+    """Make the token folder and both files; return the figures for the receipt.
+
+    The folder is built under a temporary name, so an interrupted run leaves the previous one, or none. If there is no
+    sample, rejects and statistics are still written, since they tell why.
+
+    Raises:
+        BadInputError: unreadable input, an unfit tokenizer, or no sample.
+    """
+    encoder = load_encoder(tokenizer, settings.template)
+    building = outputs.tokens.with_name(f".{outputs.tokens.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        statistics = Statistics()
+        loose = building / "loose" if pack else building
+        loose.mkdir(exist_ok=True)
+        writer = TokenWriter(loose)
+        with files.atomic_open(outputs.rejects, "wb") as rejects:
+            for made in made_samples(source, tokenizer, settings, workers):
+                statistics.add_record(made)
+                for name, reason, message in made.rejects:
+                    rejects.write(json_line({"id": name, "reason": reason, "message": message}))
+                for sample in made.samples:
+                    statistics.add_sample(sample)
+                    length = np.array([len(sample.input_ids)], np.int32)
+                    writer.add(sample.id, sample.input_ids, sample.labels, length)
+        shards = writer.close()
+        files.write_json(outputs.statistics, statistics.report())
+        if not statistics.counts["samples"]:
+            raise _no_samples(source, statistics, outputs.rejects)
+        info = _index(encoder, settings, statistics) | {"shards": shards}
+        write_index(loose, info)
+        if pack:
+            info = _pack(loose, building, info)
+            shutil.rmtree(loose)
+            write_index(building, info)
+        files.fsync_directory(building)
+        _replace(building, outputs.tokens)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    names = ("rows", "longest", "max_length", "packed", "vocab_size", "tokenizer_fingerprint")
+    figures = statistics.figures() | {name: info[name] for name in names}
+    figures["mean_length"] = round(info["tokens"] / info["rows"], 2)
+    return figures
+
+
+def made_samples(source: Path, tokenizer: Path, settings: Settings, workers: int = 1) -> Iterator[Made]:
+    """Samples and rejects of every record, in the order of the input."""
+    work = functools.partial(_make_chunk, tokenizer=tokenizer, settings=settings)
+    done = 0
+    for results in ordered_map(work, chunked(_numbered_lines(source), CHUNK_RECORDS), workers):
+        yield from results
+        done += len(results)
+        if done % (CHUNK_RECORDS * 40) == 0:
+            cli.say(f"{done} records tokenised")
+
+
+def _make_chunk(lines: list[tuple[str, bytes]], tokenizer: Path, settings: Settings) -> list[Made]:
+    records: list[Any] = []
+    for name, line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = {}
+        records.append({"id": name} | record if isinstance(record, dict) else {"id": name})
+    return make_samples(records, load_encoder(tokenizer, settings.template), settings)
+
+
+def _numbered_lines(source: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with open(source, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"{source.name}:{number}", line
+    except OSError as error:
+        raise BadInputError(f"{source} cannot be read: {error.strerror}", "run prepare_data first") from None
+
+
+def _index(encoder: Encoder, settings: Settings, statistics: Statistics) -> dict[str, Any]:
+    return {
+        "shards": [],
+        "rows": statistics.counts["samples"],
+        "samples": statistics.counts["samples"],
+        "tokens": statistics.counts["tokens"],
+        "trained_tokens": statistics.counts["trained_tokens"],
+        "max_length": settings.max_length,
+        "longest": max(statistics.lengths),
+        "vocab_size": encoder.vocab_size,
+        "template": settings.template,
+        "packed": False,
+        "bos_token_id": encoder.bos_token_id,
+        "eos_token_id": encoder.eos_token_id,
+        "tokenizer_fingerprint": encoder.fingerprint,
+    }
+
+
+def _pack(loose: Path, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """Rewrite samples as packed rows; only their lengths are held in memory."""
+    samples = TokenDataset(loose)
+    lengths = samples.lengths()
+    rows = best_fit(lengths, info["max_length"])
+    writer = TokenWriter(folder)
+    for row in rows:
+        parts = [samples[number] for number in row]
+        columns = [np.concatenate([part[name] for part in parts]) for name in ("input_ids", "labels", "sample_lengths")]
+        writer.add(",".join(part["id"] for part in parts), *columns)
+    shards = writer.close()
+    longest = max(int(lengths[row].sum()) for row in rows)
+    return info | {"shards": shards, "rows": len(rows), "longest": longest, "packed": True}
+
+
+def _replace(building: Path, final: Path) -> None:
+    """Give the new folder its name; a folder cannot be renamed over another, so the old one steps aside."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    building.rename(final)
+    files.fsync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _no_samples(source: Path, statistics: Statistics, rejects: Path) -> BadInputError:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in statistics.rejects.most_common())
+    problem = f"{source} gives no sample ({reasons or 'it is empty'})"
+    if set(statistics.rejects) == {"too_long"}:
+        return BadInputError(problem, "raise --max-length, or choose --on-too-long truncate")
+    return BadInputError(problem, f"see {rejects}")
+
+
+def first_samples(source: Path, tokenizer: Path, settings: Settings, count: int) -> list[Sample]:
+    """The first ``count`` samples, for ``--show``."""
+    found: list[Sample] = []
+    for made in made_samples(source, tokenizer, settings):
+        found += made.samples
+        if len(found) >= count:
+            break
+    return found[:count]

@@ -1,0 +1,184 @@
+"""Token files: samples on disk as memory-mapped Arrow, and the small JSON file that describes them.
+
+A folder holds ``shard-00000.arrow`` … (Arrow IPC *file* format, uncompressed) and, written last, ``tokens.json``.
+Columns: ``id`` string; ``input_ids`` list<int32>; ``labels`` list<int32>, unshifted, -100 where not trained;
+``sample_lengths`` list<int32>, the lengths of the samples that a row holds one after the other (one, unless packed).
+
+Imports pyarrow and numpy alone: the training environment reads with the same module.
+"""
+
+import bisect
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+
+from .. import files
+from ..errors import BadInputError
+
+FORMAT = 1
+INDEX = "tokens.json"
+NO_LOSS = -100  # the label that cross entropy ignores, by PyTorch's default
+SCHEMA = pyarrow.schema(
+    [
+        ("id", pyarrow.string()),
+        ("input_ids", pyarrow.list_(pyarrow.int32())),
+        ("labels", pyarrow.list_(pyarrow.int32())),
+        ("sample_lengths", pyarrow.list_(pyarrow.int32())),
+    ]
+)
+BATCH_ROWS = 1024
+BATCH_TOKENS = 1 << 22  # 32 MiB of ids and labels
+SHARD_TOKENS = 1 << 26  # 512 MiB of ids and labels
+Ids = NDArray[np.int32]
+
+
+class TokenWriter:
+    """Write rows to the shards of a folder; ``close`` returns their names. The caller writes ``tokens.json`` after."""
+
+    def __init__(self, folder: Path, shard_tokens: int = SHARD_TOKENS, batch_tokens: int = BATCH_TOKENS):
+        self.folder = folder
+        self.shard_tokens = shard_tokens
+        self.batch_tokens = batch_tokens
+        self.shards: list[str] = []
+        self._rows: list[tuple[str, Ids, Ids, Ids]] = []
+        self._batch = 0
+        self._shard = 0
+        self._file: Any = None
+        self._writer: Any = None
+
+    def add(self, name: str, input_ids: Ids, labels: Ids, sample_lengths: Ids) -> None:
+        """Append a row."""
+        self._rows.append((name, input_ids, labels, sample_lengths))
+        self._batch += len(input_ids)
+        if len(self._rows) >= BATCH_ROWS or self._batch >= self.batch_tokens:
+            self._flush()
+            if self._shard >= self.shard_tokens:
+                self._end_shard()
+
+    def close(self) -> list[str]:
+        """Finish the last shard."""
+        self._flush()
+        self._end_shard()
+        return self.shards
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        if self._writer is None:
+            self.shards.append(f"shard-{len(self.shards):05d}.arrow")
+            self._file = (self.folder / self.shards[-1]).open("wb")
+            self._writer = pyarrow.ipc.new_file(self._file, SCHEMA)
+        names, *columns = zip(*self._rows, strict=True)
+        arrays = [pyarrow.array(names, pyarrow.string()), *(_list_array(column) for column in columns)]
+        self._writer.write_batch(pyarrow.record_batch(arrays, schema=SCHEMA))
+        self._shard += self._batch
+        self._rows, self._batch = [], 0
+
+    def _end_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._file = self._writer = None
+        self._shard = 0
+
+
+class TokenDataset:
+    """Read-only view of a token folder. Items are dicts of arrays over the mapped files, nothing is copied.
+
+    ``info`` is the content of ``tokens.json``. Pickles to its path, so data-loader workers map the files themselves.
+
+    Args:
+        path: folder with ``tokens.json``.
+
+    Raises:
+        BadInputError: no token folder, a shard is missing or damaged, or its rows are not those of ``tokens.json``.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.info = _read_index(self.path)
+        self._batches: list[pyarrow.RecordBatch] = []
+        self._starts = [0]
+        for shard in self.info["shards"]:
+            for batch in read_batches(self.path / shard):
+                self._batches.append(batch)
+                self._starts.append(self._starts[-1] + batch.num_rows)
+        if self._starts[-1] != self.info["rows"]:
+            raise BadInputError(
+                f"{self.path} holds {self._starts[-1]} rows, but {INDEX} speaks of {self.info['rows']}", _AGAIN
+            )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row ``index``: ``id`` str; ``input_ids``, ``labels``, ``sample_lengths`` int32 arrays (read-only)."""
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect.bisect_right(self._starts, index) - 1
+        batch, row = self._batches[number], index - self._starts[number]
+        item: dict[str, Any] = {"id": batch.column(0)[row].as_py()}
+        for column, name in enumerate(SCHEMA.names[1:], 1):
+            item[name] = batch.column(column)[row].values.to_numpy()
+        return item
+
+    def lengths(self) -> Ids:
+        """Length in tokens of every row."""
+        parts = [np.diff(batch.column(1).offsets.to_numpy()) for batch in self._batches]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenDataset, (self.path,)
+
+
+def read_batches(shard: Path) -> Iterator[pyarrow.RecordBatch]:
+    """Record batches of a shard, memory-mapped.
+
+    Raises:
+        BadInputError: missing or damaged.
+    """
+    try:
+        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(shard)))
+        if reader.schema != SCHEMA:
+            raise BadInputError(f"{shard} has columns {reader.schema.names}, not those of token files", _AGAIN)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInputError(f"{shard} cannot be read: {error}", _AGAIN) from None
+
+
+def write_index(folder: Path, info: dict[str, Any]) -> None:
+    """Write ``tokens.json``, which makes the folder complete."""
+    files.write_json(folder / INDEX, {"format": FORMAT, **info})
+
+
+_AGAIN = "make the tokens again with tokenize_data"
+
+
+def _list_array(rows: tuple[Ids, ...]) -> pyarrow.ListArray:
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.concatenate(rows), pyarrow.int32()))
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"{folder} is no complete token folder: {INDEX}: {error.strerror}", _AGAIN) from None
+    except ValueError as error:
+        raise BadInputError(f"{path} is not JSON: {error}", _AGAIN) from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise BadInputError(f"{path} is not of token format {FORMAT}", _AGAIN)
+    return info

@@ -1,0 +1,61 @@
+"""Read chats in any supported format and write one clean form of them: train.jsonl.
+
+Every record ends either in --output or, with file, line, reason and message, in --rejects; the order is kept.
+Assistant messages come out as <think>\\n{reasoning}\\n</think>\\n\\n{answer} with a boolean loss. docs/data.md lists
+formats and rules.
+
+    prepare_data.py --source chats.jsonl 'sharegpt=more/*.json.gz' --output train.jsonl --rejects rejects.jsonl \\
+                    --receipt receipts/prepare_data.json
+"""
+
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli, receipts
+from deepseek_sft.data.formats import AUTO, FORMATS
+from deepseek_sft.data.prepare import prepare
+from deepseek_sft.data.sources import find_sources
+
+
+def main() -> None:
+    names = "; ".join([f"{AUTO}: by the fields", *(f"{name}: {known.summary}" for name, known in FORMATS.items())])
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--source", nargs="+", action="extend", required=True, metavar="[FORMAT=]PATH", help=f"files or globs. {names}"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="train.jsonl")
+    parser.add_argument("--rejects", type=Path, required=True, help="rejects.jsonl")
+    parser.add_argument("--receipt", type=Path, required=True, help="receipt, written last")
+    parser.add_argument("--on-invalid", choices=["reject", "fail"], default="reject", help="what a broken record does")
+    parser.add_argument("--duplicates", choices=["reject", "keep"], default="reject", help="what a repetition does")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
+    arguments = parser.parse_args()
+
+    sources = find_sources(arguments.source)
+    arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
+    figures = prepare(
+        sources,
+        arguments.output,
+        arguments.rejects,
+        fail_on_invalid=arguments.on_invalid == "fail",
+        keep_duplicates=arguments.duplicates == "keep",
+        workers=arguments.workers,
+    )
+    receipts.write(
+        arguments.receipt,
+        "prepare_data",
+        inputs={str(source.path): receipts.input_entry(source.path) for source in sources},
+        settings={
+            "sources": arguments.source,
+            "on_invalid": arguments.on_invalid,
+            "duplicates": arguments.duplicates,
+        },
+        result={"data": str(arguments.output), "rejects": str(arguments.rejects)},
+        figures=figures.as_dict(),
+    )
+    cli.say(f"{figures.accepted} of {figures.records} records accepted, {figures.trained_turns} trained turns")
+
+
+if __name__ == "__main__":
+    cli.run(main)

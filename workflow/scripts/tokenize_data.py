@@ -1,0 +1,100 @@
+"""Render train.jsonl with a DeepSeek chat template, tokenise it, and write token files that training memory-maps.
+
+Only answers of turns with loss, their reasoning included, and the end-of-sentence token after each carry labels.
+Control tokens typed by people stay text. --show N prints the first samples, trained part highlighted, and writes
+nothing.
+
+    tokenize_data.py --input train.jsonl --tokenizer DIR --template deepseek-r1 --max-length 32768 --output tokens \\
+                     --rejects tokens_rejects.jsonl --statistics statistics.json --receipt receipts/tokenize_data.json
+"""
+
+import argparse
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli, receipts
+from deepseek_sft.data.samples import POLICIES, Settings
+from deepseek_sft.data.templates import TEMPLATES
+from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
+
+WRITTEN = ("output", "rejects", "statistics", "receipt")
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--input", type=Path, required=True, help="train.jsonl of prepare_data")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
+    parser.add_argument("--template", choices=list(TEMPLATES), default="deepseek-r1", help="the template of serving")
+    parser.add_argument("--output", type=Path, help="token folder")
+    parser.add_argument("--rejects", type=Path, help="samples left out, with reasons")
+    parser.add_argument("--statistics", type=Path, help="lengths, shares, rejects by reason")
+    parser.add_argument("--receipt", type=Path, help="receipt, written last")
+    parser.add_argument("--max-length", type=int, default=32768, help="longest sample (and packed row), tokens")
+    parser.add_argument(
+        "--history-reasoning",
+        choices=POLICIES,
+        default="split",
+        help="reasoning of earlier turns: one sample per trained turn, with the history that serving shows; removed "
+        "(its turns are then not trained); kept",
+    )
+    parser.add_argument(
+        "--on-too-long", choices=["reject", "truncate"], default="reject", help="what a longer sample does"
+    )
+    parser.add_argument("--pack", action="store_true", help="several samples per row, up to --max-length")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
+    parser.add_argument("--show", type=int, metavar="N", help="print the first N samples and exit")
+    arguments = parser.parse_args()
+    if arguments.max_length < 2:
+        parser.error("--max-length must be at least 2")
+    missing = [f"--{name}" for name in WRITTEN if getattr(arguments, name) is None]
+    if missing and arguments.show is None:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    settings = Settings(
+        arguments.template, arguments.max_length, arguments.history_reasoning, arguments.on_too_long == "truncate"
+    )
+    if arguments.show is not None:
+        from deepseek_sft.data.show import show
+
+        samples = first_samples(arguments.input, arguments.tokenizer, settings, arguments.show)
+        show(samples, arguments.tokenizer, arguments.template)
+        return
+    arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
+    outputs = Outputs(arguments.output, arguments.rejects, arguments.statistics)
+    figures = tokenize(
+        arguments.input, arguments.tokenizer, settings, outputs, pack=arguments.pack, workers=arguments.workers
+    )
+    receipts.write(
+        arguments.receipt,
+        "tokenize_data",
+        inputs={
+            "data": receipts.input_entry(arguments.input),
+            "tokenizer": receipts.input_entry(arguments.tokenizer / "tokenizer.json"),
+        },
+        settings={
+            "template": arguments.template,
+            "max_length": arguments.max_length,
+            "history_reasoning": arguments.history_reasoning,
+            "on_too_long": arguments.on_too_long,
+            "pack": arguments.pack,
+        },
+        result={
+            "tokens": str(arguments.output),
+            "rejects": str(arguments.rejects),
+            "statistics": str(arguments.statistics),
+        },
+        figures=figures,
+    )
+    cli.say(
+        f"{figures['samples']} samples, {figures['tokens']} tokens, {figures['trained_tokens']} of them trained; "
+        f"{figures['rejected']} rejected"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
