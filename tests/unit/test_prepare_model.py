@@ -1,0 +1,237 @@
+"""The base model: the release's format, the tiny stand-in, checks of a folder, FP8 to BF16."""
+
+import json
+import os
+
+import jinja2
+import numpy as np
+import pytest
+import small_models
+import tokenizers
+
+from deepseek_sft.checkpoint import base_model, dequantize, safetensors_files
+from deepseek_sft.errors import BadInputError, CrashError
+from deepseek_sft.model import release, tiny
+
+BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+FULL_SIZE = tiny.TinyShape(
+    hidden_size=7168,
+    layers=61,
+    dense_layers=3,
+    heads=128,
+    routed_experts=256,
+    groups=8,
+    groups_used=4,
+    experts_per_token=8,
+    moe_intermediate_size=2048,
+    intermediate_size=18432,
+    q_lora_rank=1536,
+    qk_nope_head_dim=128,
+    v_head_dim=128,
+)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return small_models.make_base(tmp_path_factory.mktemp("prepare") / "base")
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name, content in small_models.contents(base).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_full_size_has_the_published_tensors_and_parameters():
+    specs = release.tensor_specs(tiny.config_of(FULL_SIZE))
+    assert len(specs) == 45_395
+    assert sum(spec.elements for spec in specs.values()) == 671_026_419_200
+
+
+def test_tiny_model_has_the_keys_that_vllm_and_training_need(base):
+    config = json.loads((base / "config.json").read_text())
+    expected = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": 0,
+        "torch_dtype": "bfloat16",
+    }
+    assert expected.items() <= config.items()
+    assert config["rope_scaling"]["type"] == "yarn" and config["rope_scaling"]["factor"] == 40
+    assert "auto_map" not in config and "quantization_config" not in config
+
+
+def test_tiny_model_starts_with_unit_norms_small_weights_and_spread_biases(base):
+    tensors = small_models.read_tensors(base)
+    assert (tensors["model.norm.weight"] == 1).all()
+    assert (tensors["model.layers.0.self_attn.kv_a_layernorm.weight"] == 1).all()
+    assert 0.045 < tensors["model.embed_tokens.weight"].std() < 0.055
+    biases = [values for name, values in tensors.items() if name.endswith(release.CORRECTION_BIAS)]
+    assert len(biases) == 2 and all(values.std() > 0 for values in biases)
+    assert not np.array_equal(*biases)
+
+
+def test_tiny_model_depends_on_the_seed_alone(tmp_path, base):
+    assert small_models.contents(small_models.make_base(tmp_path / "same")) == small_models.contents(base)
+    other = small_models.read_tensors(small_models.make_base(tmp_path / "other", seed=1))
+    assert not np.array_equal(other["lm_head.weight"], small_models.read_tensors(base)["lm_head.weight"])
+
+
+def test_tiny_model_never_replaces_a_foreign_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(BadInputError, match="not made by this program"):
+        small_models.make_base(tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [{"groups": 3}, {"hidden_size": 33}, {"experts_per_token": 9}, {"layers": 0}])
+def test_impossible_tiny_shape_is_refused(tmp_path, change):
+    with pytest.raises(BadInputError):
+        small_models.make_base(tmp_path / "model", **change)
+    assert not list(tmp_path.iterdir())
+
+
+def render(base, messages, **options):
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    template = jinja2.Environment().from_string(config["chat_template"])
+    return template.render(messages=messages, bos_token=BEGIN, eos_token=END, **options)
+
+
+def test_template_is_that_of_r1(base):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "<think>\nadd\n</think>\n\n2"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    history = f"{BEGIN}Be brief.\n\nBe kind.<｜User｜>1+1?<｜Assistant｜>\n\n2{END}<｜User｜>2+2?"
+    assert render(base, messages) == history
+    assert render(base, messages, add_generation_prompt=True) == history + "<｜Assistant｜>"
+
+
+def test_tokenizer_knows_the_control_tokens(base):
+    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    assert tokenizer.encode(f"{BEGIN}<｜User｜>hi<｜Assistant｜><think>\n", add_special_tokens=False).ids == [
+        *(0, 128803, 6366, 128804, 128798, 201)
+    ]
+    assert tokenizer.get_vocab_size() <= tiny.TinyShape().vocab_size
+
+
+def test_complete_base_is_accepted_and_described(base):
+    model = base_model.open_model(base)
+    figures = base_model.figures(model)
+    assert (figures["dtype"], figures["layers"], figures["moe_layers"], figures["experts"]) == ("bf16", 3, 2, 4)
+    assert figures["tensors"] == len(model.tensors) and figures["tensors_of_untrained_mtp_layer"] == 0
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(hidden_size=64)), r"has shape \(96, 32\)"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(num_hidden_layers=4)), "lacks tensors"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(n_routed_experts=2)), "does not know"),
+        (lambda f: edit(f / "config.json", lambda c: c.pop("topk_method")), "topk_method must be 'noaux_tc'"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(architectures=["LlamaForCausalLM"])), "trains Deepseek"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(hidden_size="32")), "hidden_size must be"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})), "gptq"),
+        (lambda f: min(f.glob("model-*")).unlink(), "files missing"),
+        (lambda f: os.truncate(min(f.glob("model-*")), 5000), "header describes"),
+        (lambda f: (f / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "holds neither"),
+        (lambda f: edit(f / "model.safetensors.index.json", lambda c: c["weight_map"].popitem()), "disagree about"),
+    ],
+)
+def test_damaged_base_is_refused_with_the_reason(copy, damage, message):
+    damage(copy)
+    with pytest.raises(BadInputError, match=message):
+        base_model.open_model(copy)
+
+
+def test_fingerprint_follows_config_and_weights(copy, base):
+    first = base_model.open_model(copy).fingerprint
+    assert first == base_model.open_model(base).fingerprint
+    edit(copy / "config.json", lambda c: c.update(rms_norm_eps=1e-5))
+    assert base_model.open_model(copy).fingerprint != first
+
+
+@pytest.fixture
+def fp8(tmp_path):
+    """(folder, expected values) of a release whose matrices end inside their last blocks."""
+    base = small_models.make_base(tmp_path / "bf16", hidden_size=160, intermediate_size=200, kv_lora_rank=160)
+    return tmp_path / "fp8", small_models.make_fp8_release(base, tmp_path / "fp8")
+
+
+def dequantized(folder, output, **options):
+    options = {"largest_shard": 100_000, "workers": 2} | options
+    return dequantize.dequantize(base_model.open_model(folder), output, dequantize.Options(**options))
+
+
+def test_fp8_release_becomes_the_bf16_model_block_by_block(fp8, tmp_path):
+    folder, expected = fp8
+    model = base_model.open_model(folder)
+    assert model.quantised and len(model.mtp) > 10
+    dequantized(folder, tmp_path / "out")
+    found = small_models.read_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], values) for name, values in expected.items())
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 0
+    assert not base_model.open_model(tmp_path / "out").quantised
+
+
+def test_dequantised_bytes_do_not_depend_on_the_work_items(fp8, tmp_path, monkeypatch):
+    dequantized(fp8[0], tmp_path / "a")
+    monkeypatch.setattr(dequantize.memory, "LARGEST_CHUNK", 333)
+    dequantized(fp8[0], tmp_path / "b", workers=3)
+    assert small_models.contents(tmp_path / "a") == small_models.contents(tmp_path / "b")
+
+
+def test_interrupted_dequantising_goes_on_to_the_same_bytes(fp8, tmp_path, monkeypatch):
+    dequantized(fp8[0], tmp_path / "whole")
+    replaced = os.replace
+    names = []
+
+    def replace(source, target):
+        names.append(str(target))
+        if sum(name.endswith(".safetensors") for name in names) == 3:
+            raise OSError(28, "No space left on device")
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(CrashError, match="No space left"):
+        dequantized(fp8[0], tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert dequantized(fp8[0], tmp_path / "out").kept == 2
+    assert small_models.contents(tmp_path / "out") == small_models.contents(tmp_path / "whole")
+
+
+def test_missing_scale_is_named(fp8):
+    folder, _ = fp8
+    path = folder / "model-00003-of-000003.safetensors"
+    held = safetensors_files.read_header(path)
+    name = next(n for n in held if "layers.0" in n)
+    content = path.read_bytes().replace(name.encode(), name.replace("layers.0", "layers.7").encode())
+    path.write_bytes(content)
+    edit(folder / "model.safetensors.index.json", lambda c: c["weight_map"].pop(name))
+    edit(
+        folder / "model.safetensors.index.json",
+        lambda c: c["weight_map"].update({name.replace("s.0", "s.7"): path.name}),
+    )
+    with pytest.raises(BadInputError, match=r"the scale of \S+ is missing"):
+        base_model.open_model(folder)

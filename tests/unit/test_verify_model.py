@@ -1,0 +1,197 @@
+"""Every check of a converted model passes on a good one and names what is wrong in a bad one."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small_models
+import synthetic_zero3
+
+from deepseek_sft.checkpoint import base_model, convert, safetensors_files, verify, zero3
+from deepseek_sft.checkpoint.number_formats import float32_to_bf16
+from deepseek_sft.checkpoint.weight_checks import ChangeBound, adamw_ratio
+from deepseek_sft.errors import BadInputError, GateError
+from deepseek_sft.model import release
+
+LEARNING_RATE, STEPS = 1e-3, 1
+EXPERT = "model.layers.1.mlp.experts.2"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """(base, checkpoint, model)."""
+    folder = tmp_path_factory.mktemp("verify")
+    base = small_models.make_base(folder / "base")
+    trained = small_models.train(small_models.read_tensors(base), LEARNING_RATE)
+    fused = synthetic_zero3.fuse(trained, 2)
+    buffers = {n: v for n, v in fused.items() if n.endswith(release.CORRECTION_BIAS)}
+    parameters = {n: v for n, v in fused.items() if n not in buffers}
+    synthetic_zero3.write_checkpoint(folder / "step7", [parameters], 2, buffers)
+    opened = zero3.open_checkpoint(folder / "step7"), base_model.open_model(base)
+    convert.run(convert.prepare(*opened, folder / "model", convert.Options(largest_shard=20_000)))
+    return base, folder / "step7", folder / "model"
+
+
+@pytest.fixture
+def model(made, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(made[2], tmp_path / "model")
+
+
+def check(made, model, bound=True, with_checkpoint=True):
+    checkpoint = zero3.open_checkpoint(made[1]) if with_checkpoint else None
+    limit = ChangeBound.of(LEARNING_RATE, STEPS, 0.1) if bound else None
+    return verify.verify(model, base_model.open_model(made[0]), checkpoint, limit, full=True)
+
+
+def failures(result):
+    return {name: found.failures for name, found in result.checks.items() if found.failures}
+
+
+def overwrite(model, name, values):
+    """Replace a tensor's values in its file."""
+    for path in model.glob("*.safetensors"):
+        tensor = safetensors_files.read_header(path).get(name)
+        if tensor:
+            data = values if tensor.spec.dtype == "F32" else float32_to_bf16(values)
+            with open(path, "r+b") as stream:
+                stream.seek(tensor.offset)
+                stream.write(np.ascontiguousarray(data).tobytes())
+            return
+    raise KeyError(name)
+
+
+def test_good_model_passes_every_check_and_all_files_are_hashed(made, model):
+    result = check(made, model)
+    assert failures(result) == {}
+    assert set(result.checks) >= {"config", "tokenizer", "files", "names", "shapes", "dtypes", "finite", "untouched"}
+    assert set(result.figures["sha256"]) == set(small_models.contents(model))
+    norms = sum("norm" in name for name in small_models.read_tensors(model))  # 1.001 is 1 in BF16
+    assert result.figures["unchanged_tensors"] == norms + 2  # router biases
+    result.require(model)
+
+
+def test_hashes_are_those_of_sha256sum(made, model):
+    found = check(made, model).figures["sha256"]
+    output = subprocess.run(["sha256sum", *sorted(found)], cwd=model, capture_output=True, text=True, check=True).stdout
+    assert dict(reversed(line.split()) for line in output.splitlines()) == found
+
+
+def test_one_wrong_bit_is_found_by_the_full_comparison(made, model):
+    name = f"{EXPERT}.down_proj.weight"
+    values = small_models.read_tensors(model)[name].copy()
+    values[3, 3] *= 1 + 2.0**-7
+    overwrite(model, name, values)
+    assert failures(check(made, model)) == {"checkpoint": [f"{name}: 1 of {values.size} values"]}
+
+
+def test_gate_and_up_swapped_are_found_without_the_checkpoint(made, model):
+    tensors = small_models.read_tensors(model)
+    overwrite(model, f"{EXPERT}.gate_proj.weight", tensors[f"{EXPERT}.up_proj.weight"])
+    overwrite(model, f"{EXPERT}.up_proj.weight", tensors[f"{EXPERT}.gate_proj.weight"])
+    for bound in (True, False):
+        found = failures(check(made, model, bound, with_checkpoint=False))
+        assert list(found) == ["change"]
+        assert [text.split(":")[0] for text in found["change"]] == [
+            f"{EXPERT}.gate_proj.weight",
+            f"{EXPERT}.up_proj.weight",
+        ]
+
+
+def test_values_that_are_not_finite_are_found(made, model):
+    values = small_models.read_tensors(model)["model.norm.weight"].copy()
+    values[:2] = np.nan, np.inf
+    overwrite(model, "model.norm.weight", values)
+    assert failures(check(made, model, with_checkpoint=False)) == {"finite": ["model.norm.weight: 2 values"]}
+
+
+def test_changed_router_bias_is_found(made, model):
+    name = f"model.layers.2.{release.CORRECTION_BIAS}"
+    overwrite(model, name, np.nextafter(small_models.read_tensors(model)[name], np.float32(9)))
+    assert failures(check(made, model, with_checkpoint=False)) == {"untouched": [f"{name}: 4 values differ"]}
+
+
+def test_element_moved_further_than_adamw_can_is_found(made, model):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    base = small_models.read_tensors(made[0])[name]
+    values = base.copy()
+    values[0, 0] += LEARNING_RATE * STEPS * adamw_ratio(0.9, 0.999) * 1.5 + abs(values[0, 0]) / 100
+    overwrite(model, name, values)
+    assert list(failures(check(made, model, with_checkpoint=False))) == ["change"]
+    assert failures(check(made, model, bound=False, with_checkpoint=False)) == {}
+
+
+@pytest.mark.parametrize("beta1, beta2", [(0.9, 0.999), (0.9, 0.95)])
+def test_adamw_never_exceeds_its_ratio(beta1, beta2):
+    random = np.random.default_rng(0)
+    worst = 0.0
+    for growth in (1.0, 1.05, 1.11, 1.2, 2.0):  # growing gradients drive the ratio up
+        first = second = 0.0
+        for step in range(1, 400):
+            gradient = growth ** min(step, 300) * random.uniform(0.9, 1)
+            first, second = beta1 * first + (1 - beta1) * gradient, beta2 * second + (1 - beta2) * gradient**2
+            ratio = (first / (1 - beta1**step)) / np.sqrt(second / (1 - beta2**step))
+            worst = max(worst, ratio)
+    assert 1 < worst <= adamw_ratio(beta1, beta2)
+
+
+def test_lost_and_cut_files_are_named(made, model):
+    first, second, *_ = sorted(model.glob("*.safetensors"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    found = failures(check(made, model, with_checkpoint=False))
+    assert any(first.name in text for text in found["files"])
+    assert any(second.name in text for text in found["files"])
+    assert any("is missing" in text for text in found["names"])
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"rope_scaling": None}, "rope_scaling is None"),
+        ({"routed_scaling_factor": 1.0}, "routed_scaling_factor is 1.0, the base has 2.5"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is not 0"),
+        ({"torch_dtype": "float16"}, "torch_dtype is 'float16'"),
+    ],
+)
+def test_config_that_differs_is_named(made, model, change, text):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = failures(check(made, model, with_checkpoint=False))
+    assert list(found) == ["config"] and text in found["config"][0]
+
+
+def test_other_tokenizer_is_named(made, model):
+    (model / "tokenizer_config.json").write_text("{}")
+    assert failures(check(made, model, with_checkpoint=False)) == {"tokenizer": ["tokenizer_config.json differs"]}
+
+
+def test_all_failures_reach_the_message_of_the_gate(made, model):
+    (model / "tokenizer.json").unlink()
+    overwrite(model, "model.norm.weight", np.full(32, np.nan, np.float32))
+    with pytest.raises(GateError, match=r"failed 3 of 10") as error:
+        check(made, model).require(model)
+    for text in ("tokenizer.json is missing", "model.norm.weight: 32 values", "model.norm.weight: 32 of 32"):
+        assert text in str(error.value)
+
+
+def test_fp8_base_is_refused(made, tmp_path):
+    small_models.make_fp8_release(made[0], tmp_path / "fp8")
+    with pytest.raises(BadInputError, match="is FP8"):
+        verify.verify(made[2], base_model.open_model(tmp_path / "fp8"))
+
+
+def test_script_exits_3_without_a_receipt_and_0_with_one(made, model, tmp_path, project):
+    command = [sys.executable, project / "workflow/scripts/verify_model.py", f"--model={model}", f"--base={made[0]}"]
+    command += [f"--checkpoint={made[1]}", f"--receipt={tmp_path / 'r.json'}", "--learning-rate=1e-3", "--steps=1"]
+    subprocess.run(command, check=True, capture_output=True)
+    receipt = json.loads((tmp_path / "r.json").read_text())
+    assert all(entry["passed"] for entry in receipt["figures"]["checks"].values())
+    (tmp_path / "r.json").unlink()
+    overwrite(model, "model.norm.weight", np.zeros(32, np.float32))
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 3 and "model.norm.weight" in found.stderr and "Traceback" not in found.stderr
+    assert not (tmp_path / "r.json").exists()

@@ -1,0 +1,204 @@
+"""From a ZeRO-3 checkpoint to a Hugging Face folder with the base model's tensors, by streaming."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import cli, files
+from ..model import release
+from ..model.release import TensorSpec
+from . import memory, number_formats
+from .base_model import BaseModel
+from .byte_ranges import OpenFiles, allow_open_files
+from .model_writer import Plan, Progress, write_model
+from .number_formats import WIDTHS
+from .release_names import Source, prefix_of, release_sources
+from .safetensors_files import ITEM_SIZES, Shard, StoredTensor, lay_out
+from .sizes import show_size
+from .zero3 import Checkpoint, Partitioned
+
+OUTPUT_DTYPES = {"bf16": "BF16", "fp32": "F32"}
+BYTES_PER_ELEMENT = 8  # of a work item: FP32 read, BF16 or FP32 to write
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert; ``memory`` is ``auto`` or a size, ``mtp`` what becomes of the untrained prediction layer."""
+
+    dtype: str = "bf16"
+    mtp: str = "drop"
+    largest_shard: int = 5_000_000_000
+    memory: str = "auto"
+    workers: int = 0
+    replace: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion ready to run: where each tensor comes from and what the files will look like."""
+
+    checkpoint: Checkpoint
+    base: BaseModel
+    sources: dict[str, Source]
+    restored: list[str]
+    shards: list[Shard]
+    plan: Plan
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.spec.elements for shard in self.shards for tensor in shard.tensors.values())
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(np.prod(s.shape, dtype=np.int64).item() * ITEM_SIZES[s.dtype] for s in self.sources.values())
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+
+def output_config(base: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The base's ``config.json`` for the converted model: its dtype, and no multi-token-prediction layer."""
+    return {**base, "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype], "num_nextn_predict_layers": 0}
+
+
+def restore_biases(sources: dict[str, Source], base: BaseModel) -> list[str]:
+    """Take the router's untrained biases from the base where training kept them only in BF16.
+
+    DeepSpeed up to 0.18 rounds buffers to BF16, and the original guide holds the bias as a BF16 parameter; the release
+    has FP32. Only a bias that equals the base's after rounding is replaced (in ``sources``): nothing trained is lost.
+
+    Returns:
+        Names of the replaced tensors.
+    """
+    restored = []
+    with OpenFiles() as opened:
+        for name, source in sources.items():
+            stored = base.tensors[name]
+            unrounded = isinstance(source.parameter, StoredTensor) and source.dtype == "F32"
+            if not name.endswith(release.CORRECTION_BIAS) or stored.spec.dtype != "F32" or unrounded:
+                continue
+            expected = opened.read(stored.file, stored.offset, np.float32, stored.spec.elements)
+            found = read_source(opened, source, 0, stored.spec.elements)
+            rounded, _ = number_formats.convert(found, source.dtype, "BF16")
+            if np.array_equal(rounded, number_formats.float32_to_bf16(expected)):
+                sources[name] = Source(stored, 0, stored.spec.shape)
+                restored.append(name)
+    return restored
+
+
+def read_source(opened: OpenFiles, source: Source, start: int, count: int) -> np.ndarray:
+    """Elements ``start`` to ``start + count`` of a release tensor, as bits of the source's dtype."""
+    target = np.empty(count, WIDTHS[source.dtype])
+    if isinstance(source.parameter, Partitioned):
+        source.parameter.read_into(opened, source.start + start, target)
+    else:
+        offset = source.parameter.offset + (source.start + start) * ITEM_SIZES[source.dtype]
+        opened.read_into(source.parameter.file, offset, target)
+    return target
+
+
+def copy_companions(base: BaseModel, config: dict[str, Any], folder: Path) -> None:
+    """Put ``config.json`` and the base's tokenizer and generation files into a model folder."""
+    for path in sorted(base.folder.iterdir()):
+        is_weight = path.suffix in (".safetensors", ".bin", ".pt") or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in (".json", ".py", ".jinja", ".model") and not is_weight:
+            if path.name in ("config.json", "origin.json"):
+                continue
+            with files.atomic_open(folder / path.name, "wb") as stream:
+                stream.write(path.read_bytes())
+    files.write_json(folder / "config.json", config)
+
+
+def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Options) -> Conversion:
+    """Decide everything before the first byte is read; says where prefix and layout were taken from.
+
+    Raises:
+        BadInputError: checkpoint and base do not fit, or the memory bound is impossible.
+    """
+    dtype = OUTPUT_DTYPES[options.dtype]
+    ordered = [(name, TensorSpec(spec.shape, "F32" if dtype == "F32" else spec.dtype)) for name, spec in base.ordered]
+    sources = release_sources(checkpoint, dict(ordered))
+    restored = restore_biases(sources, base)
+    shards = lay_out(ordered, options.largest_shard)
+    found = memory.measure()
+    buffers = memory.plan_buffers(options.memory, options.workers, BYTES_PER_ELEMENT, found)
+    allow_open_files(checkpoint.file_count + len(shards))
+
+    if checkpoint.marker:
+        cli.say(f"checkpoint: committed by run {checkpoint.marker.run_id} at step {checkpoint.step}")
+    else:
+        cli.say(
+            f"checkpoint: no commit marker; accepted after checking all {checkpoint.world_size} ranks' files, "
+            f"step {checkpoint.step}, parameter prefix {prefix_of(checkpoint)!r}"
+        )
+    if base.mtp:
+        cli.say(f"the base's {len(base.mtp)} tensors of the multi-token-prediction layer were not trained: dropped")
+    if restored:
+        cli.say(f"{len(restored)} router biases lost precision in training; taken unchanged from the base")
+    cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, no swap used")
+
+    config = output_config(base.config, options.dtype)
+    identity = {
+        "made_by": "convert_checkpoint",
+        "checkpoint": checkpoint.fingerprint,
+        "step": checkpoint.step,
+        "base": base.fingerprint,
+        "dtype": options.dtype,
+        "mtp": options.mtp,
+        "layout": files.digest([[shard.name, shard.header[8:].decode()] for shard in shards]),
+        "from_base": restored,
+    }
+    plan = Plan(
+        output=output,
+        identity=identity,
+        shards=shards,
+        chunk=buffers.chunk,
+        row=lambda name: 1,
+        workers=buffers.workers,
+        finish=lambda folder: copy_companions(base, config, folder),
+        replace=options.replace,
+    )
+    return Conversion(checkpoint, base, sources, restored, shards, plan)
+
+
+def run(conversion: Conversion) -> tuple[Progress, int, float]:
+    """Write the model; returns what was done, the bytes read and the seconds it took.
+
+    Raises:
+        BadInputError, CrashError: see ``model_writer.write_model``; a checkpoint file that ends early.
+    """
+    dtypes = {name: t.spec.dtype for shard in conversion.shards for name, t in shard.tensors.items()}
+    started = time.monotonic()
+    lengths: list[int] = []
+    with OpenFiles() as opened:
+
+        def produce(name: str, start: int, count: int) -> tuple[np.ndarray, int]:
+            source = conversion.sources[name]
+            values = read_source(opened, source, start, count)
+            lengths.append(values.nbytes)
+            return number_formats.convert(values, source.dtype, dtypes[name])
+
+        progress = write_model(conversion.plan, produce)
+    return progress, sum(lengths), time.monotonic() - started
+
+
+def describe(conversion: Conversion) -> str:
+    """The plan as JSON, for ``--dry-run``."""
+    return json.dumps(
+        {
+            "step": conversion.checkpoint.step,
+            "world_size": conversion.checkpoint.world_size,
+            "parameters": conversion.parameters,
+            "tensors": len(conversion.sources),
+            "bytes_to_read": conversion.bytes_to_read,
+            "bytes_to_write": conversion.bytes_to_write,
+            "shards": [shard.name for shard in conversion.shards],
+            "identity": conversion.plan.identity,
+        },
+        indent=2,
+    )

@@ -1,0 +1,116 @@
+"""From training's parameters to the release's tensors: prefix off, fused experts apart.
+
+Training may keep several experts in one parameter (xtuner's ExpertShard): ``experts.K.w1w3`` of shape
+[n, 2·ffn, hidden] holds for each of the experts K·n … K·n+n-1 its gate_proj, then its up_proj; ``experts.K.w2`` of
+shape [n, hidden, ffn] their down_proj. In memory each expert's matrix is one contiguous range, so that un-merging
+moves no elements.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import BadInputError
+from ..model.release import TensorSpec
+from .safetensors_files import StoredTensor
+from .zero3 import Checkpoint, Partitioned
+
+STOCK_PREFIXES = ("llm.", "module.", "")
+FUSED = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(w1w3|w2)")
+COMPUTED = re.compile(r"(^|\.)rotary_emb\.\w+$")  # buffers that follow from config.json
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a release tensor comes from: a range of a partitioned parameter, or a whole buffer."""
+
+    parameter: Partitioned | StoredTensor
+    start: int  # first element in the flattened parameter
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parameter.dtype if isinstance(self.parameter, Partitioned) else self.parameter.spec.dtype
+
+
+def prefix_of(checkpoint: Checkpoint) -> str:
+    """The part of training's names that the release does not have: the marker's word, or what all names share."""
+    if checkpoint.marker:
+        return checkpoint.marker.parameter_prefix
+    return next(p for p in STOCK_PREFIXES if all(name.startswith(p) for name in checkpoint.parameters))
+
+
+def unmerge(name: str, parameter: Partitioned) -> dict[str, Source]:
+    """The release tensors inside one parameter; itself if it is no shard of experts."""
+    match = FUSED.fullmatch(name)
+    if not match:
+        return {name: Source(parameter, 0, parameter.shape)}
+    if len(parameter.shape) != 3 or (match[3] == "w1w3" and parameter.shape[1] % 2):
+        raise BadInputError(f"the shard of experts {name} has shape {parameter.shape}, expected [n, rows, columns]")
+    experts, rows, columns = parameter.shape
+    parts = ("gate_proj", "up_proj") if match[3] == "w1w3" else ("down_proj",)
+    shape = (rows // len(parts), columns)
+    size = math.prod(shape)
+    return {
+        f"{match[1]}.{int(match[2]) * experts + i}.{part}.weight": Source(parameter, (i * len(parts) + j) * size, shape)
+        for i in range(experts)
+        for j, part in enumerate(parts)
+    }
+
+
+def release_sources(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec]) -> dict[str, Source]:
+    """Find the source of every wanted tensor.
+
+    Args:
+        checkpoint: what training saved.
+        wanted: release name → shape, as the base model has it.
+
+    Returns:
+        Release name → source, in the order of ``wanted``.
+
+    Raises:
+        BadInputError: parameters missing, left over or of another shape, with the first few names.
+    """
+    prefix = prefix_of(checkpoint)
+    found: dict[str, Source] = {}
+    entries = list(checkpoint.parameters.items()) + list(checkpoint.buffers.items())
+    for training_name, parameter in entries:
+        if COMPUTED.search(training_name):
+            continue
+        name = training_name.removeprefix(prefix)
+        if isinstance(parameter, Partitioned):
+            parts = unmerge(name, parameter)
+            _check_shard(checkpoint, training_name, parameter)
+        else:
+            parts = {name: Source(parameter, 0, parameter.spec.shape)}
+        for release_name, source in parts.items():
+            if release_name in found:
+                raise BadInputError(f"{checkpoint.folder}: two parameters would become {release_name}")
+            found[release_name] = source
+    missing, unknown = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    if missing or unknown:
+        text = "; ".join(
+            f"{len(names)} {what}, first {names[0]}"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        )
+        raise BadInputError(
+            f"{checkpoint.folder} and the base model do not have the same tensors: {text}",
+            "give the base model that this training run started from",
+        )
+    for name, spec in wanted.items():
+        if tuple(found[name].shape) != spec.shape:
+            raise BadInputError(f"{name} has shape {found[name].shape} in the checkpoint, {spec.shape} in the base")
+    return {name: found[name] for name in wanted}
+
+
+def _check_shard(checkpoint: Checkpoint, name: str, parameter: Partitioned) -> None:
+    marker = checkpoint.marker
+    if marker is None or not FUSED.fullmatch(name.removeprefix(marker.parameter_prefix)):
+        return
+    if marker.expert_layout != "w1w3_w2" or parameter.shape[0] != marker.experts_per_shard:
+        raise BadInputError(
+            f"{checkpoint.folder}: {name} has shape {parameter.shape}, but the commit marker speaks of experts "
+            f"{marker.expert_layout} with {marker.experts_per_shard} per shard"
+        )

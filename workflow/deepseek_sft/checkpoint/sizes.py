@@ -1,0 +1,33 @@
+"""Sizes as people write them: ``5GB``, ``512MiB``."""
+
+import re
+
+from ..errors import BadInputError
+
+UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}".lower(): base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for suffix, base in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB`` (powers of 1000), ``5GiB`` (powers of 1024) or a plain number; upper and lower case alike.
+
+    Raises:
+        BadInputError: anything else, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match[2].lower()) if match else None
+    if unit is None or float(match[1]) * unit < 1:
+        raise BadInputError(f"{text!r} is not a size", "write it like 5GB, 512MiB or 1000000")
+    return int(float(match[1]) * unit)
+
+
+def show_size(size: float) -> str:
+    """``1.5 GiB`` of a number of bytes."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"

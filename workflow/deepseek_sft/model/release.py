@@ -1,0 +1,179 @@
+"""The DeepSeek-V3 release format: config keys, and every tensor's name, shape and dtype.
+
+Source: ``config.json`` and ``model.safetensors.index.json`` of deepseek-ai/DeepSeek-V3 and DeepSeek-R1 (45,395 tensors
+for 61 layers without the multi-token-prediction layer), ``README_WEIGHTS.md`` for that layer.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInputError
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+FP8_BLOCK = 128  # side of the square blocks that share one scale in the FP8 release
+SCALE_SUFFIX = "_scale_inv"  # of a quantised tensor's name
+CORRECTION_BIAS = "mlp.gate.e_score_correction_bias"
+
+POSITIVE_INTEGERS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a model folder: its shape and its safetensors dtype (``BF16``, ``F32``, ``F8_E4M3``)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check ``config.json`` of a model folder.
+
+    Raises:
+        BadInputError: no such folder or file, not JSON, another architecture, or a size missing or impossible.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise BadInputError(f"model folder {folder} does not exist", "give the folder that holds config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInputError(f"{folder} holds no config.json", "give a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise BadInputError(f"{path} is not a JSON object")
+    check_config(config, path)
+    return config
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Check the keys that the tensor names and shapes depend on.
+
+    Raises:
+        BadInputError: naming the first key that is wrong.
+    """
+    if config.get("architectures") != [ARCHITECTURE] or config.get("model_type") != "deepseek_v3":
+        found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
+        raise BadInputError(
+            f"{path}: {found}; this workflow trains {ARCHITECTURE} (model_type 'deepseek_v3')",
+            "use a base model of the DeepSeek-V3 architecture (V3, R1, V3.1, Moonlight)",
+        )
+    for key in POSITIVE_INTEGERS:
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BadInputError(f"{path}: {key} must be a positive integer, found {value!r}")
+    for key, allowed in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+        if config.get(key) != allowed:
+            raise BadInputError(
+                f"{path}: {key} must be {allowed!r}, found {config.get(key)!r}",
+                "take config.json from the release: a config written by transformers alone drops these keys",
+            )
+    rank = config.get("q_lora_rank")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise BadInputError(f"{path}: q_lora_rank must be a positive integer or null, found {rank!r}")
+    if config.get("attention_bias"):
+        raise BadInputError(f"{path}: attention_bias true is not part of the DeepSeek-V3 architecture")
+    if config["n_routed_experts"] % config["n_group"]:
+        groups = f"n_routed_experts {config['n_routed_experts']}, n_group {config['n_group']}"
+        raise BadInputError(f"{path}: n_group must divide n_routed_experts, found {groups}")
+
+
+def is_moe_layer(config: dict[str, Any], layer: int) -> bool:
+    """Whether a layer holds routed experts (the first ``first_k_dense_replace`` layers are dense)."""
+    return layer >= config.get("first_k_dense_replace", 0) and layer % config.get("moe_layer_freq", 1) == 0
+
+
+def mlp_specs(prefix: str, hidden: int, intermediate: int) -> dict[str, TensorSpec]:
+    """Tensors of one feed-forward block: dense, shared or a routed expert."""
+    return {
+        f"{prefix}.gate_proj.weight": TensorSpec((intermediate, hidden), "BF16"),
+        f"{prefix}.up_proj.weight": TensorSpec((intermediate, hidden), "BF16"),
+        f"{prefix}.down_proj.weight": TensorSpec((hidden, intermediate), "BF16"),
+    }
+
+
+def layer_specs(config: dict[str, Any], layer: int) -> dict[str, TensorSpec]:
+    """Tensors of one decoder layer of the BF16 release, in the release's order."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    q_rank, kv_rank, rope = config.get("q_lora_rank"), config["kv_lora_rank"], config["qk_rope_head_dim"]
+    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    prefix = f"model.layers.{layer}"
+    attention: dict[str, tuple[int, ...]] = {}
+    if q_rank is None:
+        attention["q_proj"] = (heads * (nope + rope), hidden)
+    else:
+        attention["q_a_proj"] = (q_rank, hidden)
+        attention["q_a_layernorm"] = (q_rank,)
+        attention["q_b_proj"] = (heads * (nope + rope), q_rank)
+    attention["kv_a_proj_with_mqa"] = (kv_rank + rope, hidden)
+    attention["kv_a_layernorm"] = (kv_rank,)
+    attention["kv_b_proj"] = (heads * (nope + value), kv_rank)
+    attention["o_proj"] = (hidden, heads * value)
+    specs = {f"{prefix}.self_attn.{name}.weight": TensorSpec(shape, "BF16") for name, shape in attention.items()}
+    if is_moe_layer(config, layer):
+        experts, width = config["n_routed_experts"], config["moe_intermediate_size"]
+        specs[f"{prefix}.mlp.gate.weight"] = TensorSpec((experts, hidden), "BF16")
+        specs[f"{prefix}.{CORRECTION_BIAS}"] = TensorSpec((experts,), "F32")
+        if config.get("n_shared_experts"):
+            specs |= mlp_specs(f"{prefix}.mlp.shared_experts", hidden, width * config["n_shared_experts"])
+        for expert in range(experts):
+            specs |= mlp_specs(f"{prefix}.mlp.experts.{expert}", hidden, width)
+    else:
+        specs |= mlp_specs(f"{prefix}.mlp", hidden, config["intermediate_size"])
+    specs[f"{prefix}.input_layernorm.weight"] = TensorSpec((hidden,), "BF16")
+    specs[f"{prefix}.post_attention_layernorm.weight"] = TensorSpec((hidden,), "BF16")
+    return specs
+
+
+def tensor_specs(config: dict[str, Any]) -> dict[str, TensorSpec]:
+    """Every tensor of the BF16 release without the multi-token-prediction layer, in the release's order."""
+    vocabulary, hidden = config["vocab_size"], config["hidden_size"]
+    specs = {"model.embed_tokens.weight": TensorSpec((vocabulary, hidden), "BF16")}
+    for layer in range(config["num_hidden_layers"]):
+        specs |= layer_specs(config, layer)
+    specs["model.norm.weight"] = TensorSpec((hidden,), "BF16")
+    if not config.get("tie_word_embeddings"):
+        specs["lm_head.weight"] = TensorSpec((vocabulary, hidden), "BF16")
+    return specs
+
+
+def is_mtp(config: dict[str, Any], name: str) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction layer (layer index ``num_hidden_layers`` or above)."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= config["num_hidden_layers"]
+
+
+def is_quantised(config: dict[str, Any], name: str) -> bool:
+    """Whether the FP8 release stores this tensor in FP8 with one scale per block.
+
+    Linear layers are; embeddings, head, norms, the router and its bias are not.
+    """
+    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight"))
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a quantised matrix: one per block of 128 × 128, the last ones cut."""
+    return tuple(math.ceil(size / FP8_BLOCK) for size in shape)

@@ -1,0 +1,84 @@
+"""Make sure that the base model is complete and in BF16, ready to be trained.
+
+  prepare_model.py --base DIR --output DIR --receipt R     check a model folder of the DeepSeek-V3 architecture
+  prepare_model.py --tiny --output DIR --receipt R         make a small random model of the same architecture
+
+A BF16 folder is checked (config, files, index, names, shapes, dtypes) and used where it lies; nothing is copied.
+A folder in the official release's FP8 format is dequantised to --output by streaming: bounded memory, no GPU; killed at
+any moment, the same command continues after the last complete file.
+The multi-token-prediction layer is not trained: it is recognised, and dropped where the model is dequantised.
+The tiny model has the release's config keys and tensor names and the real tokenizer, and needs no GPU and no torch.
+The receipt's result.base is the folder to train from.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli, receipts
+from deepseek_sft.checkpoint import base_model, dequantize, memory
+from deepseek_sft.checkpoint.sizes import parse_size
+from deepseek_sft.model import tiny
+
+DESCRIPTIONS = {
+    "layers": "decoder layers",
+    "dense_layers": "leading layers without experts",
+    "groups": "expert groups",
+    "groups_used": "groups a token may choose from",
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--base", type=Path, help="model folder to check")
+    source.add_argument("--tiny", action="store_true", help="make a small random model")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, where something is written")
+    parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file written (tiny model: at most 8MB)")
+    parser.add_argument("--replace", action="store_true", help="let an --output made from something else give way")
+    streaming = parser.add_argument_group("dequantising")
+    streaming.add_argument("--memory", default="auto", help="bound of all buffers together: auto or a size (512MiB)")
+    streaming.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 8")
+    sizes = parser.add_argument_group("tiny model")
+    sizes.add_argument("--seed", type=int, default=0, help="of the random weights")
+    for field in dataclasses.fields(tiny.TinyShape):
+        option = "--" + field.name.replace("_", "-")
+        description = DESCRIPTIONS.get(field.name, field.name.replace("_", " "))
+        sizes.add_argument(option, type=type(field.default), default=field.default, help=description)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    largest_shard = parse_size(args.max_shard_size)
+    inputs, settings, source = {}, {}, args.output
+    dequantized = False
+    if args.tiny:
+        shape = tiny.TinyShape(**{f.name: getattr(args, f.name) for f in dataclasses.fields(tiny.TinyShape)})
+        tiny.write_tiny(args.output, shape, args.seed, min(largest_shard, tiny.LARGEST_SHARD), args.replace)
+        settings = {"tiny": dataclasses.asdict(shape), "seed": args.seed}
+    else:
+        source = args.base
+        base = base_model.open_model(source)
+        inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}
+        if base.quantised:
+            options = dequantize.Options(largest_shard, args.memory, max(0, args.workers), args.replace)
+            dequantize.dequantize(base, args.output, options)
+            source, dequantized = args.output, True
+    prepared = base_model.open_model(source)
+    figures = base_model.figures(prepared) | {
+        "dequantised": dequantized,
+        "fingerprint": prepared.fingerprint,
+        "peak_rss_mib": round(memory.peak_resident() / 2**20, 1),
+    }
+    receipts.write(
+        args.receipt, "prepare_model", inputs=inputs, settings=settings, result={"base": str(source)}, figures=figures
+    )
+    cli.say(f"{source}: {figures['parameters']:,} parameters in {figures['tensors']} tensors, BF16, complete")
+
+
+if __name__ == "__main__":
+    cli.run(main)
