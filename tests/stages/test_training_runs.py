@@ -1,0 +1,177 @@
+"""Promises of whole training runs: same result however spread, exact resume, true exit codes."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from training_inputs import Trainer, make_inputs, ranks_of
+
+pytestmark = pytest.mark.stage("train")
+STAGES = Path(__file__).resolve().parent
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def trainer(environment, inputs, tmp_path_factory):
+    def make() -> Trainer:
+        return Trainer(environment("train"), inputs, tmp_path_factory.mktemp("run"))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trainer):
+    """20 steps on 2 ranks that share each sequence, 4 rows a step."""
+    run = trainer()
+    run.run(2, sequence_parallel_size=2, micro_batch_size=4, max_steps=STEPS)
+    return run
+
+
+@pytest.fixture(scope="module")
+def spread(trainer):
+    """One step on the same 4 rows, with the balance loss, spread in different ways."""
+    ways = {
+        "one rank": (1, {"micro_batch_size": 4}),
+        "sequence split": (2, {"micro_batch_size": 4, "sequence_parallel_size": 2}),
+        "rows and micro batches": (2, {"micro_batch_size": 1, "gradient_accumulation_steps": 2}),
+    }
+    runs = {}
+    for way, (ranks, settings) in ways.items():
+        runs[way] = trainer()
+        runs[way].run(ranks, max_steps=1, max_grad_norm=1e6, auxiliary_loss_weight=0.01, **settings)
+    return runs
+
+
+def test_loss_does_not_depend_on_how_a_step_is_spread(spread):
+    first, *others = [run.losses()[0] for run in spread.values()]
+    assert others == pytest.approx([first] * len(others), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["sequence split", "rows and micro batches"])
+def test_every_gradient_is_the_same_however_a_step_is_spread(spread, way, environment):
+    folders = [str(spread[name].run_folder / "step_1") for name in ("one rank", way)]
+    command = [str(environment("train")), str(STAGES / "training_states.py"), *folders]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    differences = json.loads(result.stdout.splitlines()[-1])
+    name, worst = max(differences.items(), key=lambda item: item[1])
+    assert worst < 1e-4, name
+
+
+def test_a_run_that_is_killed_stopped_and_terminated_ends_with_the_losses_of_an_uninterrupted_one(
+    trainer, uninterrupted
+):
+    run = trainer()
+    settings = {"sequence_parallel_size": 2, "micro_batch_size": 4, "max_steps": STEPS, "save_every_steps": 3}
+
+    process = run.start(2, **settings)
+    run.wait_for(process, lambda: run.steps_done() >= 5)
+    ranks_of(process)[1].kill()
+    text = run.finish(process, expected=5)
+    assert "rank 1 (killed" in text
+
+    process = run.start(2, **settings)
+    run.wait_for(process, lambda: run.steps_done() >= 8 and (run.run_folder / "step_6").exists())
+    process.send_signal(signal.SIGUSR1)
+    text = run.finish(process, expected=4)
+    stopped_at = run.steps_done()
+    assert f"stopped on request after step {stopped_at} of {STEPS}" in text
+    assert (run.run_folder / f"step_{stopped_at}" / "committed.json").exists()
+
+    process = run.start(2, **settings)
+    run.wait_for(process, lambda: run.steps_done() > stopped_at)
+    process.terminate()
+    run.finish(process, expected=143)
+
+    run.run(2, **settings)
+    assert run.losses() == uninterrupted.losses()
+    assert [line["step"] for line in run.metrics()] == list(range(1, STEPS + 1))
+    assert run.receipt["figures"]["resumed_from_step"] >= stopped_at
+    for key in ("first_loss", "last_loss", "tokens", "trained_tokens"):
+        assert run.receipt["figures"][key] == uninterrupted.receipt["figures"][key]
+    kept = sorted(path.name for path in run.run_folder.glob("step_*"))
+    assert kept == ["step_18", "step_20"]
+
+
+def test_training_lowers_the_loss(uninterrupted):
+    figures = uninterrupted.receipt["figures"]
+    assert figures["last_loss"] < figures["first_loss"] - 0.5
+
+
+def test_the_marker_says_what_conversion_needs(uninterrupted):
+    folder = Path(uninterrupted.receipt["result"]["checkpoint"])
+    marker = json.loads((folder / "committed.json").read_text())
+    assert folder.name == f"step_{STEPS}"
+    assert marker["run_id"] == uninterrupted.receipt["figures"]["run_id"]
+    assert marker["world_size"] == 2
+    assert marker["parameter_prefix"] == "llm."
+    assert marker["experts"] == {"layout": "w1w3_w2", "experts_per_shard": 4}
+    assert marker["files"] == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "committed.json"}
+    assert len(marker["files"]) == 4
+
+
+def test_a_finished_run_is_recognised_and_its_receipt_written_again(uninterrupted):
+    before = uninterrupted.receipt
+    uninterrupted.receipt_file.unlink()
+    text = uninterrupted.run(2, sequence_parallel_size=2, micro_batch_size=4, max_steps=STEPS)
+    assert "finished already" in text
+    assert uninterrupted.receipt["figures"] == before["figures"]
+
+
+def test_another_number_of_ranks_is_refused_with_what_to_do(trainer):
+    run = trainer()
+    settings = {"micro_batch_size": 4, "max_steps": 50}
+    process = run.start(1, **settings)
+    run.wait_for(process, lambda: run.steps_done() >= 1)
+    process.send_signal(signal.SIGUSR1)
+    run.finish(process, expected=4)
+    text = run.run(2, expected=2, **settings)
+    assert "written by 1 ranks, this start has 2" in text
+    assert "run_name" in text
+
+
+def test_a_first_loss_above_its_limit_stops_this_and_later_starts_until_the_limit_is_raised(trainer):
+    run = trainer()
+    settings = {"micro_batch_size": 4, "max_steps": 2}
+    assert "above train.first_loss_max 1.0" in run.run(1, expected=3, first_loss_max=1.0, **settings)
+    assert not list(run.run_folder.glob("step_*"))
+    assert "failed a gate before" in run.run(1, expected=3, first_loss_max=1.0, **settings)
+    run.run(1, first_loss_max=20.0, **settings)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(trainer):
+    run = trainer()
+    text = run.run(1, expected=3, learning_rate=1e30, micro_batch_size=2, max_steps=5, save_every_steps=5)
+    assert "is nan" in text or "is inf" in text
+    assert not list(run.run_folder.glob("step_*"))
+
+
+def test_a_stop_file_saves_and_while_it_is_there_nothing_starts(trainer, tmp_path):
+    run, stop = trainer(), tmp_path / "stop"
+    settings = {"micro_batch_size": 2, "max_steps": 200}
+    process = run.start(1, "--stop-file", str(stop), **settings)
+    run.wait_for(process, lambda: run.steps_done() >= 1)
+    stop.touch()
+    run.finish(process, expected=4)
+    assert "exists" in run.run(1, "--stop-file", str(stop), expected=4, **settings)
+
+
+def test_two_nodes_train_together_and_the_first_writes_the_receipt(trainer, uninterrupted):
+    run = trainer()
+    settings = {"sequence_parallel_size": 1, "micro_batch_size": 2, "max_steps": 3, "strategy": "zero3_offload"}
+    job = {"SLURM_JOB_ID": "777", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2"}
+    job["GLOO_SOCKET_IFNAME"] = "lo"
+    second = run.start(1, environment=job | {"SLURM_NODEID": "1"}, **settings)
+    first = run.start(1, environment=job | {"SLURM_NODEID": "0"}, **settings)
+    run.finish(first, expected=0)
+    run.finish(second, expected=0)
+    assert run.receipt["figures"]["nodes"] == 2
+    assert run.receipt["figures"]["world_size"] == 2
+    assert run.losses() == pytest.approx(uninterrupted.losses()[:3], rel=1e-5)

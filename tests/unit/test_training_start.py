@@ -1,0 +1,180 @@
+"""Promises about where a start runs, who owns the run folder, and what is rendered and started."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from training_helpers import settings
+
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.training import launch, lock, nodes, schedule, stage
+from deepseek_sft.training.xtuner_engine import config
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NNODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_NODELIST": "alpha,beta",
+    "SLURM_RESTART_COUNT": "3",
+}
+
+
+def test_without_slurm_it_is_one_node():
+    node = nodes.detect("cpu", 2, {})
+    assert (node.nodes, node.node_rank, node.world_size, node.main_host) == (1, 0, 2, "127.0.0.1")
+
+
+def test_slurm_says_which_node_this_is_and_where_ranks_meet():
+    node = nodes.detect("cpu", 4, SLURM)
+    assert (node.nodes, node.node_rank, node.main_host, node.world_size) == (2, 1, "alpha", 8)
+    assert node.main_port == 24711
+
+
+def test_all_nodes_of_a_start_share_its_name_and_port_and_a_requeue_has_another_name():
+    first, second = (nodes.detect("cpu", 1, SLURM | {"SLURM_NODEID": rank}) for rank in "01")
+    assert (first.attempt, first.main_port) == (second.attempt, second.main_port)
+    assert nodes.detect("cpu", 1, SLURM | {"SLURM_RESTART_COUNT": "4"}).attempt != first.attempt
+
+
+def test_on_gpus_the_ranks_are_the_visible_devices():
+    assert nodes.detect("cuda", None, SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"}).ranks_per_node == 3
+    assert nodes.detect("cuda", None, SLURM | {"SLURM_GPUS_ON_NODE": "8"}).ranks_per_node == 8
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "change", "message"),
+    [
+        ("cpu", {}, "--ranks-per-node"),
+        ("cuda", {}, "no GPUs"),
+        ("cuda", {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "alpha"}, "names 1"),
+        ("cuda", {"SLURM_GPUS_ON_NODE": "8", "SLURM_NNODES": "two"}, "SLURM_NNODES is 'two'"),
+        ("cuda", {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, "once per node"),
+    ],
+)
+def test_an_impossible_place_is_refused(accelerator, change, message):
+    with pytest.raises(BadInputError, match="(?s)" + message.replace("(", r"\(")):
+        nodes.detect(accelerator, None, SLURM | change)
+
+
+def test_scontrol_expands_ranges(tmp_path, monkeypatch):
+    tool = tmp_path / "scontrol"
+    tool.write_text('#!/bin/sh\n[ "$3" = "n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert nodes.expand_hosts("n[1-3]") == ["n1", "n2", "n3"]
+    with pytest.raises(BadInputError, match="scontrol show hostnames"):
+        nodes.expand_hosts("m[1-2]")
+
+
+def test_cores_are_shared_among_the_ranks_and_each_has_one():
+    cores = len(os.sched_getaffinity(0))
+    assert nodes.threads_per_rank(1, {}) == cores
+    assert nodes.threads_per_rank(10 * cores, {}) == 1
+
+
+def test_a_second_start_of_a_running_run_is_refused_and_told_by_whom(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    refused = pytest.raises(BadInputError, match=f"process {os.getpid()} runs on this host")
+    with lock.hold(tmp_path), refused, lock.hold(tmp_path):
+        pass
+    assert not (tmp_path / lock.NAME).exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    holder = {"host": socket.gethostname(), "job_id": None, "pid": process.pid, "started": "1", "time": "then"}
+    (tmp_path / lock.NAME).write_text(json.dumps(holder))
+    with lock.hold(tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_process_id_used_again_is_not_taken_for_the_holder(tmp_path):
+    holder = {"host": socket.gethostname(), "job_id": None, "pid": os.getpid(), "started": "1"}
+    assert lock.reason_to_respect(holder) is None
+
+
+def test_a_lock_of_another_host_without_slurm_is_respected():
+    holder = {"host": "elsewhere", "job_id": None, "pid": 1, "started": "1"}
+    assert "cannot be told" in lock.reason_to_respect(holder)
+
+
+@pytest.mark.parametrize(
+    ("script", "held"),
+    [
+        ("echo RUNNING", True),
+        ("echo COMPLETED", False),
+        ("true", False),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", True),
+    ],
+)
+def test_the_lock_of_another_job_stands_while_slurm_runs_it_or_cannot_say(tmp_path, monkeypatch, script, held):
+    tool = tmp_path / "squeue"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    holder = {"host": "elsewhere", "job_id": "11", "pid": 1, "started": "1", "restarts": "0"}
+    assert (lock.reason_to_respect(holder) is not None) == held
+
+
+def test_a_requeued_job_takes_over_its_own_lock_from_another_host(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    holder = {"host": "elsewhere", "job_id": "12", "pid": 1, "started": "1", "restarts": "0"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert lock.reason_to_respect(holder) is not None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert lock.reason_to_respect(holder) is None
+
+
+def example_run(tmp_path, **changes):
+    chosen = settings(**changes)
+    steps = schedule.plan(chosen, rows=20, world_size=2)
+    return stage.Run("abc", tmp_path / "runs/abc", tmp_path, tmp_path / "base", tmp_path / "tokens", chosen, steps, {})
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
+def test_the_rendered_configuration_is_python_with_the_settings_in_it(tmp_path, accelerator, strategy):
+    run = example_run(tmp_path, strategy=strategy, sequence_parallel_size=2, learning_rate=3e-7, weight_decay=0.1)
+    values: dict = {}
+    exec(config.render(run, nodes.detect("cpu", 2, {}), accelerator), values)
+    assert values["optim_wrapper"]["optimizer"]["lr"] == 3e-7
+    assert values["strategy"]["sequence_parallel_size"] == 2
+    zero = values["strategy"]["config"]["zero_optimization"]
+    assert zero["stage"] == 3
+    assert ("offload_optimizer" in zero) == (strategy == "zero3_offload")
+    assert values["custom_hooks"][0]["schedule"]["steps"] == run.schedule.steps
+
+
+def test_the_command_starts_every_rank_of_this_node_and_no_rendezvous_server(tmp_path):
+    command = launch.command_of(nodes.detect("cuda", 8, SLURM), tmp_path, "cuda", tmp_path / "stop")
+    text = " ".join(command)
+    for part in ("--nnodes 2", "--node-rank 1", "--nproc-per-node 8", "--master-addr alpha", "--master-port 24711"):
+        assert part in text
+    assert "--rdzv" not in text
+
+
+def test_what_the_user_sets_for_the_ranks_is_kept(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert launch.environment_of(nodes.detect("cuda", 2, {}), "cuda")["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_crash_is_told_by_its_first_rank_and_names_the_silent_ones(tmp_path):
+    node = nodes.detect("cpu", 3, {})
+    folder = launch.attempt_folder(tmp_path, node.attempt)
+    logs = folder / "node0" / "x" / "attempt_0" / "1"
+    logs.mkdir(parents=True)
+    (logs / "stderr.log").write_text("line one\nline two\n")
+    for rank, when, error in ((0, 20.0, "ConnectionError: peer"), (1, 10.0, "ValueError: first cause")):
+        record = {"rank": rank, "host": "h", "time": when, "error": error, "traceback": ""}
+        (folder / f"failure-rank{rank}.json").write_text(json.dumps(record))
+    told = launch.explain_failure(tmp_path, node)
+    assert "rank 1 on h: ValueError: first cause" in told
+    assert "rank 2 (killed" in told
+    assert "line two" in told

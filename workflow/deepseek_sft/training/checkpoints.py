@@ -1,0 +1,128 @@
+"""Checkpoints of a run: found, committed, set aside and removed.
+
+A checkpoint is the folder ``step_<N>`` of a run. It counts only with its marker ``committed.json``, which rank 0 writes
+last, atomically, once the files of all ranks are on disk (docs/training.md specifies it). Needs no torch.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..cli import say
+
+MARKER = "committed.json"
+FORMAT = 1
+INCOMPLETE = ".incomplete"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its folder and its marker."""
+
+    folder: Path
+    marker: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.marker["step"]
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        return self.marker.get("progress", {})
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / f"step_{step}"
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Name and size of every file of a checkpoint folder but the marker."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in found if p.name != MARKER and p.name[0] != "."}
+
+
+def commit(folder: Path, marker: dict[str, Any]) -> Checkpoint:
+    """Write the marker of a checkpoint whose files are complete; ``files`` and ``format`` are added.
+
+    Raises:
+        RuntimeError: not two files of each rank (optimizer and model states).
+    """
+    found = sizes(folder)
+    ranks = {m[1] for name in found if (m := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states", name))}
+    models = {m[1] for name in found if (m := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_model_states", name))}
+    expected = {str(rank) for rank in range(marker["world_size"])}
+    if ranks != expected or models != expected or 0 in found.values():
+        raise RuntimeError(f"checkpoint {folder} is not complete: {len(ranks)} of {len(expected)} ranks wrote theirs")
+    complete = {"format": FORMAT} | marker | {"files": found}
+    files.write_json(folder / MARKER, complete)
+    return Checkpoint(folder, complete)
+
+
+def problem_of(folder: Path, run_id: str) -> str | None:
+    """Why a checkpoint folder does not count for a run; None where it does."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if marker["format"] != FORMAT:
+            return f"marker of format {marker['format']}"
+        if marker["run_id"] != run_id:
+            return f"of run {marker['run_id']}"
+        if folder_of(folder.parent, marker["step"]).name != folder.name:
+            return f"marker of step {marker['step']}"
+        recorded = marker["files"]
+    except FileNotFoundError:
+        return "no commit marker"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"unreadable marker: {error}"
+    found = sizes(folder)
+    for name, size in recorded.items():
+        if found.get(name) != size:
+            return f"{name} has {found.get(name, 'no')} bytes instead of {size}"
+    return None
+
+
+def committed(run: Path, run_id: str) -> list[Checkpoint]:
+    """All committed checkpoints of a run, newest last."""
+    if not run.is_dir():
+        return []
+    found = [p for p in run.iterdir() if re.fullmatch(r"step_\d+", p.name) and problem_of(p, run_id) is None]
+    read = [Checkpoint(p, json.loads((p / MARKER).read_text(encoding="utf-8"))) for p in found]
+    return sorted(read, key=lambda checkpoint: checkpoint.step)
+
+
+def newest(run: Path, run_id: str) -> Checkpoint | None:
+    """The newest committed checkpoint of a run."""
+    found = committed(run, run_id)
+    return found[-1] if found else None
+
+
+def set_aside(run: Path, run_id: str) -> list[Path]:
+    """Rename every checkpoint folder that does not count to ``*.incomplete``; returns the new names."""
+    moved = []
+    for folder in sorted(run.iterdir()) if run.is_dir() else []:
+        if not re.fullmatch(r"step_\d+", folder.name):
+            continue
+        problem = problem_of(folder, run_id)
+        if problem:
+            target = folder.with_name(folder.name + INCOMPLETE)
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+            moved.append(target)
+            say(f"checkpoint {folder.name} does not count ({problem}): set aside as {target.name}")
+    return moved
+
+
+def prune(run: Path, run_id: str, keep: int) -> None:
+    """Remove all but the newest ``keep`` committed checkpoints, and those set aside.
+
+    Called only after a newer checkpoint is committed. The marker goes first: what an interrupted removal leaves is
+    not a checkpoint any more.
+    """
+    for old in committed(run, run_id)[:-keep]:
+        (old.folder / MARKER).unlink()
+        shutil.rmtree(old.folder)
+    for folder in run.glob(f"step_*{INCOMPLETE}"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,162 @@
+"""Start torchrun on this node, pass signals on, and say what went wrong when a rank dies."""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..cli import say
+from . import run_folder
+from .nodes import NodeEnvironment, threads_per_rank
+
+WORKER = "deepseek_sft.training.xtuner_engine.worker"
+WORKFLOW = Path(__file__).resolve().parents[2]
+TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
+TAIL_LINES = 25
+PR_SET_PDEATHSIG = 1
+# On CPU a third of a step went into page faults, since glibc gives large tensors back to the kernel after each use; and
+# oneDNN keeps a compiled kernel for each of the ever-changing numbers of tokens per expert (1,024 of them: 0.6 GiB).
+CPU_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+}
+
+
+class Terminated(Exception):
+    """SIGTERM or SIGINT arrived: stop at once, nothing is saved."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def die_with_parent(number: int) -> None:
+    """Have the kernel send this process ``number`` when its parent dies: no rank outlives its launcher."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def attempt_folder(run: Path, attempt: str) -> Path:
+    """Logs of one start."""
+    return run / "logs" / attempt
+
+
+def command_of(node: NodeEnvironment, run: Path, accelerator: str, stop_file: Path | None) -> list[str]:
+    """The torchrun command of this node: static rendezvous, no restarts (a requeue or a retry restarts the job)."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nnodes", str(node.nodes), "--node-rank", str(node.node_rank)]
+    command += ["--nproc-per-node", str(node.ranks_per_node), "--max-restarts", "0"]
+    command += ["--master-addr", node.main_host, "--master-port", str(node.main_port)]
+    logs = attempt_folder(run, node.attempt) / f"node{node.node_rank}"
+    command += ["--log-dir", str(logs), "--redirects", "3", "--tee", "3", "--module", WORKER]
+    command += ["--run-folder", str(run), "--attempt", node.attempt, "--accelerator", accelerator]
+    return command + (["--stop-file", str(stop_file)] if stop_file else [])
+
+
+def environment_of(node: NodeEnvironment, accelerator: str) -> dict[str, str]:
+    """Environment of the ranks; what the user has set is kept."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WORKFLOW), os.environ.get("PYTHONPATH")]))
+    environment["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = f"[node {node.node_rank} rank ${{rank}}] "
+    defaults = {
+        "OMP_NUM_THREADS": str(threads_per_rank(node.ranks_per_node)),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if accelerator == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        defaults |= CPU_MEMORY
+        if node.nodes == 1:
+            defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo resolves the host name, which may lead nowhere
+    return defaults | environment
+
+
+def run_ranks(node: NodeEnvironment, run: Path, accelerator: str, stop_file: Path | None) -> int:
+    """Run this node's ranks to their end and return torchrun's exit code.
+
+    USR1 becomes a stop request that the ranks see after their current step. torchrun itself ignores it: Slurm sends
+    it to every process of the step, and its default action would kill them.
+
+    Raises:
+        Terminated: on SIGTERM or SIGINT, once the ranks are gone.
+    """
+    attempt_folder(run, node.attempt).mkdir(parents=True, exist_ok=True)
+
+    def before_exec() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        die_with_parent(signal.SIGTERM)
+
+    with _handlers(run):
+        process = subprocess.Popen(
+            command_of(node, run, accelerator, stop_file),
+            env=environment_of(node, accelerator),
+            preexec_fn=before_exec,  # safe: this process has one thread
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            _end(process)
+            raise
+
+
+def explain_failure(run: Path, node: NodeEnvironment) -> str:
+    """What is known of a crash: the first rank that left a message, its last lines, and the ranks that left none."""
+    folder = attempt_folder(run, node.attempt)
+    records = []
+    for path in folder.glob("failure-rank*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            records.append(json.loads(path.read_text()))
+    first_rank = node.node_rank * node.ranks_per_node
+    own = set(range(first_rank, first_rank + node.ranks_per_node))
+    silent = sorted(own - {record["rank"] for record in records})
+    lines = []
+    if records:
+        first = min(records, key=lambda record: record["time"])
+        lines.append(f"rank {first['rank']} on {first['host']}: {first['error']}")
+    if silent:
+        names = ", ".join(map(str, silent))
+        lines.append(f"without a last word on this node: rank {names} (killed from outside, or out of memory)")
+    shown = first["rank"] if records else silent[0] if silent else first_rank
+    logs = sorted((folder / f"node{shown // node.ranks_per_node}").glob(f"**/{shown % node.ranks_per_node}/stderr.log"))
+    if logs:
+        text = logs[-1].read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        lines += [f"last lines of rank {shown} ({logs[-1]}):", *(f"  | {line}" for line in text)]
+    return "\n".join(lines) or f"no rank left a message; logs are in {folder}"
+
+
+@contextlib.contextmanager
+def _handlers(run: Path) -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        say(f"{signal.Signals(number).name}: saving after the current step, then stopping")
+        (run / run_folder.STOP).touch()
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated(number)
+
+    before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, stop)}
+    before |= {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stop torchrun, which stops its ranks; kill its session if that takes too long."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    process.terminate()
+    try:
+        process.wait(TERMINATE_GRACE)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

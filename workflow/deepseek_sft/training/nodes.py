@@ -1,0 +1,117 @@
+"""Where this process runs: which node of which job, how many ranks, and where the ranks meet."""
+
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+
+from ..errors import BadInputError
+
+FIRST_PORT, PORTS = 20000, 20000  # below the range that Linux hands out to clients (32768 and up) for most job ids
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeEnvironment:
+    """This node's place in the job.
+
+    Attributes:
+        nodes: number of nodes.
+        node_rank: this node's index.
+        main_host: first node's host name, where rank 0 listens.
+        main_port: port of the rendezvous.
+        ranks_per_node: processes per node.
+        job_id: Slurm job id, or None outside Slurm.
+        attempt: name of this start, the same on all nodes.
+    """
+
+    nodes: int
+    node_rank: int
+    main_host: str
+    main_port: int
+    ranks_per_node: int
+    job_id: str | None
+    attempt: str
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def detect(
+    accelerator: str, ranks_per_node: int | None, environment: Mapping[str, str] = os.environ
+) -> NodeEnvironment:
+    """Read the node's place from Slurm's variables; one node without them.
+
+    Raises:
+        BadInputError: Slurm's variables contradict each other, or the number of ranks cannot be known.
+    """
+    ranks = ranks_per_node or _default_ranks(accelerator, environment)
+    job_id = environment.get("SLURM_JOB_ID")
+    if not job_id or "SLURM_NODEID" not in environment:
+        return NodeEnvironment(1, 0, "127.0.0.1", _free_port(), ranks, job_id, f"{job_id or 'local'}-{os.getpid()}")
+    nodes, node_rank = _number(environment, "SLURM_NNODES"), _number(environment, "SLURM_NODEID")
+    hosts = expand_hosts(environment.get("SLURM_JOB_NODELIST", ""))
+    if len(hosts) != nodes or not 0 <= node_rank < nodes:
+        raise BadInputError(
+            f"Slurm says node {node_rank} of {nodes}, but SLURM_JOB_NODELIST names {len(hosts)}: {' '.join(hosts)}",
+            "start train.py with srun, one task per node, on all nodes of the job",
+        )
+    tasks = environment.get("SLURM_NTASKS_PER_NODE", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    if not tasks.startswith("1"):
+        raise BadInputError(f"train.py must be started once per node, Slurm says {tasks} tasks per node")
+    port = FIRST_PORT + int(job_id) % PORTS if job_id.isdigit() else FIRST_PORT
+    attempt = f"{job_id}-{environment.get('SLURM_RESTART_COUNT', '0')}-{environment.get('SLURM_STEP_ID', '0')}"
+    return NodeEnvironment(nodes, node_rank, hosts[0], port, ranks, job_id, attempt)
+
+
+def expand_hosts(nodelist: str) -> list[str]:
+    """Host names of a Slurm node list such as ``node[1-3],login``, in order.
+
+    Raises:
+        BadInputError: ``scontrol``, which knows the syntax, is needed and cannot be used.
+    """
+    if "[" not in nodelist:
+        return [host for host in nodelist.split(",") if host]
+    if shutil.which("scontrol") is None:
+        raise BadInputError(f"cannot expand SLURM_JOB_NODELIST {nodelist}: no scontrol in PATH")
+    result = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BadInputError(f"scontrol show hostnames {nodelist} failed: {result.stderr.strip()}")
+    return result.stdout.split()
+
+
+def threads_per_rank(ranks: int, environment: Mapping[str, str] = os.environ) -> int:
+    """CPU threads for each rank of this node: torch's own default of one starves the optimizer in host memory."""
+    cores = environment.get("SLURM_CPUS_ON_NODE", "")
+    available = int(cores) if cores.isdigit() else len(os.sched_getaffinity(0))
+    return max(1, min(available, len(os.sched_getaffinity(0))) // ranks)
+
+
+def _default_ranks(accelerator: str, environment: Mapping[str, str]) -> int:
+    if accelerator == "cpu":
+        raise BadInputError("on CPU the number of ranks per node must be given", "add --ranks-per-node N")
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return len(visible.split(","))
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdigit() and int(gpus) > 0:
+        return int(gpus)
+    raise BadInputError(
+        "no GPUs: neither CUDA_VISIBLE_DEVICES nor SLURM_GPUS_ON_NODE names any",
+        "ask Slurm for them (gres: gpu:8), or add --ranks-per-node N",
+    )
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    if not value.isdigit():
+        raise BadInputError(f"{name} is {value!r}, not a number", "start train.py with srun inside a Slurm job")
+    return int(value)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,97 @@
+"""Small files of a run folder beside its checkpoints: metrics, status, gate.
+
+``metrics.jsonl``  one object per logged step, in order
+``status.json``    how the last start ended, written by rank 0: torchrun turns every exit code into 1
+``gate.json``      a failed gate; a start of the same run stops at it at once
+``stop``           request to save and stop, made by a signal
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import BadInputError, GateError, StageError, StoppedError
+
+METRICS, STATUS, GATE, STOP, CONFIG = "metrics.jsonl", "status.json", "gate.json", "stop", "sft_config.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """How a start ended: ``finished``, ``stopped``, ``gate`` or ``bad_input``; ``figures`` of finished ones."""
+
+    attempt: str
+    outcome: str
+    message: str = ""
+    fix: str = ""
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def error(self) -> StageError | None:
+        """The error that stands for this end; None for ``finished``."""
+        kinds = {"stopped": StoppedError, "gate": GateError, "bad_input": BadInputError}
+        return kinds[self.outcome](self.message, self.fix) if self.outcome in kinds else None
+
+
+def write_status(run: Path, status: Status) -> None:
+    files.write_json(run / STATUS, dataclasses.asdict(status))
+
+
+def read_status(run: Path, attempt: str, patience: float = 10.0) -> Status | None:
+    """The status of start ``attempt``; None where rank 0 left none.
+
+    On a shared file system another node's file may show up some seconds late: waits up to ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            status = Status(**json.loads((run / STATUS).read_text(encoding="utf-8")))
+            if status.attempt == attempt:
+                return status
+        except (OSError, ValueError, TypeError):
+            pass
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.2)
+
+
+def write_gate(run: Path, kind: str, message: str, value: float | None) -> None:
+    """Record a failed gate: ``first_loss`` with the loss, or ``not_finite``."""
+    files.write_json(run / GATE, {"kind": kind, "message": message, "value": value})
+
+
+def check_gate(run: Path, first_loss_max: float | None) -> None:
+    """Stop a run whose gate failed before; a first-loss gate that was raised or removed since is forgotten.
+
+    Raises:
+        GateError: the gate still stands.
+    """
+    path = run / GATE
+    try:
+        gate = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    value = gate.get("value")
+    if gate["kind"] == "first_loss" and value is not None and (first_loss_max is None or value <= first_loss_max):
+        path.unlink(missing_ok=True)  # every node forgets it
+        return
+    raise GateError(
+        f"this run failed a gate before: {gate['message']}",
+        f"change the settings (that makes a new run), or remove {path} to try the same again",
+    )
+
+
+def cut_metrics(run: Path, step: int) -> None:
+    """Drop the lines after ``step``: the steps after the checkpoint that a start resumes from are trained again."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed run may be torn
+    files.write_text(path, "".join(kept))

@@ -1,0 +1,131 @@
+"""Settings of one training run, read from ``train/settings.json``."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import files
+from ..errors import BadInputError
+
+# Part of the run id: raise it when a change of the training code changes what the same settings train.
+CODE_VERSION = 1
+
+OPERATIONAL = ("save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max")
+CHOICES = {
+    "engine": ("xtuner",),
+    "strategy": ("zero3", "zero3_offload"),
+    "lr_schedule": ("cosine", "constant"),
+    "dtype": ("bfloat16", "float32"),
+    "attention": ("auto", "sdpa", "flash"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything the configuration says about training; keys and units as in ``config/README.md``."""
+
+    engine: str
+    strategy: str
+    sequence_parallel_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    epochs: float
+    max_steps: int | None
+    learning_rate: float
+    min_learning_rate: float
+    adam_betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    warmup_ratio: float
+    lr_schedule: Literal["cosine", "constant"]
+    experts_per_shard: int
+    auxiliary_loss_weight: float
+    dtype: str
+    activation_checkpointing: bool
+    seed: int
+    save_every_steps: int
+    keep_checkpoints: int
+    log_every_steps: int
+    first_loss_max: float | None
+    attention: str
+    run_name: str
+
+    def shaping(self) -> dict[str, Any]:
+        """The settings that decide what is trained, without the operational ones."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in OPERATIONAL}
+
+
+def read(path: str | Path) -> Settings:
+    """Read and check a settings file.
+
+    Raises:
+        BadInputError: unreadable, a key missing or unknown, or a value outside its range.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"settings {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise BadInputError(f"settings {path} are not a JSON object")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    if missing := sorted(names - values.keys()):
+        raise BadInputError(f"{path}: missing settings: {', '.join(missing)}", "add them (config/README.md)")
+    if unknown := sorted(values.keys() - names):
+        raise BadInputError(f"{path}: unknown settings: {', '.join(unknown)}", "remove them (config/README.md)")
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            raise BadInputError(f"{path}: {key} is {values[key]!r}, allowed: {', '.join(allowed)}")
+    positive = ("sequence_parallel_size", "micro_batch_size", "gradient_accumulation_steps", "experts_per_shard")
+    for key in (*positive, "save_every_steps", "keep_checkpoints", "log_every_steps"):
+        if not isinstance(values[key], int) or isinstance(values[key], bool) or values[key] < 1:
+            raise BadInputError(f"{path}: {key} must be a positive integer, found {values[key]!r}")
+    if values["max_steps"] is not None and (not isinstance(values["max_steps"], int) or values["max_steps"] < 1):
+        raise BadInputError(f"{path}: max_steps must be a positive integer or null, found {values['max_steps']!r}")
+    for key in ("epochs", "learning_rate", "max_grad_norm"):
+        if not _is_number(values[key]) or values[key] <= 0:
+            raise BadInputError(f"{path}: {key} must be above 0, found {values[key]!r}")
+    for key in ("min_learning_rate", "weight_decay", "warmup_ratio", "auxiliary_loss_weight"):
+        if not _is_number(values[key]) or values[key] < 0:
+            raise BadInputError(f"{path}: {key} must not be negative, found {values[key]!r}")
+    if values["min_learning_rate"] > values["learning_rate"]:
+        raise BadInputError(f"{path}: min_learning_rate is above learning_rate")
+    if values["warmup_ratio"] > 1:
+        raise BadInputError(f"{path}: warmup_ratio must be at most 1, found {values['warmup_ratio']!r}")
+    betas = values["adam_betas"]
+    if not (isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
+        raise BadInputError(f"{path}: adam_betas must be two numbers in [0, 1), found {betas!r}")
+    return Settings(**(values | {"adam_betas": tuple(betas)}))
+
+
+def run_id(settings: Settings, base: dict[str, Any], tokens: dict[str, Any]) -> str:
+    """Name of the run that these settings and inputs make.
+
+    Args:
+        base: receipt of prepare_model.
+        tokens: receipt of tokenize_data.
+
+    The inputs are known by what they were made from: rule, input fingerprints and settings of their receipts.
+    The world size is not part of it; a resume with another one is refused instead.
+    """
+    return files.digest(
+        {
+            "code": CODE_VERSION,
+            "settings": settings.shaping(),
+            "base": identity(base),
+            "tokens": identity(tokens),
+        }
+    )
+
+
+def identity(receipt: dict[str, Any]) -> str:
+    """Digest of what determines a receipt's result, whatever its paths, times and hosts."""
+    inputs = {name: entry["fingerprint"] for name, entry in receipt["inputs"].items()}
+    fingerprints = {k: v for k, v in receipt["figures"].items() if "fingerprint" in k}
+    return files.digest([receipt["rule"], inputs, receipt["settings"], fingerprints], 64)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

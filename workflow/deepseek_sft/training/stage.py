@@ -1,0 +1,224 @@
+"""The training stage on one node: from two receipts and a settings file to a checkpoint and a receipt.
+
+Every node runs this at the same time and decides the same from the same files. The first node alone writes: run
+folder, configuration, lock, receipt.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import files, receipts
+from ..cli import say
+from ..errors import BadInputError, CrashError, StoppedError
+from ..model import release
+from . import checkpoints, launch, lock, run_folder, schedule, settings
+from .nodes import NodeEnvironment
+from .schedule import Schedule
+from .settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run, as all nodes see it.
+
+    Attributes:
+        folder: ``<output>/runs/<run id>``.
+        base, tokens: folders of the base model and of the token dataset.
+        inputs: receipt entries of what the run was made from.
+    """
+
+    run_id: str
+    folder: Path
+    output: Path
+    base: Path
+    tokens: Path
+    settings: Settings
+    schedule: Schedule
+    inputs: dict[str, dict[str, str]]
+
+
+def prepare(
+    base_receipt: Path, tokens_receipt: Path, settings_file: Path, output: Path, node: NodeEnvironment, accelerator: str
+) -> Run:
+    """Read and check everything that can be checked before a process starts.
+
+    Raises:
+        BadInputError: a receipt, a setting, or a combination of them is wrong.
+    """
+    chosen = settings.read(settings_file)
+    base, tokens = receipts.read(base_receipt, "prepare_model"), receipts.read(tokens_receipt, "tokenize_data")
+    base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
+    statistics = _read_statistics(tokens_folder)
+    config = release.read_config(base_folder)
+    _check(chosen, config, statistics, node, accelerator)
+    run_id = settings.run_id(chosen, base, tokens)
+    inputs = {
+        "base": receipts.input_entry(base_receipt),
+        "tokens": receipts.input_entry(tokens_receipt),
+        "settings": receipts.input_entry(settings_file),
+    }
+    steps = schedule.plan(chosen, statistics["rows"], node.world_size)
+    output = output.resolve()
+    return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs)
+
+
+def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | None, receipt: Path) -> None:
+    """Train to the last step, or recognise that it is done, and write the receipt (first node).
+
+    Raises:
+        StoppedError, GateError, BadInputError, CrashError: as the contract of exit codes says.
+        launch.Terminated: on SIGTERM or SIGINT.
+    """
+    if node.node_rank > 0:
+        if not _is_finished(run, node, stop_file):
+            _conclude(run, node, launch.run_ranks(node, run.folder, accelerator, stop_file))
+        return
+    say(f"run {run.run_id} in {run.folder}")
+    say(run.schedule.describe())
+    with lock.hold(run.folder):
+        if _is_finished(run, node, stop_file):
+            say(f"finished already at step {run.schedule.steps}; nothing to train (train.run_name forces a new run)")
+        else:
+            _write_run(run, node, accelerator)
+            _conclude(run, node, launch.run_ranks(node, run.folder, accelerator, stop_file))
+        write_receipt(run, receipt)
+
+
+def write_receipt(run: Run, receipt: Path) -> None:
+    """Write the receipt of a finished run after checking its last checkpoint.
+
+    Raises:
+        CrashError: the last step has no committed checkpoint.
+    """
+    last = checkpoints.newest(run.folder, run.run_id)
+    if last is None or last.step != run.schedule.steps:
+        found = f"step {last.step}" if last else "none"
+        raise CrashError(f"training ended, but the newest committed checkpoint in {run.folder} is {found}")
+    receipts.write(
+        receipt,
+        "train",
+        inputs=run.inputs,
+        settings=run.settings.shaping(),
+        result={
+            "checkpoint": str(last.folder),
+            "run": str(run.folder),
+            "metrics": str(run.folder / run_folder.METRICS),
+        },
+        figures=figures_of(run.run_id, last),
+        hosts=last.progress["hosts"],
+    )
+
+
+def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
+    """Figures of the receipt, from the last checkpoint's marker."""
+    progress = last.progress
+    recent = progress["recent_losses"]
+    return {
+        "run_id": run_id,
+        "steps": last.step,
+        "resumed_from_step": progress["resumed_from_step"],
+        "first_loss": progress["first_loss"],
+        "last_loss": sum(recent) / len(recent),
+        "tokens": progress["tokens"],
+        "trained_tokens": progress["trained_tokens"],
+        "world_size": last.marker["world_size"],
+        "nodes": progress["nodes"],
+        "seconds": progress["seconds"],
+        "tokens_per_second": progress["tokens"] / max(progress["seconds"], 1e-9),
+        "parameters": progress["parameters"],
+        "checkpoint_bytes": sum(last.marker["files"].values()),
+        "peak_memory_gib": progress["peak_memory_gib"],
+    }
+
+
+def _is_finished(run: Run, node: NodeEnvironment, stop_file: Path | None) -> bool:
+    """Whether the last step is committed; raises where this start must not go on."""
+    newest = checkpoints.newest(run.folder, run.run_id)
+    if newest and newest.step >= run.schedule.steps:
+        return True
+    run_folder.check_gate(run.folder, run.settings.first_loss_max)
+    if stop_file and stop_file.exists():
+        raise StoppedError(f"the stop file {stop_file} exists", "remove it to train on")
+    if newest and newest.marker["world_size"] != node.world_size:
+        raise BadInputError(
+            f"the newest checkpoint {newest.folder} was written by {newest.marker['world_size']} ranks, "
+            f"this start has {node.world_size}: DeepSpeed's ZeRO-3 states cannot be split anew",
+            "start the same number of ranks, or give another train.run_name to begin a new run",
+        )
+    return False
+
+
+def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
+    """Make the run folder ready for a start: configuration written, unfinished checkpoints set aside."""
+    from .xtuner_engine import config
+
+    checkpoints.set_aside(run.folder, run.run_id)
+    for name in (run_folder.STOP, run_folder.STATUS):
+        (run.folder / name).unlink(missing_ok=True)
+    files.write_json(
+        run.folder / "settings.json",
+        {
+            "run_id": run.run_id,
+            "settings": dataclasses.asdict(run.settings),
+            "schedule": dataclasses.asdict(run.schedule),
+            "base": str(run.base),
+            "tokens": str(run.tokens),
+            "inputs": run.inputs,
+        },
+    )
+    text = config.render(run, node, accelerator)
+    files.write_text(run.folder / run_folder.CONFIG, text)
+    files.write_text(run.output / run_folder.CONFIG, text)
+
+
+def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
+    """Turn the end of this node's ranks into the stage's result: rank 0's status says what torchrun cannot."""
+    status = run_folder.read_status(run.folder, node.attempt, patience=10.0 if exit_code == 0 else 1.0)
+    if status is None:
+        problem = f"training crashed on node {node.node_rank} (torchrun exit code {exit_code})\n"
+        raise CrashError(
+            problem + launch.explain_failure(run.folder, node),
+            "run the same command again: it continues from the newest committed checkpoint",
+        )
+    if error := status.error():
+        raise error
+    if exit_code:
+        say(f"warning: torchrun ended with {exit_code} after the last step was saved")
+
+
+def _check(
+    chosen: Settings, config: dict[str, Any], statistics: dict[str, Any], node: NodeEnvironment, accelerator: str
+) -> None:
+    if config["n_routed_experts"] % chosen.experts_per_shard:
+        raise BadInputError(
+            f"train.experts_per_shard {chosen.experts_per_shard} does not divide the base's "
+            f"{config['n_routed_experts']} routed experts"
+        )
+    if accelerator == "cpu" and config["num_attention_heads"] % chosen.sequence_parallel_size:
+        raise BadInputError(
+            f"train.sequence_parallel_size {chosen.sequence_parallel_size} does not divide the base's "
+            f"{config['num_attention_heads']} attention heads"
+        )
+    if node.ranks_per_node % chosen.sequence_parallel_size:
+        raise BadInputError(
+            f"train.sequence_parallel_size {chosen.sequence_parallel_size} does not divide the {node.ranks_per_node} "
+            "ranks of a node: every attention layer would wait for the network",
+            "set it to a divisor",
+        )
+    limit = config.get("max_position_embeddings")
+    if limit and statistics["longest"] > limit:
+        raise BadInputError(
+            f"the longest row has {statistics['longest']} tokens, the base has {limit} positions",
+            "lower data.max_length",
+        )
+
+
+def _read_statistics(tokens: Path) -> dict[str, Any]:
+    path = tokens / "tokens.json"
+    try:
+        statistics = json.loads(path.read_text(encoding="utf-8"))
+        return {"rows": int(statistics["rows"]), "longest": int(statistics["longest"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"token dataset {tokens} cannot be read: {error}", "run tokenize_data again") from None

@@ -1,0 +1,47 @@
+"""Import-time shims that let the unmodified xtuner 0.2.0 and DeepSpeed 0.18 run text training anywhere.
+
+Each applies only where the real thing is missing; docs/training.md lists them with their reasons. Import this module's
+``install`` before anything of xtuner.
+"""
+
+import importlib
+import sys
+import types
+
+VISION_DATASETS = {
+    # xtuner.dataset imports its vision datasets eagerly; text needs none of them.
+    "torchvision": ("xtuner.dataset.internvl_dataset", ("InternVL_V1_5_Dataset",)),
+    "skimage": (
+        "xtuner.dataset.refcoco_json",
+        ("InvRefCOCOJsonDataset", "RefCOCOJsonDataset", "RefCOCOJsonEvalDataset"),
+    ),
+}
+
+
+def install(accelerator: str) -> list[str]:
+    """Apply the shims that this environment needs and return their names."""
+    applied = []
+    for package, (module, names) in VISION_DATASETS.items():
+        if not _imports(package) and module not in sys.modules:
+            stub = types.ModuleType(module)
+            stub.__dict__.update(dict.fromkeys(names))
+            sys.modules[module] = stub
+            applied.append(module)
+    if accelerator == "cpu":
+        import deepspeed.ops
+
+        # A shared-memory all-reduce that DeepSpeed compiles at start (45 s, needs g++); gloo is as fast on one machine.
+        if deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm"):
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            applied.append("deepspeed_shm_comm")
+    return applied
+
+
+def _imports(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except Exception:  # ImportError, or RuntimeError of a torchvision built for another torch
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        return False
+    return True

@@ -1,0 +1,51 @@
+"""The xtuner configuration of a run, rendered from settings; needs no torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from ..nodes import NodeEnvironment
+
+if TYPE_CHECKING:
+    from ..stage import Run
+
+TEMPLATE = "sft_config.py.j2"
+TEMPLATES = Path(__file__).resolve().parents[3] / "templates"
+
+
+def zero_optimization(strategy: str, accelerator: str) -> dict[str, Any]:
+    """DeepSpeed's section of the same name for ``zero3`` and ``zero3_offload``."""
+    section: dict[str, Any] = {
+        "stage": 3,
+        "overlap_comm": accelerator == "cuda",
+        "contiguous_gradients": True,
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+    if strategy == "zero3_offload":
+        pinned = {"device": "cpu", "pin_memory": accelerator == "cuda"}
+        section |= {"offload_optimizer": dict(pinned), "offload_param": dict(pinned)}
+    return section
+
+
+def render(run: "Run", node: NodeEnvironment, accelerator: str) -> str:
+    """Text of ``sft_config.py``: a plain mmengine configuration, all values literal."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["python"] = repr
+    return environment.get_template(TEMPLATE).render(
+        run_id=run.run_id,
+        run=str(run.folder),
+        base=str(run.base),
+        tokens=str(run.tokens),
+        settings=run.settings,
+        schedule=run.schedule,
+        node=node,
+        accelerator=accelerator,
+        zero=zero_optimization(run.settings.strategy, accelerator),
+    )

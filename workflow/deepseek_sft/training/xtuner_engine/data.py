@@ -1,0 +1,117 @@
+"""Rows of the token dataset as micro batches: sampler, collate function, the batch on the device."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from xtuner.parallel.sequence import get_data_parallel_rank, get_data_parallel_world_size
+
+from ...data.tokens import TokenDataset
+from ..schedule import rows_of_step
+
+NO_LOSS = -100
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass of a sequence-parallel group; all tensors [rows, length], padded on the right.
+
+    Attributes:
+        input_ids: int64; padding is token 0.
+        targets: int64, the token that follows each position, or -100 where none is learned. Shifted here, over the
+            whole row, before it is split across ranks: no target is lost at the cuts.
+        position_ids: int64, from 0 in every sample.
+        sample_of: int32, index of the sample in its row; padding counts as one more.
+        valid: bool, False on padding.
+        packed: whether any row holds more than one sample.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    sample_of: torch.Tensor
+    valid: torch.Tensor
+    packed: bool
+
+    @property
+    def trained_tokens(self) -> int:
+        return int((self.targets != NO_LOSS).sum())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.valid.sum())
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return MicroBatch(**moved)
+
+
+class TokenRows(Dataset):
+    """The token dataset, memory-mapped; pickles as its path."""
+
+    def __init__(self, path: str):
+        self.rows = TokenDataset(path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+class StepSampler(Sampler):
+    """Row indices for this rank's data-parallel group from ``start_step`` on: resuming skips nothing one by one."""
+
+    def __init__(self, dataset: TokenRows, seed: int, micro_batch: int, accumulation: int, steps: int):
+        self.rows, self.seed, self.steps = len(dataset), seed, steps
+        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self.start_step = 0
+
+    def __len__(self) -> int:
+        return self.steps * self.micro_batch * self.accumulation
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.start_step, self.steps):
+            yield from rows_of_step(
+                self.rows,
+                self.seed,
+                step,
+                micro_batch=self.micro_batch,
+                accumulation=self.accumulation,
+                groups=get_data_parallel_world_size(),
+                group=get_data_parallel_rank(),
+            )
+
+
+def collate(rows: list[dict[str, Any]], micro_batch: int, multiple: int) -> list[MicroBatch]:
+    """Cut a step's rows into micro batches, each as long as its longest row, rounded up to ``multiple``."""
+    return [pad(rows[start : start + micro_batch], multiple) for start in range(0, len(rows), micro_batch)]
+
+
+def pad(rows: list[dict[str, Any]], multiple: int) -> MicroBatch:
+    """One micro batch of rows with ``input_ids``, ``labels`` (not shifted) and ``sample_lengths``."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    shape = len(rows), -(-longest // multiple) * multiple
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    targets = torch.full(shape, NO_LOSS, dtype=torch.int64)
+    position_ids = torch.arange(shape[1]).repeat(shape[0], 1)
+    sample_of = torch.zeros(shape, dtype=torch.int32)
+    valid = torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"], dtype=torch.int64)
+        targets[i, : length - 1] = torch.tensor(row["labels"], dtype=torch.int64)[1:]
+        valid[i, :length] = True
+        start = 0
+        for sample, size in enumerate(map(int, row["sample_lengths"])):
+            position_ids[i, start : start + size] = torch.arange(size)
+            sample_of[i, start : start + size] = sample
+            targets[i, start + size - 1] = NO_LOSS  # its last token does not predict the next sample's first
+            start += size
+        if start != length:
+            raise ValueError(f"row {row.get('id')}: sample_lengths sum to {start}, it has {length} tokens")
+        sample_of[i, length:] = len(row["sample_lengths"])
+    packed = any(len(row["sample_lengths"]) > 1 for row in rows)
+    return MicroBatch(input_ids, targets, position_ids, sample_of, valid, packed)

@@ -1,0 +1,74 @@
+"""xtuner's SupervisedFinetune around the training model, with a loss that sequence parallelism does not change."""
+
+from pathlib import Path
+
+import torch
+from xtuner.model import SupervisedFinetune
+from xtuner.parallel.sequence import (
+    get_sequence_parallel_group,
+    get_sequence_parallel_world_size,
+    split_for_sequence_parallel,
+)
+
+from ...model import attention as attention_functions
+from ...model.experts import AuxiliaryLoss
+from ...model.training_model import TrainingModel, build
+from .data import NO_LOSS, MicroBatch
+
+
+class DeepseekSFT(SupervisedFinetune):
+    """Returns the summed loss of this rank's part of a micro batch.
+
+    xtuner's own loss splits labels before shifting them and weighs each rank's part alike; xtuner's own model builder
+    rewrites rope_scaling. Both are replaced.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        experts_per_shard: int,
+        attention: str,
+        accelerator: str,
+        dtype: str,
+        auxiliary_loss_weight: float,
+        activation_checkpointing: bool,
+    ):
+        llm = build(
+            Path(base),
+            experts_per_shard=experts_per_shard,
+            attention=attention_functions.choose(attention, accelerator),
+            dtype=getattr(torch, dtype),
+        )
+        super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
+        self.auxiliary_loss_weight = auxiliary_loss_weight
+
+    def build_llm_from_cfg(
+        self, llm: TrainingModel, use_varlen_attn: bool, max_position_embeddings: None
+    ) -> TrainingModel:
+        return llm
+
+    def forward(self, batch: MicroBatch, micro_batches: int = 1) -> torch.Tensor:
+        """Summed cross-entropy, fp32 scalar, over the targets in this rank's part of the rows.
+
+        Args:
+            batch: whole rows, the same on all ranks of the sequence-parallel group.
+            micro_batches: forward passes of the step, over which the balance loss is averaged.
+        """
+        packing = attention_functions.Packing.of(batch.sample_of) if batch.packed else None
+        targets = self._part(batch.targets)
+        if self.auxiliary_loss_weight > 0:
+            auxiliary = AuxiliaryLoss(self.auxiliary_loss_weight / micro_batches, self._part(batch.valid))
+            for router in self.llm.routers():
+                router.auxiliary = auxiliary
+        hidden = self.llm.model(
+            input_ids=self._part(batch.input_ids), position_ids=self._part(batch.position_ids), packing=packing
+        ).last_hidden_state
+        learned = targets != NO_LOSS
+        return self.llm.lm_head(hidden[learned], targets[learned])
+
+    @staticmethod
+    def _part(tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of a [rows, length] tensor."""
+        if get_sequence_parallel_world_size() == 1:
+            return tensor
+        return split_for_sequence_parallel(tensor, dim=1, sp_group=get_sequence_parallel_group())

@@ -1,0 +1,139 @@
+"""One rank: started by torchrun, trains under xtuner's runner, and leaves word of how it ended.
+
+An end that all ranks agree on (finished, stopped, a gate, bad input) is written by rank 0 to the run's status.json and
+exits 0; torchrun would turn any other exit code into 1. Anything else is a crash and exits 1.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from deepseek_sft import files
+from deepseek_sft.errors import GateError, StageError, StoppedError
+from deepseek_sft.training import checkpoints, launch, run_folder
+from deepseek_sft.training.run_folder import Status
+
+TIMEOUT = datetime.timedelta(hours=1)  # of a collective: ranks may wait this long for another's checkpoint files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-folder", dest="run", type=Path, required=True)
+    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--accelerator", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--stop-file")
+    options = parser.parse_args()
+    launch.die_with_parent(signal.SIGKILL)
+    rank = int(os.environ["RANK"])
+    try:
+        train(options, rank)
+    except BaseException as error:
+        _leave_word(options, rank, error)
+        raise
+    sys.stderr.flush()
+    os._exit(0)  # interpreter teardown beside live communication threads can hang or crash; everything is on disk
+
+
+def train(options: argparse.Namespace, rank: int) -> None:
+    """Train to the end, or to a stop, and write the status."""
+    from deepseek_sft.training.xtuner_engine import compat
+
+    compat.install(options.accelerator)
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    if options.accelerator == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.logger.setLevel("WARNING")
+    deepspeed.init_distributed("gloo" if options.accelerator == "cpu" else "nccl", timeout=TIMEOUT, verbose=False)
+    try:
+        status = _run(options, rank)
+    except StageError as error:  # raised on all ranks alike
+        outcome = {2: "bad_input", 3: "gate", 4: "stopped"}.get(error.exit_code)
+        if outcome is None:
+            raise
+        status = Status(options.attempt, outcome, error.problem, error.fix)
+        if rank == 0 and isinstance(error, GateError) and not (options.run / run_folder.GATE).exists():
+            run_folder.write_gate(options.run, "not_finite", error.problem, None)
+    if rank == 0:
+        run_folder.write_status(options.run, status)
+    dist.barrier()
+
+
+def _run(options: argparse.Namespace, rank: int) -> Status:
+    from mmengine.config import Config
+    from mmengine.runner import FlexibleRunner
+    from xtuner.parallel.sequence import init_sequence_parallel
+
+    from deepseek_sft.training.xtuner_engine.loop import stop_files
+
+    start = _decide_start(options, rank)
+    config = Config.fromstring(start["config"], ".py")
+    init_sequence_parallel(config.sequence_parallel)
+    config.run = str(options.run)
+    config.hosts = _hosts()
+    config.progress = start["progress"]
+    config.stop_files = [str(path) for path in stop_files(options.run, options.stop_file)]
+    config.resume = start["checkpoint"]
+    config.work_dir = str(launch.attempt_folder(options.run, options.attempt) / "mmengine")
+    runner = FlexibleRunner.from_cfg(config)
+    runner.train()
+    if runner.train_loop.stopped:
+        raise StoppedError(
+            f"stopped on request after step {runner.iter} of {runner.max_iters}; the checkpoint is saved",
+            "the same command continues from it",
+        )
+    return Status(options.attempt, "finished", f"step {runner.iter} of {runner.max_iters}")
+
+
+def _decide_start(options: argparse.Namespace, rank: int) -> dict:
+    """Configuration and checkpoint to start from, read by rank 0 alone: all ranks start from the same."""
+    import torch.distributed as dist
+
+    box: list[dict | None] = [None]
+    if rank == 0:
+        text = (options.run / run_folder.CONFIG).read_text(encoding="utf-8")
+        newest = checkpoints.newest(options.run, options.run.name)
+        box[0] = {
+            "config": text,
+            "checkpoint": str(newest.folder) if newest else None,
+            "progress": newest.progress if newest else {},
+        }
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _hosts() -> list[str]:
+    """Host names of all nodes, in the order of their ranks."""
+    import torch.distributed as dist
+
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return list(dict.fromkeys(names))
+
+
+def _leave_word(options: argparse.Namespace, rank: int, error: BaseException) -> None:
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "error": f"{type(error).__name__}: {error}"[:2000],
+        "traceback": traceback.format_exc(),
+    }
+    path = launch.attempt_folder(options.run, options.attempt) / f"failure-rank{rank}.json"
+    files.write_text(path, json.dumps(record))
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)  # the other ranks are ended by torchrun; waiting for them in a destructor would hang
+
+
+if __name__ == "__main__":
+    main()

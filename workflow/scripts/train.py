@@ -1,0 +1,47 @@
+"""Train on this node's share of the ranks; started once per node, inside the allocation (srun, one task per node).
+
+    srun --ntasks-per-node=1 python workflow/scripts/train.py --base-receipt … --tokens-receipt … --settings … \\
+        --output results/EXPERIMENT/train --receipt results/EXPERIMENT/receipts/train.json
+
+Node rank and hosts come from Slurm's variables; without them it trains on this machine alone. The run goes to
+<output>/runs/<run id>/ and continues from its newest committed checkpoint.
+
+Stop: USR1 to this program, or the stop file, saves after the current step and exits with 4. SIGTERM stops at once
+with 143 and loses what came after the last checkpoint; Ctrl-C likewise with 130.
+Exit codes: 0 done, 2 bad input, 3 a gate failed (first loss, loss or gradient not finite), 4 stopped and saved,
+5 crash, 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli
+from deepseek_sft.training import launch, nodes, stage
+
+
+def main() -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--base-receipt", type=Path, required=True, help="receipt of prepare_model")
+    parser.add_argument("--tokens-receipt", type=Path, required=True, help="receipt of tokenize_data")
+    parser.add_argument("--settings", type=Path, required=True, help="JSON file of training settings")
+    parser.add_argument("--output", type=Path, required=True, help="folder of runs")
+    parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
+    parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda", help="what to train on")
+    parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
+    parser.add_argument("--stop-file", type=Path, help="file whose appearance makes training save and stop")
+    options = parser.parse_args()
+    node = nodes.detect(options.accelerator, options.ranks_per_node)
+    run = stage.prepare(
+        options.base_receipt, options.tokens_receipt, options.settings, options.output, node, options.accelerator
+    )
+    try:
+        stage.train(run, node, options.accelerator, options.stop_file, options.receipt)
+    except launch.Terminated as end:
+        cli.say("terminated: nothing was saved since the last checkpoint; the same command continues from it")
+        return end.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
