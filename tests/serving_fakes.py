@@ -1,0 +1,173 @@
+"""Stand-ins for vLLM: an OpenAI-compatible server that can misbehave, and a program with `vllm serve`'s command line.
+
+Run as a program it plays ``vllm``: the head answers HTTP, a headless node sleeps. Its behaviour is set by files in the
+folder FAKE_DIR: ``<node>.pid`` is written by it, ``<flaw>`` existing there switches a flaw on.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+MODEL = "tiny"
+CONTEXT = 64
+REASONING, ANSWER = "2 plus 3 equals 5.\n", "\n\nThe answer is 5."
+LOGPROB = -1.5
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as vLLM does, except for the server's flaws."""
+
+    server: "FakeServer"
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def has(self, flaw: str) -> bool:
+        return flaw in self.server.flaws
+
+    def answer(self, value: object, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            busy = self.server.chats > 0
+            bad = self.has("health") or (self.has("health_after") and busy)
+            self.answer({}, 503 if bad else 200)
+        elif self.path == "/v1/models":
+            name = "other" if self.has("model_name") else MODEL
+            self.answer({"data": [{"id": name, "max_model_len": CONTEXT}]})
+        else:
+            self.answer({}, 404)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        if body["model"] != MODEL and not self.has("unknown_model"):
+            return self.answer({"error": "no such model"}, 404)
+        if self.path == "/v1/completions":
+            prompt = body["prompt"][: 2 if self.has("short_logprobs") else None]
+            entries = [None, *({str(token): {"logprob": LOGPROB}} for token in prompt[1:])]
+            return self.answer({"choices": [{"text": "x", "prompt_logprobs": entries}]})
+        text = body["messages"][-1]["content"]
+        if len(text.split()) > CONTEXT:
+            return self.answer({"error": "too long"}, 500 if self.has("over_long_prompt") else 400)
+        return self.chat(body, text)
+
+    def chat(self, body: dict, text: str) -> None:
+        with self.server.lock:
+            self.server.chats += 1
+            self.server.running += 1
+            count, running = self.server.chats, self.server.running
+        try:
+            time.sleep(0.02)
+            if self.has("concurrency") and running > 1:
+                return self.answer({"error": "overloaded"}, 500)
+            if self.has("vanish"):
+                os._exit(1)
+            if self.has("silent"):
+                time.sleep(3)
+            reasoning, content, finish = REASONING, ANSWER, "stop"
+            if self.has("chat") or "endless" in text:
+                content, finish = None, "length"
+            if self.has("reasoning_separate"):
+                reasoning, content = None, REASONING + ANSWER
+            if self.has("no_template_tokens"):
+                content += "<｜end▁of▁sentence｜>"
+            if self.has("finish_reason"):
+                finish = "length"
+            if self.has("repeatable") and not body.get("stream") and count == 2:
+                content += " Or 6."
+            if body.get("stream"):
+                return self.stream(reasoning, content, finish)
+            message = {"role": "assistant", "content": content, self.server.reasoning_field: reasoning}
+            choice = {"message": message, "finish_reason": finish, "token_ids": [7, 8, 1]}
+            usage = {"prompt_tokens": 3, "completion_tokens": 12}
+            return self.answer({"choices": [choice], "usage": usage, "prompt_token_ids": [0, 5, 6]})
+        finally:
+            with self.server.lock:
+                self.server.running -= 1
+
+    def stream(self, reasoning: str | None, content: str | None, finish: str) -> None:
+        if self.has("streaming"):
+            content = "Something else."
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        deltas = [{self.server.reasoning_field: reasoning or ""}, {"content": content or ""}]
+        pieces = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+        pieces.append({"choices": [{"delta": {}, "finish_reason": finish}]})
+        pieces.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 12}})
+        for piece in pieces:
+            self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+        if not self.has("stream_end"):
+            self.wfile.write(b"data: [DONE]\n\n")
+        self.close_connection = True
+
+
+class FakeServer(ThreadingHTTPServer):
+    """The server; ``flaws`` are names of checks it fails."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, address: tuple[str, int], flaws: set[str], reasoning_field: str = "reasoning"):
+        super().__init__(address, Handler)
+        self.flaws = flaws
+        self.reasoning_field = reasoning_field
+        self.requests: list[dict] = []
+        self.lock = threading.Lock()
+        self.chats = self.running = 0
+
+
+@contextlib.contextmanager
+def fake_server(*flaws: str, reasoning_field: str = "reasoning") -> Iterator[FakeServer]:
+    """A running fake server on a free loopback port."""
+    server = FakeServer(("127.0.0.1", 0), set(flaws), reasoning_field)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def play_vllm(arguments: list[str]) -> None:
+    """Be ``vllm serve`` on one node."""
+    folder, node = Path(os.environ["FAKE_DIR"]), os.environ["SLURMD_NODENAME"]
+    flaws = {path.name for path in folder.iterdir()}
+    print(f"fake vllm on {node}: {' '.join(arguments)}", flush=True)
+    if "bad-flag" in flaws:
+        print("vllm: error: unrecognized arguments: --bad-flag", flush=True)
+        sys.exit(2)
+    if "stubborn" in flaws:  # ignores TERM, and has a child in a session of its own that does too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        (folder / f"{node}.grandchild").write_text(str(child.pid))
+    (folder / f"{node}.folder").write_text(os.environ["TMPDIR"])
+    (folder / f"{node}.pid").write_text(str(os.getpid()))
+    if "--headless" in arguments or "never-ready" in flaws:
+        print("Loading safetensors checkpoint shards:  40% Completed | 4/10", flush=True)
+        time.sleep(600)
+    host, port = (arguments[arguments.index(f"--{name}") + 1] for name in ("host", "port"))
+    FakeServer((host, int(port)), flaws).serve_forever()
+
+
+if __name__ == "__main__":
+    play_vllm(sys.argv[1:])

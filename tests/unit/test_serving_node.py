@@ -1,0 +1,356 @@
+"""serve_node over several nodes, with a stand-in for vLLM: who ends whom, with which code, leaving what behind."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import serving_fakes
+
+from deepseek_sft import receipts
+from deepseek_sft.serving import control, network, processes
+
+PROJECT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 60  # generous: only a hang reaches it
+
+
+@dataclasses.dataclass
+class Deployment:
+    """Two or more serve_node programs on loopback that take themselves for nodes of one allocation."""
+
+    folder: Path
+    nodes: int
+    programs: dict[str, subprocess.Popen]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "serve" / "job-7"
+
+    @property
+    def receipt(self) -> Path:
+        return self.folder / "receipts" / "smoke_test.json"
+
+    def start(self, *, smoke_test: bool = False, flaws: tuple[str, ...] = (), settings: dict | None = None) -> None:
+        fakes = self.folder / "fakes"
+        bin_folder = self.folder / "bin"
+        for each in (fakes, bin_folder, self.folder / "model"):
+            each.mkdir(parents=True)
+        for flaw in flaws:
+            (fakes / flaw).touch()
+        vllm = bin_folder / "vllm"
+        vllm.write_text(f'#!/bin/sh\nexec {sys.executable} {serving_fakes.__file__} "$@"\n')
+        vllm.chmod(0o755)
+        (self.folder / "model" / "config.json").write_text("{}")
+        model = {"model": str(self.folder / "model")}
+        receipts.write(
+            self.folder / "verify_model.json", "verify_model", inputs={}, settings={}, result=model, figures={}
+        )
+        value = {
+            "pipeline_parallel_size": self.nodes,
+            "served_model_name": serving_fakes.MODEL,
+            "network_interface": "lo",
+            "ready_timeout_s": DEADLINE_S,
+            "stop_grace_s": 2,
+            "smoke_test": {"max_tokens": 16, "benchmark": False, "logprobs_max_parameters": -1},
+        } | (settings or {})
+        (self.folder / "settings.json").write_text(json.dumps(value))
+        for rank in reversed(range(self.nodes)):
+            environment = os.environ | {
+                "SLURM_JOB_ID": "7",
+                "SLURM_NODEID": str(rank),
+                "SLURM_NNODES": str(self.nodes),
+                "SLURMD_NODENAME": f"n{rank}",
+                "PATH": f"{bin_folder}:{os.environ['PATH']}",
+                "FAKE_DIR": str(fakes),
+            }
+            words = ["--model-receipt", self.folder / "verify_model.json", "--settings", self.folder / "settings.json"]
+            words += ["--run-dir", self.run_dir, *(["--smoke-test", self.receipt] if smoke_test else [])]
+            with open(self.folder / f"n{rank}.out", "wb") as output:
+                self.programs[f"n{rank}"] = subprocess.Popen(
+                    [sys.executable, PROJECT / "workflow/scripts/serve_node.py", *words],
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+
+    def output(self, node: str) -> str:
+        return (self.folder / f"{node}.out").read_text()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, {node: self.output(node) for node in self.programs}
+            time.sleep(0.05)
+
+    def wait_until_serving(self) -> None:
+        self.wait_for((self.run_dir / "endpoint.json").exists)
+
+    def codes(self) -> list[int]:
+        """Exit codes by rank."""
+        return [self.programs[f"n{rank}"].wait(DEADLINE_S) for rank in range(self.nodes)]
+
+    def pid_of_engine(self, node: str) -> int:
+        path = self.folder / "fakes" / f"{node}.pid"
+        self.wait_for(lambda: path.exists() and path.read_text() != "")
+        return int(path.read_text())
+
+    def alive(self) -> list[list[str]]:
+        """Processes that this deployment started and that still run."""
+        mine = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("FAKE_DIR") == str(self.folder / "fakes") and process.status() != "zombie":
+                    mine.append(process.cmdline())
+            except psutil.Error:
+                continue
+        return mine
+
+
+@pytest.fixture
+def deployment(tmp_path: Path, request) -> Iterator[Deployment]:
+    made = Deployment(tmp_path, getattr(request, "param", 2), {})
+    yield made
+    for program in made.programs.values():
+        if program.poll() is None:
+            program.kill()
+    for path in tmp_path.glob("fakes/*.folder"):  # a program that was killed cannot remove its own
+        shutil.rmtree(path.read_text(), ignore_errors=True)
+
+
+def test_smoke_test_over_two_nodes_leaves_a_receipt_and_nothing_else(deployment):
+    deployment.start(smoke_test=True)
+    assert deployment.codes() == [0, 0], deployment.output("n0")
+    receipt = receipts.read(deployment.receipt, "smoke_test")
+    assert receipt["hosts"] == ["n0", "n1"]
+    assert receipt["figures"]["time_to_ready_s"] > 0
+    assert (deployment.folder / "serve" / "transcript.jsonl").exists()
+    places = [json.loads((deployment.run_dir / f"n{rank}.json").read_text()) for rank in (0, 1)]
+    assert [place["pid"] for place in places] == [deployment.programs[node].pid for node in ("n0", "n1")]
+    assert "--headless" in (deployment.run_dir / "n1.log").read_text()
+    assert deployment.alive() == []
+    assert not (deployment.run_dir / control.RENDEZVOUS).exists()
+    assert not any(Path(path.read_text()).exists() for path in (deployment.folder / "fakes").glob("*.folder"))
+
+
+@pytest.mark.parametrize("deployment", [1], indirect=True)
+def test_one_node_needs_no_multi_node_flags(deployment):
+    deployment.start(smoke_test=True)
+    assert deployment.codes() == [0], deployment.output("n0")
+    assert "--nnodes" not in (deployment.run_dir / "n0.log").read_text()
+
+
+def test_failed_gate_is_the_heads_exit_code_and_workers_end_in_order(deployment):
+    deployment.start(smoke_test=True, flaws=("finish_reason",))
+    assert deployment.codes() == [3, 0]
+    assert not deployment.receipt.exists()
+    assert "finish_reason: finish reason is length" in deployment.output("n0")
+
+
+@pytest.mark.parametrize("node", ["n0", "n1"])
+@pytest.mark.parametrize("deployment", [3], indirect=True)
+def test_killed_engine_ends_every_node_with_its_name_and_last_lines(deployment, node):
+    deployment.start()
+    deployment.wait_until_serving()
+    os.kill(deployment.pid_of_engine(node), signal.SIGKILL)
+    assert deployment.codes() == [5, 5, 5]
+    for each in deployment.programs:
+        assert f"{node}: vllm was killed by SIGKILL" in deployment.output(each)
+        assert f"{node}| fake vllm on {node}" in deployment.output(each)
+    assert deployment.alive() == []
+
+
+def test_engine_that_dies_before_it_is_ready_ends_the_wait(deployment):
+    deployment.start(flaws=("never-ready",))
+    os.kill(deployment.pid_of_engine("n1"), signal.SIGKILL)
+    assert deployment.codes() == [5, 5]
+
+
+def test_engine_that_dies_during_the_smoke_test_is_a_crash_not_a_failed_gate(deployment):
+    deployment.start(smoke_test=True, flaws=("vanish",))
+    assert deployment.codes() == [5, 5]
+    assert "n0: vllm ended with exit code 1" in deployment.output("n0")
+
+
+@pytest.mark.parametrize(("killed", "told"), [("n0", "the head node"), ("n1", "n1")])
+def test_killed_node_program_ends_the_other_node(deployment, killed, told):
+    deployment.start()
+    deployment.wait_until_serving()
+    deployment.pid_of_engine(killed)
+    deployment.programs[killed].kill()
+    other = "n1" if killed == "n0" else "n0"
+    assert deployment.programs[other].wait(DEADLINE_S) == 5
+    assert f"{told}: serve_node is gone" in deployment.output(other)
+    deployment.wait_for(lambda: deployment.alive() == [])
+
+
+def test_signal_stops_everything_even_what_ignores_it(deployment):
+    deployment.start(flaws=("stubborn",))
+    deployment.wait_until_serving()
+    deployment.wait_for((deployment.folder / "fakes" / "n1.grandchild").exists)
+    for program in deployment.programs.values():
+        program.send_signal(signal.SIGTERM)
+    assert deployment.codes() == [4, 4]
+    assert "stopped by SIGTERM" in deployment.output("n0")
+    assert deployment.alive() == []
+
+
+def test_signal_to_one_node_stops_all(deployment):
+    deployment.start()
+    deployment.wait_until_serving()
+    deployment.programs["n1"].send_signal(signal.SIGUSR1)
+    assert deployment.codes() == [4, 4]
+    assert "n1: stopped by SIGUSR1" in deployment.output("n0")
+
+
+def test_stop_file_ends_a_lasting_deployment_in_order(deployment):
+    deployment.start()
+    deployment.wait_until_serving()
+    endpoint = json.loads((deployment.run_dir / "endpoint.json").read_text())
+    assert endpoint["nodes"] == ["n0", "n1"]
+    (deployment.run_dir / "stop").touch()
+    assert deployment.codes() == [0, 0]
+    assert not (deployment.run_dir / "endpoint.json").exists()
+
+
+def test_unhealthy_engine_ends_a_lasting_deployment(deployment, monkeypatch):
+    from deepseek_sft.serving import node, watching
+
+    class Clock(watching.Watch):
+        def wait(self, *_arguments, **_options):
+            return None
+
+    made = node.Node.__new__(node.Node)
+    made.watch, made.run_dir = Clock(deployment.folder), deployment.folder
+    made.settings = node.ServeSettings()
+    with serving_fakes.fake_server("health") as server, pytest.raises(node.CrashError, match="three times"):
+        made._stay("http://x", "127.0.0.1", server.server_port)
+
+
+def test_deadline_says_what_it_was_waiting_for(deployment):
+    deployment.start(flaws=("never-ready",), settings={"ready_timeout_s": 1.5})
+    assert deployment.codes() == [5, 5]
+    assert "gave up after 1.5 s waiting for http://127.0.0.1" in deployment.output("n0")
+    assert "/health: loading weights, 40 %" in deployment.output("n0")
+    assert "serve.ready_timeout_s" in deployment.output("n0")
+
+
+def test_refused_flag_is_bad_input_and_shown(deployment):
+    deployment.start(flaws=("bad-flag",))
+    assert deployment.codes()[0] == 2
+    assert "unrecognized arguments: --bad-flag; see serve.engine_args" in deployment.output("n0")
+
+
+@pytest.mark.parametrize("deployment", [1], indirect=True)
+def test_ranks_that_do_not_fit_the_nodes_start_nothing(deployment):
+    deployment.nodes = 2
+    deployment.start(settings={"pipeline_parallel_size": 3})
+    assert deployment.codes() == [2, 2]
+    assert "3 processes do not spread evenly over 2 nodes" in deployment.output("n0")
+    assert "Traceback" not in deployment.output("n0")
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_rendezvous_of_an_earlier_start_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    channel = control.HeadChannel("127.0.0.1", tmp_path)
+    try:
+        assert control.read_rendezvous(tmp_path)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert control.read_rendezvous(tmp_path) is None
+    finally:
+        channel.close()
+
+
+def test_stranger_without_the_token_is_not_let_in(tmp_path):
+    channel = control.HeadChannel("127.0.0.1", tmp_path)
+    try:
+        found = control.read_rendezvous(tmp_path)
+        assert (tmp_path / control.RENDEZVOUS).stat().st_mode & 0o077 == 0
+        stranger = control.join_head(found | {"token": "guess"}, {"node": "evil"})
+        stranger.send({"event": "failure", "reports": []})
+        time.sleep(0.1)
+        assert channel.poll() == []
+        assert channel.hellos == {}
+    finally:
+        channel.close()
+
+
+def test_message_sent_right_after_the_hello_is_not_lost(tmp_path):
+    channel = control.HeadChannel("127.0.0.1", tmp_path)
+    try:
+        worker = control.join_head(control.read_rendezvous(tmp_path), {"node": "n1"})
+        worker.send({"event": "failure", "reports": [1]})
+        worker.close()
+        time.sleep(0.1)
+        assert channel.poll() == [{"event": "failure", "reports": [1]}]
+        assert list(channel.hellos) == channel.gone == ["n1"]
+    finally:
+        channel.close()
+
+
+def test_free_ports_are_distinct_and_free():
+    ports = network.free_ports("127.0.0.1", 5)
+    assert len(set(ports)) == 5
+    assert not any(network.is_open("127.0.0.1", port) for port in ports)
+
+
+def test_shared_memory_left_by_the_engine_is_removed_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
+    (tmp_path / "psm_before").touch()
+    before = processes.shared_memory_names()
+    for name in ("psm_new", "abc-1-cpushm_3", "somebody_elses"):
+        (tmp_path / name).touch()
+    with open(tmp_path / "psm_used", "w"):
+        removed = processes.remove_shared_memory(before)
+    assert removed == ["abc-1-cpushm_3", "psm_new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"psm_before", "somebody_elses", "psm_used"}
+
+
+def test_phase_is_the_last_milestone_in_the_log(tmp_path):
+    log = tmp_path / "n0.log"
+    reader = processes.PhaseReader(log)
+    assert reader.update() == "starting Python"
+    log.write_text("Starting to load model x...\nLoading safetensors checkpoint shards:  10% Completed | 1/10\r")
+    assert reader.update() == "loading weights, 10 %"
+    with open(log, "a") as stream:
+        stream.write("Loading safetensors checkpoint shards: 100% Completed | 10/10\nnothing\n")
+    assert reader.update() == "loading weights, 100 %"
+    with open(log, "a") as stream:
+        stream.write("Loading weights took 3 seconds\nCapturing CUDA graphs (mixed): 50%|\n")
+    assert reader.update() == "capturing CUDA graphs, 50 %"
+
+
+def test_last_lines_show_the_last_state_of_a_progress_bar(tmp_path):
+    log = tmp_path / "n0.log"
+    log.write_text("a\n\nb 10%\rb 20%\rb 30%\nlast\n")
+    assert processes.last_lines(log, 2) == ["b 30%", "last"]
+
+
+def test_first_exceptions_are_found_behind_the_logs_prefixes(tmp_path):
+    log = tmp_path / "n0.log"
+    log.write_text("ValueError: of an earlier start\n")
+    start = log.stat().st_size
+    with open(log, "a") as stream:
+        stream.write("WARNING fd limit errors like `OSError: [Errno 24]` may come\n")
+        stream.write("(EngineCore pid=7) ERROR 11-24 05:18:18 [core.py:1510] RuntimeError: open shm failed\n")
+        stream.write("\x1b[36m(Worker pid=8)\x1b[0m torch.OutOfMemoryError: CUDA out of memory\n")
+        stream.write(
+            "(EngineCore pid=7) ERROR 11-24 [ray_executor_v2.py:522] RayWorkerProc rank=[1] died unexpectedly\n"
+        )
+        stream.write("RuntimeError: open shm failed\nRuntimeError: See root cause above.\n")
+    assert processes.exceptions(log, start) == [
+        "RuntimeError: open shm failed",
+        "torch.OutOfMemoryError: CUDA out of memory",
+        "RayWorkerProc rank=[1] died unexpectedly",
+        "RuntimeError: See root cause above.",
+    ]

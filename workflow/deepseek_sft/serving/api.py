@@ -1,0 +1,196 @@
+"""A client of the OpenAI-compatible API that keeps a transcript of all it sends and receives."""
+
+import dataclasses
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+LONGEST_TRANSCRIBED = 4000  # characters of one request or answer
+
+
+class CheckFailed(Exception):
+    """A check's promise does not hold; the text says what was seen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A chat answer, streamed or not.
+
+    Attributes:
+        reasoning: text of ``reasoning`` (``reasoning_content`` before vLLM 0.12), empty if there was none.
+        answer: text of ``content``, empty if there was none.
+        finish_reason: ``stop``, ``length``, ….
+        prompt_tokens, completion_tokens: as the server counts them.
+        token_ids: prompt and answer, where the server gave them.
+        seconds: until the last byte.
+        first_token_s: until the first text of a streamed answer.
+        done: whether a stream ended with ``[DONE]``.
+    """
+
+    reasoning: str = ""
+    answer: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    token_ids: tuple[list[int], list[int]] | None = None
+    seconds: float = 0.0
+    first_token_s: float | None = None
+    done: bool = False
+
+
+class Api:
+    """Requests to one served model.
+
+    Args:
+        url: ``http://host:port``, with or without ``/v1``.
+        model: its served name.
+        timeout_s: deadline of one request.
+        api_key: sent as bearer token if not empty.
+        transcript: JSONL file that gets one line per exchange as it happens.
+    """
+
+    def __init__(self, url: str, model: str, timeout_s: float, api_key: str = "", transcript: Path | None = None):
+        self.model = model
+        self.timeout_s = timeout_s
+        self.check = ""  # name of the running check, for the transcript
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None)
+        # trust_env=False: a site's proxy variables must not carry requests to a compute node.
+        self._client = httpx.Client(
+            base_url=url.rstrip("/").removesuffix("/v1"),
+            headers=headers,
+            timeout=timeout_s,
+            limits=limits,
+            trust_env=False,
+        )
+        self._transcript = open(transcript, "w", encoding="utf-8") if transcript else None  # noqa: SIM115
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        self._client.close()
+        if self._transcript:
+            self._transcript.close()
+
+    def get(self, path: str) -> httpx.Response:
+        """GET with a short deadline: these answers need no computing."""
+        begin = time.monotonic()
+        response = self._client.get(path, timeout=min(10, self.timeout_s))
+        self._note(path, None, response.status_code, response.text, begin)
+        return response
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        """POST a JSON body."""
+        begin = time.monotonic()
+        response = self._client.post(path, json=body)
+        self._note(path, body, response.status_code, response.text, begin)
+        return response
+
+    def chat_body(self, messages: list[dict[str, str]], max_tokens: int, **options: Any) -> dict[str, Any]:
+        """A chat request. Temperature 0 is spelled out: servers apply the model's generation_config.json otherwise."""
+        return {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0} | options
+
+    def chat(self, messages: list[dict[str, str]], max_tokens: int, **options: Any) -> Reply:
+        """Ask for an answer in one piece.
+
+        Raises:
+            CheckFailed: any status but 200, or a body that is no chat completion.
+        """
+        begin = time.monotonic()
+        response = self.post("/v1/chat/completions", self.chat_body(messages, max_tokens, **options))
+        value = parsed(response)
+        try:
+            choice, usage = value["choices"][0], value.get("usage") or {}
+            message = choice["message"]
+            ids = value.get("prompt_token_ids"), choice.get("token_ids")
+            return Reply(
+                reasoning=reasoning_of(message),
+                answer=message.get("content") or "",
+                finish_reason=choice.get("finish_reason"),
+                prompt_tokens=usage.get("prompt_tokens", 0),
+                completion_tokens=usage.get("completion_tokens", 0),
+                token_ids=ids if all(ids) else None,
+                seconds=time.monotonic() - begin,
+            )
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CheckFailed(f"not a chat completion ({error!r}): {response.text[:300]}") from None
+
+    def stream(self, messages: list[dict[str, str]], max_tokens: int, **options: Any) -> Reply:
+        """Ask for a streamed answer and put it together; raises like ``chat``."""
+        options |= {"stream": True, "stream_options": {"include_usage": True}}
+        body = self.chat_body(messages, max_tokens, **options)
+        begin = time.monotonic()
+        reply, raw = Reply(), []
+        with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                raise CheckFailed(f"status {response.status_code}: {response.read()[:300]!r}")
+            for line in response.iter_lines():
+                if not line.startswith("data:"):
+                    continue
+                data = line[5:].strip()
+                raw.append(data)
+                if data == "[DONE]":
+                    reply = dataclasses.replace(reply, done=True)
+                    break
+                reply = _extended(reply, data, time.monotonic() - begin)
+        self._note("/v1/chat/completions", body, 200, "\n".join(raw), begin)
+        return dataclasses.replace(reply, seconds=time.monotonic() - begin)
+
+    def _note(self, path: str, body: Any, status: int, text: str, begin: float) -> None:
+        if not self._transcript:
+            return
+        request = json.dumps(body, ensure_ascii=False)
+        entry = {
+            "check": self.check,
+            "path": path,
+            "request": body if len(request) <= LONGEST_TRANSCRIBED else request[:LONGEST_TRANSCRIBED] + "…",
+            "status": status,
+            "seconds": round(time.monotonic() - begin, 3),
+            "response": text if len(text) <= LONGEST_TRANSCRIBED else text[:LONGEST_TRANSCRIBED] + "…",
+        }
+        with self._lock:
+            self._transcript.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._transcript.flush()
+
+
+def parsed(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a 200 answer; raises CheckFailed for anything else."""
+    if response.status_code != 200:
+        raise CheckFailed(f"status {response.status_code}: {response.text[:300]}")
+    try:
+        value = response.json()
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise CheckFailed(f"not a JSON object: {response.text[:300]}")
+    return value
+
+
+def reasoning_of(message: dict[str, Any]) -> str:
+    """Reasoning of a message or a streamed piece, under either of its names."""
+    return message.get("reasoning") or message.get("reasoning_content") or ""
+
+
+def _extended(reply: Reply, data: str, seconds: float) -> Reply:
+    """``reply`` with one more streamed piece."""
+    try:
+        piece = json.loads(data)
+        usage = piece.get("usage") or {}
+        delta = piece["choices"][0]["delta"] if piece.get("choices") else {}
+        finish = piece["choices"][0].get("finish_reason") if piece.get("choices") else None
+        reasoning, answer = reasoning_of(delta), delta.get("content") or ""
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckFailed(f"not a piece of a streamed chat completion ({error!r}): {data[:300]}") from None
+    first = reply.first_token_s
+    return dataclasses.replace(
+        reply,
+        reasoning=reply.reasoning + reasoning,
+        answer=reply.answer + answer,
+        finish_reason=finish or reply.finish_reason,
+        prompt_tokens=usage.get("prompt_tokens", reply.prompt_tokens),
+        completion_tokens=usage.get("completion_tokens", reply.completion_tokens),
+        first_token_s=seconds if first is None and (reasoning or answer) else first,
+    )

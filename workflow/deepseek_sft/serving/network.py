@@ -1,0 +1,107 @@
+"""Addresses, interfaces and ports of a node: one address per node, used for everything."""
+
+import os
+import socket
+
+import psutil
+
+from ..errors import BadInputError
+
+
+def node_name() -> str:
+    """Slurm's name of this node, or its host name outside Slurm."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+
+
+def interface_addresses() -> dict[str, list[str]]:
+    """IPv4 addresses by interface, of the interfaces that are up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    return {
+        name: [entry.address for entry in entries if entry.family == socket.AF_INET]
+        for name, entries in psutil.net_if_addrs().items()
+        if name in up
+    }
+
+
+def interface_of(address: str) -> str:
+    """Name of the interface that carries ``address``.
+
+    Raises:
+        BadInputError: no interface that is up has it.
+    """
+    for name, addresses in interface_addresses().items():
+        if address in addresses:
+            return name
+    raise BadInputError(f"{node_name()}: no interface has the address {address}")
+
+
+def address_towards(peer: str) -> str:
+    """Address of this node from which ``peer`` is reached; sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return probe.getsockname()[0]
+
+
+def interface_address(interface: str) -> str:
+    """First IPv4 address of ``interface``.
+
+    Raises:
+        BadInputError: the interface is missing, down or has none; lists those that have.
+    """
+    known = {name: addresses for name, addresses in interface_addresses().items() if addresses}
+    if interface not in known:
+        listed = ", ".join(f"{name} ({addresses[0]})" for name, addresses in known.items())
+        raise BadInputError(
+            f"{node_name()}: network_interface {interface} is not up or has no IPv4 address",
+            f"set serve.network_interface to one of: {listed}",
+        )
+    return known[interface][0]
+
+
+def head_address(interface: str | None) -> str:
+    """Address under which the other nodes reach this one: of ``interface``, else what this node's name resolves to.
+
+    Raises:
+        BadInputError: the name resolves to loopback only and several interfaces could be meant.
+    """
+    if interface:
+        return interface_address(interface)
+    local = {address for addresses in interface_addresses().values() for address in addresses}
+    try:
+        answers = socket.getaddrinfo(node_name(), None, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        answers = []
+    for *_, (address, _port) in answers:
+        # Debian's /etc/hosts maps a machine's own name to 127.0.1.1, which other nodes cannot reach.
+        if address in local and not address.startswith("127."):
+            return address
+    outside = sorted(address for address in local if not address.startswith("127."))
+    if len(outside) == 1:
+        return outside[0]
+    if not outside:
+        return "127.0.0.1"
+    raise BadInputError(
+        f"{node_name()}: its name resolves to no address of its own, and it has several: {', '.join(outside)}",
+        "set serve.network_interface to the interface that connects the nodes",
+    )
+
+
+def free_ports(address: str, count: int) -> list[int]:
+    """Ports of ``address`` that nothing listens on right now, all different."""
+    sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind((address, 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def is_open(address: str, port: int) -> bool:
+    """Whether something accepts connections there."""
+    try:
+        with socket.create_connection((address, port), timeout=1):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,280 @@
+"""One node's share of a deployment: start its processes, watch all of them everywhere, stop everything at the end.
+
+The same program runs once on every node. The head starts the API server and decides when it is over; the others run
+their part of the engine until the head says so. Whatever ends first ends the whole deployment, on every node.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..cli import say
+from ..errors import CrashError, StageError, StoppedError
+from . import commands, control, network, processes
+from .commands import Programs
+from .failures import NodeFailure, StopRequest
+from .settings import ServeSettings
+from .watching import SETTLE_S, Watch
+
+JOIN_TIMEOUT_S = 600  # nodes of one srun start within seconds; a slow shared file system can take minutes
+FAILURE_GRACE_S = 5.0  # a broken engine has nothing to save
+STOPPED_GRACE_S = 2.5  # Slurm kills this program too, KillWait after its TERM (often 30 s, some sites 5 s)
+HEALTH_EVERY_S = 10
+
+
+class Node:
+    """Runs one node's share; ``run`` returns when the deployment is over.
+
+    Args:
+        settings: the deployment's settings.
+        model: model folder.
+        run_dir: folder of this deployment, shared by the nodes.
+        programs: vLLM, Ray and Python.
+        checks: given URL, seconds until ready and the nodes' names, the command of the smoke test, whose exit code
+            becomes this program's; None for a lasting deployment.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        model: Path,
+        run_dir: Path,
+        programs: Programs,
+        checks: Callable[[str, float, list[str]], list[str]] | None = None,
+    ):
+        self.settings = settings
+        self.model = model
+        self.run_dir = run_dir
+        self.programs = programs
+        self.checks = checks
+        self.watch = Watch(run_dir)
+        self.place: commands.Place | None = None
+        self.started = time.monotonic()
+
+    def run(self) -> int:
+        """Serve until the end; returns the exit code where the end is in order.
+
+        Raises:
+            BadInputError: settings and allocation do not fit together.
+            NodeFailure: a process on any node, or a whole node, ended on its own.
+            StoppedError: a signal asked to stop.
+            CrashError: a deadline passed.
+        """
+        self.settings.local_world_size(self.watch.nodes)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        processes.adopt_orphans()
+        self.watch.catch_signals()
+        before = processes.shared_memory_names()
+        # Short and on the node itself: sockets of Ray and vLLM live here, and their paths must stay below 108 bytes.
+        folder = Path(tempfile.mkdtemp(prefix="serve-", dir="/tmp"))
+        outcome: dict[str, Any] = {"event": "stop"}
+        grace = self.settings.stop_grace_s
+        try:
+            return self._run_head(folder) if self.watch.rank == 0 else self._run_worker(folder)
+        except StopRequest:
+            return 0
+        except NodeFailure as first:
+            failure = NodeFailure(self.watch.settle(first.reports))
+            outcome = {"event": "failure", "reports": failure.reports}
+            grace = min(grace, FAILURE_GRACE_S)
+            raise failure from None
+        except StageError as error:
+            if isinstance(error, StoppedError):
+                grace = min(grace, STOPPED_GRACE_S)
+            outcome = {"event": "error", "problem": error.problem, "fix": error.fix, "exit_code": error.exit_code}
+            raise
+        finally:
+            self.watch.end(outcome, grace)
+            removed = processes.remove_shared_memory(before)
+            if removed:
+                say(f"{self.watch.name}: removed {len(removed)} segments that were left in /dev/shm")
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _run_head(self, folder: Path) -> int:
+        settings, watch = self.settings, self.watch
+        alone = watch.nodes == 1 and not settings.network_interface
+        address = "127.0.0.1" if alone else network.head_address(settings.network_interface)
+        self._take_place(address, address)
+        if watch.nodes > 1:
+            watch.channel = control.HeadChannel(address, self.run_dir)
+            watch.wait(lambda: len(watch.channel.hellos) == watch.nodes - 1, JOIN_TIMEOUT_S, self._missing_nodes)
+        host, reach = self._api_host()
+        api_port, master_port, gcs_port = network.free_ports(address, 3)
+        api_port = settings.port or api_port
+        ray_token = secrets.token_hex(32)
+        environment = self._environment(folder, gcs_port, ray_token)
+        if settings.backend == "ray":
+            self._start_ray(folder, environment, gcs_port)
+            watch.wait(lambda: network.is_open(address, gcs_port), JOIN_TIMEOUT_S, lambda: "waiting for Ray's head")
+        if watch.channel:
+            ports = {"master_port": master_port, "gcs_port": gcs_port}
+            watch.channel.broadcast({"event": "start", "ray_token": ray_token} | ports)
+        if settings.backend == "ray":
+            self._wait_for_ray(environment, gcs_port)
+        self._start_vllm(environment, host, api_port, master_port)
+        self._wait_until_ready(reach, api_port)
+        ready = time.monotonic() - self.started
+        url = f"http://{reach}:{api_port}"
+        say(f"ready after {ready:.1f} s: {url}, model {settings.served_model_name}")
+        if self.checks:
+            return self._run_checks(self.checks(url, ready, self._all_nodes()), environment)
+        return self._stay(url, reach, api_port)
+
+    def _run_worker(self, folder: Path) -> int:
+        watch = self.watch
+        watch.wait(self._join, JOIN_TIMEOUT_S, lambda: f"waiting for the head node to appear in {self.run_dir}")
+        # No deadline of its own from here on: the head has them all, and its end is noticed.
+        watch.wait(lambda: watch.start_message is not None, None, lambda: "waiting for the other nodes")
+        master_port, gcs_port = watch.start_message["master_port"], watch.start_message["gcs_port"]
+        environment = self._environment(folder, gcs_port, watch.start_message["ray_token"])
+        if self.settings.backend == "ray":
+            self._start_ray(folder, environment, gcs_port)
+        else:
+            self._start_vllm(environment, "", 0, master_port)
+        watch.wait(lambda: False, None, None)
+        raise AssertionError("unreachable: the wait ends by an exception only")
+
+    # -- finding each other ---------------------------------------------------------------------------------------
+
+    def _take_place(self, address: str, head: str) -> None:
+        """Settle this node's one address and write ``<node>.json``."""
+        watch = self.watch
+        interface = network.interface_of(address)
+        self.place = commands.Place(watch.rank, watch.nodes, address, interface, head)
+        entry = {"node": watch.name, "rank": watch.rank, "address": address, "interface": interface, "pid": os.getpid()}
+        files.write_json(self.run_dir / f"{watch.name}.json", entry | {"log": str(watch.log)})
+        say(f"{watch.name}: rank {watch.rank} of {watch.nodes}, address {address} ({interface}), log {watch.log}")
+
+    def _join(self) -> bool:
+        found = control.read_rendezvous(self.run_dir)
+        if not found:
+            return False
+        if not self.place:
+            interface = self.settings.network_interface
+            address = network.interface_address(interface) if interface else network.address_towards(found["address"])
+            self._take_place(address, found["address"])
+        self.watch.channel = control.join_head(found, {"node": self.watch.name, "pid": os.getpid()})
+        return self.watch.channel is not None
+
+    def _missing_nodes(self) -> str:
+        here = self._all_nodes()
+        return f"waiting for {self.watch.nodes - len(here)} of {self.watch.nodes} nodes; here: {', '.join(here)}"
+
+    def _all_nodes(self) -> list[str]:
+        return [self.watch.name, *(self.watch.channel.hellos if self.watch.channel else ())]
+
+    def _api_host(self) -> tuple[str, str]:
+        """Where the API listens and under which address it is reached.
+
+        The setting; else loopback unless other machines must reach it, which a test needs not.
+        """
+        lasting_on_cluster = self.checks is None and "SLURM_JOB_ID" in os.environ
+        reach = network.head_address(self.settings.network_interface) if lasting_on_cluster else "127.0.0.1"
+        host = self.settings.host or reach
+        return host, reach if host == "0.0.0.0" else host
+
+    # -- starting -------------------------------------------------------------------------------------------------
+
+    def _environment(self, folder: Path, gcs_port: int, ray_token: str) -> dict[str, str]:
+        ray = (gcs_port, ray_token) if self.settings.backend == "ray" else None
+        return commands.environment(dict(os.environ), self.settings, self.place, folder, ray)
+
+    def _start_vllm(self, environment: dict[str, str], host: str, port: int, master_port: int) -> None:
+        command = commands.serve_command(
+            self.programs.vllm,
+            self.model,
+            self.settings,
+            self.place,
+            host=host,
+            port=port,
+            master_port=master_port,
+            version=commands.vllm_version(),
+        )
+        self.watch.start("vllm", command, environment)
+
+    def _start_ray(self, folder: Path, environment: dict[str, str], gcs_port: int) -> None:
+        agent_port, client_port = network.free_ports(self.place.address, 2)
+        command = commands.ray_command(
+            self.programs.ray,
+            self.settings,
+            self.place,
+            gcs_port=gcs_port,
+            agent_port=agent_port,
+            client_port=client_port,
+            folder=folder,
+        )
+        # `ray start --head` refuses to start while this variable names a cluster.
+        environment = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+        self.watch.start("ray", command, environment)
+
+    def _wait_for_ray(self, environment: dict[str, str], gcs_port: int) -> None:
+        """Until Ray itself counts all nodes: its placement would otherwise wait silently for half an hour."""
+        nodes = self.watch.nodes
+        command = [self.programs.python, "-m", f"{__package__}.ray_nodes", f"{self.place.head}:{gcs_port}", str(nodes)]
+        library = str(Path(__file__).resolve().parents[2])
+        environment = environment | {"PYTHONPATH": f"{library}:{environment.get('PYTHONPATH', '')}".rstrip(":")}
+        child = self.watch.start("ray_nodes", command, environment, ends=True)
+        self.watch.wait(
+            lambda: child.exit_code() is not None, JOIN_TIMEOUT_S, lambda: f"waiting for Ray to count {nodes} nodes"
+        )
+        if child.exit_code():
+            raise NodeFailure([self.watch.report(child)])
+
+    # -- serving --------------------------------------------------------------------------------------------------
+
+    def _wait_until_ready(self, host: str, port: int) -> None:
+        phases = processes.PhaseReader(self.watch.log)
+        self.watch.wait(
+            lambda: health(host, port) == 200,
+            self.settings.ready_timeout_s,
+            lambda: f"waiting for http://{host}:{port}/health: {phases.update()}",
+            "if the log shows that it was still making progress, raise serve.ready_timeout_s",
+        )
+
+    def _run_checks(self, command: list[str], environment: dict[str, str]) -> int:
+        child = self.watch.start("smoke_test", command, environment, ends=True, to_log=False)
+        self.watch.wait(lambda: child.exit_code() is not None, None, None)
+        code = child.exit_code()
+        if code:
+            # A dead engine fails checks too; then the engine is the news.
+            with contextlib.suppress(StopRequest):
+                self.watch.wait(lambda: False, SETTLE_S, None, give_up=False)
+        return code if code >= 0 else CrashError.exit_code
+
+    def _stay(self, url: str, host: str, port: int) -> int:
+        name = self.settings.served_model_name
+        request = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+        key = ' -H "Authorization: Bearer $API_KEY"' if self.settings.api_key else ""
+        curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{request}'"
+        endpoint = self.run_dir / "endpoint.json"
+        files.write_json(endpoint, {"url": f"{url}/v1", "model": name, "nodes": self._all_nodes(), "curl": curl})
+        say(f"URL    {url}/v1\nmodel  {name}\ntry    {curl}\nstop   scancel the job, or: touch {self.run_dir / 'stop'}")
+        misses = 0
+        try:
+            while misses < 3:
+                self.watch.wait(lambda: False, HEALTH_EVERY_S, None, give_up=False)
+                misses = 0 if health(host, port) == 200 else misses + 1
+        finally:
+            endpoint.unlink(missing_ok=True)
+        raise CrashError(f"{url}/health did not answer 200 three times in a row; see {self.watch.log}")
+
+
+def health(host: str, port: int) -> int | None:
+    """Status of ``/health``; None where nothing answers within 2 s."""
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()

@@ -1,0 +1,187 @@
+"""Settings of the serving stage, read from ``settings.json``.
+
+The workflow writes that file from the validated config (section ``serve`` with ``smoke_test`` inside); it is checked
+again here because the programs also run by hand.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInputError
+
+BACKENDS = ("native", "ray")
+# Flags that follow from the allocation or from a setting of their own; engine_args must not contradict them.
+DECIDED_FLAGS = {
+    "nnodes": "the allocation's nodes",
+    "node-rank": "the allocation's nodes",
+    "master-addr": "the head node",
+    "master-port": "a free port of the head node",
+    "headless": "the node's role",
+    "distributed-executor-backend": "serve.backend",
+    "tensor-parallel-size": "serve.tensor_parallel_size",
+    "pipeline-parallel-size": "serve.pipeline_parallel_size",
+    "host": "serve.host",
+    "port": "serve.port",
+    "api-key": "serve.api_key",
+    "max-model-len": "serve.max_model_len",
+    "served-model-name": "serve.served_model_name",
+    "reasoning-parser": "serve.reasoning_parser",
+    "dtype": "serve.dtype",
+    "trust-remote-code": "serve.trust_remote_code",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SmokeSettings:
+    """Settings of the smoke test.
+
+    Attributes:
+        prompts: JSONL of held-out prompts, or None.
+        max_tokens: longest answer in tokens.
+        min_format_rate: share of the held-out prompts that must end their reasoning and answer.
+        concurrency: requests in flight at the same time.
+        request_timeout_s: deadline of one request in seconds.
+        logprobs_max_parameters: models up to this many parameters are compared with transformers.
+        benchmark: whether to measure tokens per second.
+    """
+
+    prompts: str | None = None
+    max_tokens: int = 512
+    min_format_rate: float = 0.9
+    concurrency: int = 8
+    request_timeout_s: float = 120
+    logprobs_max_parameters: float = 2e8
+    benchmark: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSettings:
+    """Settings of a deployment; see ``config/README.md`` for each key's meaning.
+
+    Attributes:
+        engine_args: further flags of ``vllm serve`` without dashes: a value, true (bare flag), false (``--no-flag``),
+            a mapping (JSON), a list (several values) or null (leave out).
+        environment: variables of every serving process; they win over those set here.
+        port: port of the API, 0 for a free one.
+        host: address to listen on; None chooses (see ``node.api_host``).
+        network_interface: interface of the traffic between nodes; None takes the one that routes to the head.
+        ready_timeout_s: deadline in seconds until ``/health`` answers.
+        stop_grace_s: seconds between the request to stop and the kill.
+    """
+
+    backend: str = "native"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    max_model_len: int = 32768
+    served_model_name: str = "deepseek-r1-sft"
+    reasoning_parser: str | None = "deepseek_r1"
+    host: str | None = None
+    port: int = 0
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    engine_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    ready_timeout_s: float = 3600
+    stop_grace_s: float = 30
+    api_key: str | None = None
+    network_interface: str | None = None
+    smoke_test: SmokeSettings = SmokeSettings()
+
+    @property
+    def world_size(self) -> int:
+        """Processes that hold a part of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def local_world_size(self, nodes: int) -> int:
+        """Such processes per node.
+
+        Raises:
+            BadInputError: they cannot be spread evenly.
+        """
+        if self.world_size % nodes:
+            raise BadInputError(
+                f"serve: tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} = {self.world_size} processes do not spread evenly over {nodes} nodes",
+                "change these two, or `nodes` of the rule smoke_test in the profile, so that nodes divides the product",
+            )
+        return self.world_size // nodes
+
+
+def read(path: Path) -> ServeSettings:
+    """Read and check ``settings.json``.
+
+    Raises:
+        BadInputError: unreadable, an unknown key, a wrong type or an impossible value; names the file and the key.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"settings {path} cannot be read: {error}") from None
+    return parse(value, str(path))
+
+
+def parse(value: Any, where: str = "settings") -> ServeSettings:
+    """Turn the JSON value of a settings file into settings; see ``read``."""
+    if not isinstance(value, dict):
+        raise BadInputError(f"{where}: expected an object, found {type(value).__name__}")
+    value = dict(value)
+    smoke = value.pop("smoke_test", None) or {}
+    smoke = SmokeSettings(**_checked(SmokeSettings, smoke, f"{where}: smoke_test."))
+    settings = ServeSettings(**_checked(ServeSettings, value, f"{where}: "), smoke_test=smoke)
+    settings = dataclasses.replace(
+        settings,
+        environment={name: str(text) for name, text in settings.environment.items()},
+        engine_args={name.lstrip("-").replace("_", "-"): flag for name, flag in settings.engine_args.items()},
+    )
+    _check_values(settings, where)
+    return settings
+
+
+def _check_values(settings: ServeSettings, where: str) -> None:
+    if settings.backend not in BACKENDS:
+        raise BadInputError(f"{where}: backend is {settings.backend!r}, expected one of {', '.join(BACKENDS)}")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "max_model_len", "ready_timeout_s", "stop_grace_s"):
+        if getattr(settings, name) <= 0:
+            raise BadInputError(f"{where}: {name} is {getattr(settings, name)}, expected more than 0")
+    if not 0 <= settings.port <= 65535:
+        raise BadInputError(f"{where}: port is {settings.port}, expected 0 (a free one) to 65535")
+    smoke = settings.smoke_test
+    for name in ("max_tokens", "concurrency", "request_timeout_s"):
+        if getattr(smoke, name) <= 0:
+            raise BadInputError(f"{where}: smoke_test.{name} is {getattr(smoke, name)}, expected more than 0")
+    if not 0 <= smoke.min_format_rate <= 1:
+        raise BadInputError(f"{where}: smoke_test.min_format_rate is {smoke.min_format_rate}, expected 0 to 1")
+    for flag in settings.engine_args:
+        if flag in DECIDED_FLAGS:
+            raise BadInputError(
+                f"{where}: engine_args.{flag} is decided by {DECIDED_FLAGS[flag]}", f"remove {flag} from engine_args"
+            )
+
+
+def _checked(kind: type, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadInputError(f"{where.rstrip(': .')}: expected an object, found {type(value).__name__}")
+    hints = typing.get_type_hints(kind)
+    hints.pop("smoke_test", None)
+    for key, entry in value.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            raise BadInputError(f"{where}{key} is unknown", f"did you mean {near[0]}?" if near else "")
+        if not _is(entry, hints[key]):
+            expected = getattr(hints[key], "__name__", str(hints[key]))
+            raise BadInputError(f"{where}{key} is {entry!r}, expected {expected}")
+    return value
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has the annotated type; integers pass as floats, booleans pass as booleans only."""
+    allowed = [typing.get_origin(part) or part for part in typing.get_args(hint) or (hint,)]
+    if typing.get_origin(hint) is dict:
+        allowed = [dict]
+    if isinstance(value, bool):
+        return bool in allowed
+    return isinstance(value, tuple(allowed)) or (isinstance(value, int) and float in allowed)

@@ -1,0 +1,160 @@
+"""Watching one node's processes and the other nodes, and ending all of it together."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..cli import say
+from ..errors import BadInputError, CrashError, StoppedError
+from . import control, network, processes
+from .failures import NodeFailure, StopRequest
+
+PROGRESS_EVERY_S = 10
+TICK_S = 0.25
+SETTLE_S = 2.0  # after a death, time for the other nodes to report theirs: the first to be noticed may be a consequence
+SHOWN_LINES = 25
+
+
+class Watch:
+    """What one node has started and whom it is connected to; ``wait`` raises whatever ends the deployment.
+
+    Attributes:
+        children: processes started here.
+        finished: names of those that may end on their own.
+        channel: connection to the other nodes, None with one node.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        self.rank = int(os.environ.get("SLURM_NODEID", "0"))
+        self.nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        self.name = network.node_name()
+        self.log = run_dir / f"{self.name}.log"
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        self.children: list[processes.Child] = []
+        self.finished: set[str] = set()
+        self.channel: control.HeadChannel | control.WorkerChannel | None = None
+        self.start_message: control.Message | None = None  # on a worker, once the head sent it
+        self._signal: int | None = None
+
+    def catch_signals(self) -> None:
+        """Let TERM, INT and USR1 (Slurm's warning before the time limit) end the deployment in order."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def start(
+        self, name: str, command: list[str], environment: dict[str, str], *, ends: bool = False, to_log: bool = True
+    ) -> processes.Child:
+        """Start a process; unless it ``ends`` on its own, its end is the end of the deployment."""
+        child = processes.start(name, command, environment, self.log if to_log else None)
+        if ends:
+            self.finished.add(name)
+        self.children.append(child)
+        return child
+
+    def wait(
+        self,
+        done: Callable[[], bool],
+        seconds: float | None,
+        waiting_for: Callable[[], str] | None,
+        fix: str = "",
+        give_up: bool = True,
+    ) -> None:
+        """Watch everything until ``done``; with ``give_up``, raise CrashError when ``seconds`` have passed."""
+        begin = said = time.monotonic()
+        limit = "" if seconds is None else f" of {seconds:g}"
+        while True:
+            self._tick()
+            if done():
+                return
+            now = time.monotonic()
+            if seconds is not None and now - begin > seconds:
+                if not give_up:
+                    return
+                what = waiting_for() if waiting_for else "waiting"
+                lines = "".join(f"\n  {self.name}| {line}" for line in processes.last_lines(self.log, SHOWN_LINES))
+                raise CrashError(f"{self.name}: gave up after {seconds:g} s {what}{lines}", fix)
+            if waiting_for and now - said >= PROGRESS_EVERY_S:
+                said = now
+                say(f"{self.name}: {now - begin:.0f} s{limit}: {waiting_for()}")
+            time.sleep(TICK_S)
+
+    def _tick(self) -> None:
+        """Look once at signals, own processes and the other nodes; raises what ends the deployment."""
+        # Messages first: Slurm answers another node's failure by a signal, and then the failure is the news.
+        for message in self.channel.poll() if self.channel else ():
+            self._on_message(message)
+        if self._signal is not None:
+            raise StoppedError(f"{self.name}: stopped by {signal.Signals(self._signal).name}")
+        dead = [child for child in self.children if child.name not in self.finished and child.exit_code() is not None]
+        if dead:
+            raise NodeFailure([self.report(child) for child in dead])
+        self._check_peers()
+        if self.rank == 0 and (self.run_dir / "stop").exists():
+            (self.run_dir / "stop").unlink(missing_ok=True)
+            say(f"{self.name}: stopping, as {self.run_dir / 'stop'} asks")
+            raise StopRequest
+
+    def _on_message(self, message: control.Message) -> None:
+        if message["event"] == "start":
+            self.start_message = message
+        if message["event"] == "failure":
+            raise NodeFailure(message["reports"])
+        if message["event"] == "error":
+            kind = {2: BadInputError, 4: StoppedError}.get(message["exit_code"], CrashError)
+            raise kind(message["problem"], message["fix"])
+        if message["event"] == "stop":
+            raise StopRequest
+
+    def _check_peers(self) -> None:
+        if isinstance(self.channel, control.HeadChannel):
+            gone = self.channel.gone
+        else:
+            gone = ["the head node"] if self.channel and self.channel.closed else []
+        if gone:
+            exits = "is gone: its connection ended without a word (node down, or the program was killed)"
+            silent = {"process": "serve_node", "exit": exits, "log": "", "exceptions": [], "lines": []}
+            raise NodeFailure([{"node": node} | silent for node in gone])
+
+    def report(self, child: processes.Child) -> dict[str, Any]:
+        """What other nodes and the reader need to know about a process that ended."""
+        return {
+            "node": self.name,
+            "process": child.name,
+            "exit": processes.describe_exit(child.exit_code()),
+            "log": str(self.log),
+            "exceptions": processes.exceptions(self.log, self._log_start),
+            "lines": processes.last_lines(self.log, SHOWN_LINES),
+        }
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._signal = number
+
+    def settle(self, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """On the head, collect what other nodes report within moments, so that the cause is among what is shown."""
+        found = {(report["node"], report["process"]): report for report in reports}
+        deadline = time.monotonic() + SETTLE_S
+        while isinstance(self.channel, control.HeadChannel) and time.monotonic() < deadline:
+            for message in self.channel.poll():
+                for report in message.get("reports", []):
+                    found[report["node"], report["process"]] = report
+            for child in self.children if self._signal is None else ():  # a signal ends them too; that is no cause
+                if child.name not in self.finished and child.exit_code() is not None:
+                    found.setdefault((self.name, child.name), self.report(child))
+            time.sleep(TICK_S)
+        return list(found.values())
+
+    def end(self, outcome: dict[str, Any], grace: float) -> None:
+        """Tell the others first, so that all stop at the same time; then stop what runs here."""
+        if isinstance(self.channel, control.HeadChannel):
+            self.channel.broadcast(outcome)
+        elif self.channel and outcome["event"] != "stop":
+            self.channel.send(outcome)
+        processes.stop(self.children, grace)
+        if isinstance(self.channel, control.HeadChannel):
+            control.wait_for_goodbyes(self.channel, grace + 10)
+        if self.channel:
+            self.channel.close()

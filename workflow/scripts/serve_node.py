@@ -1,0 +1,69 @@
+"""Serve a model with vLLM; started once on every node of an allocation, or once without Slurm.
+
+The node with SLURM_NODEID 0 is the head: it offers the API. With --smoke-test it tests the API once it answers, writes
+the receipt and ends with the test's exit code; without, it prints URL and a ready request, writes endpoint.json into
+the run folder and serves until it is stopped (a signal, or a file named `stop` in the run folder).
+
+The first process that dies, on any node, ends all nodes with exit code 5 and is shown with its last lines. Whatever
+happens, nothing keeps running.
+"""
+
+import sys
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli, receipts
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.serving import settings as settings_file
+from deepseek_sft.serving.commands import Programs
+from deepseek_sft.serving.node import Node
+
+
+def main() -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model-receipt", type=Path, required=True, help="receipt of verify_model: the model to serve")
+    parser.add_argument("--settings", type=Path, required=True, help="serve/settings.json, rendered from the config")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this deployment, shared by the nodes")
+    parser.add_argument("--smoke-test", type=Path, help="test the API, write this receipt, and end")
+    parser.add_argument(
+        "--transcript", type=Path, help="the test's transcript [transcript.jsonl beside the run folder]"
+    )
+    arguments = parser.parse_args()
+
+    settings = settings_file.read(arguments.settings)
+    model = receipts.read(arguments.model_receipt, "verify_model")["result"].get("model")
+    if not model or not Path(model, "config.json").is_file():
+        raise BadInputError(f"{arguments.model_receipt} names no model folder with a config.json under `model`")
+    transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
+
+    def smoke_test(url: str, seconds: float, nodes: list[str]) -> list[str]:
+        smoke = settings.smoke_test
+        options = {
+            "url": url,
+            "model": settings.served_model_name,
+            "model-dir": model,
+            "model-receipt": arguments.model_receipt,
+            "receipt": arguments.smoke_test,
+            "transcript": transcript,
+            "prompts": smoke.prompts,
+            "max-tokens": smoke.max_tokens,
+            "min-format-rate": smoke.min_format_rate,
+            "concurrency": smoke.concurrency,
+            "request-timeout": smoke.request_timeout_s,
+            "reasoning-parser": settings.reasoning_parser or "none",
+            "dtype": settings.dtype,
+            "logprobs-max-parameters": smoke.logprobs_max_parameters,
+            "time-to-ready": f"{seconds:.1f}",
+            "hosts": ",".join(nodes),
+        }
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        benchmark = [] if smoke.benchmark else ["--no-benchmark"]
+        return [sys.executable, str(Path(__file__).with_name("smoke_test.py")), *words, *benchmark]
+
+    programs = Programs.beside(sys.executable)
+    return Node(settings, Path(model), arguments.run_dir, programs, smoke_test if arguments.smoke_test else None).run()
+
+
+if __name__ == "__main__":
+    cli.run(main)
