@@ -1,0 +1,291 @@
+"""What a report is made of, read from a results folder: receipts, metrics, histogram, transcript, ends of logs.
+
+Nothing here raises for absent or broken files: a report is read most carefully when something went wrong. What cannot
+be read becomes the stage's state and a note.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInputError
+from . import formatting
+
+CHAIN = (
+    "prepare_data",
+    "tokenize_data",
+    "plan",
+    "prepare_model",
+    "preflight",
+    "train",
+    "convert_checkpoint",
+    "verify_model",
+    "smoke_test",
+)
+OPTIONAL = {"preflight"}  # shown only where it ran: it is also the first step inside train
+UPSTREAM = {
+    "tokenize_data": ("prepare_data",),
+    "train": ("tokenize_data", "prepare_model"),
+    "convert_checkpoint": ("train",),
+    "verify_model": ("convert_checkpoint",),
+    "smoke_test": ("convert_checkpoint",),
+}
+LOG_LINES = 30
+TEXT_LIMIT = 4000  # characters of one text of a transcript
+HELD_OUT = "held_out_format"  # the smoke test's check that asks all held-out prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One named check; ``passed`` is None where it did not apply."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One chat with the served model; ``title`` is the check that asked."""
+
+    title: str
+    question: str
+    reasoning: str
+    answer: str
+
+
+@dataclasses.dataclass
+class Stage:
+    """One stage as found.
+
+    Attributes:
+        state: ``complete``, ``failed``, ``out of date``, ``result gone``, ``unreadable``, ``not finished`` (a log but
+            no receipt) or ``not run``.
+        note: one sentence on the state, may be empty.
+        receipt: the receipt's content; empty unless it could be read.
+        source: the receipt's path relative to the results folder.
+        log: last lines of the newest log, kept for the states that need it.
+    """
+
+    rule: str
+    state: str
+    note: str = ""
+    receipt: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = ""
+    log: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The receipt's figures, or nothing."""
+        return mapping(self.receipt.get("figures"))
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that made the receipt, or nothing."""
+        command = self.receipt.get("command")
+        return [str(word) for word in command] if isinstance(command, list) else []
+
+    @property
+    def checks(self) -> list[Check]:
+        """The receipt's checks, then those that were skipped, with the reason."""
+        made = [
+            Check(
+                str(name), check["passed"] if isinstance(check["passed"], bool) else None, str(check.get("detail", ""))
+            )
+            for figure in self.figures.values()
+            if is_checks(figure)
+            for name, check in figure.items()
+        ]
+        return made + [Check(str(name), None, str(why)) for name, why in mapping(self.figures.get("skipped")).items()]
+
+
+def is_checks(entry: Any) -> bool:
+    """Whether a figure is a table of checks: {name: {"passed": …, "detail": …}}."""
+    return (
+        isinstance(entry, dict) and bool(entry) and all(isinstance(c, dict) and "passed" in c for c in entry.values())
+    )
+
+
+def mapping(entry: Any) -> dict[str, Any]:
+    """The entry if it is a dictionary, else an empty one."""
+    return entry if isinstance(entry, dict) else {}
+
+
+def check_folder(results: Path, logs: Path | None) -> None:
+    """Raise BadInputError where there is nothing to report on, most likely a mistyped folder."""
+    if not results.is_dir():
+        raise BadInputError(
+            f"no results folder at {results}", "give the folder of one experiment, results/<experiment>"
+        )
+    if not any((results / "receipts").glob("*.json")) and not (logs and any(logs.glob("*.log"))):
+        raise BadInputError(
+            f"{results} holds no receipts/*.json, and there are no logs of it",
+            "give the folder of one experiment, results/<experiment>, after at least one stage has started",
+        )
+
+
+def default_logs(results: Path) -> Path | None:
+    """Where the workflow logs this experiment: logs/<experiment> in the project, seen from here or from the results."""
+    results = results.resolve()
+    places = (Path("logs") / results.name, results.parent.parent / "logs" / results.name)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def stages(results: Path, logs: Path | None) -> dict[str, Stage]:
+    """Every stage of the chain in order, then receipts of rules that are not part of it."""
+    known = {path.stem for path in (results / "receipts").glob("*.json")} - {"build_report"}
+    rules = [rule for rule in CHAIN if rule not in OPTIONAL or rule in known] + sorted(known - set(CHAIN))
+    found = {rule: _stage(results, logs, rule) for rule in rules}
+    for rule, upstream in UPSTREAM.items():
+        stage = found[rule]
+        newer = [name for name in upstream if _finished(found[name]) > _finished(stage) > ""]
+        if stage.state == "complete" and newer:
+            stage.state, stage.note = "out of date", f"finished before {' and '.join(newer)} ran again; run it again"
+    return found
+
+
+def _finished(stage: Stage) -> str:
+    """ISO time at which the stage finished (always UTC, so that text order is time order), or empty."""
+    return str(stage.receipt.get("finished") or "")
+
+
+def _stage(results: Path, logs: Path | None, rule: str) -> Stage:
+    source = f"receipts/{rule}.json"
+    log = log_tail(logs / f"{rule}.log") if logs else []
+    try:
+        receipt = json.loads((results / source).read_text(encoding="utf-8"))
+        if not isinstance(receipt, dict) or receipt.get("rule", rule) != rule:
+            raise ValueError(f"it is not a receipt of {rule}")
+    except FileNotFoundError:
+        if ended := _given_up(logs, rule):
+            return Stage(rule, "failed", ended, log=log)
+        state, note = ("not finished", "there is a log but no receipt") if log else ("not run", "")
+        return Stage(rule, state, note, log=log)
+    except (OSError, ValueError, RecursionError) as error:
+        return Stage(rule, "unreadable", f"the receipt cannot be read: {error}", source=source, log=log)
+    stage = Stage(rule, "complete", receipt=receipt, source=source)
+    failed = [check.name for check in stage.checks if check.passed is False]
+    gone = [str(place) for place in mapping(receipt.get("result")).values() if locate(results, place) is None]
+    if failed:
+        stage.state, stage.log = "failed", log
+        stage.note = f"{len(failed)} of {len(stage.checks)} checks failed: {', '.join(failed)}"
+    elif gone:
+        stage.state, stage.note = "result gone", f"no longer there: {', '.join(gone)}"
+    elif stage.figures.get("verdict") == "does not fit":
+        stage.state = "failed"
+    return stage
+
+
+def _given_up(logs: Path | None, rule: str) -> str:
+    """What the marker says that a stage leaves when a retry could not help (bad input, failed gate); empty if none."""
+    try:
+        return (logs / rule / "do-not-retry").read_text(encoding="utf-8", errors="replace").strip() if logs else ""
+    except OSError:
+        return ""
+
+
+def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
+    """Last lines of a log, without terminal sequences; empty if there is none."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 64_000))
+            text = stream.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [formatting.clean(line, 500) for line in text.rstrip("\n").split("\n")[-lines:]] if text.strip() else []
+
+
+def locate(results: Path, place: Any) -> Path | None:
+    """Where a path of a receipt lies now, or None.
+
+    Receipts hold paths as the stage was given them, often relative to the project; a results folder may also have been
+    copied elsewhere. So: as written, from the project's folder, and by what follows the experiment's name.
+    """
+    if not isinstance(place, str) or not place:
+        return None
+    path = Path(place)
+    candidates = [path, results.parent.parent / path]
+    if results.name in path.parts:
+        after = len(path.parts) - path.parts[::-1].index(results.name)
+        candidates.append(results.joinpath(*path.parts[after:]))
+    try:
+        return next((candidate for candidate in candidates if candidate.exists()), None)
+    except (OSError, ValueError):
+        return None
+
+
+def result_path(results: Path, stage: Stage, name: str) -> Path | None:
+    """Where one result of a stage lies now, or None."""
+    return locate(results, mapping(stage.receipt.get("result")).get(name))
+
+
+def training_metrics(results: Path, train: Stage) -> list[dict[str, Any]]:
+    """The metrics that the receipt names; the newest run's where training began but left no readable receipt."""
+    if train.receipt or train.state == "not run":
+        return metrics(result_path(results, train, "metrics"))
+    runs = (results / "train" / "runs").glob("*/metrics.jsonl")
+    return metrics(max(runs, key=lambda file: file.stat().st_mtime, default=None))
+
+
+def transcript_path(results: Path, smoke_test: Stage) -> Path | None:
+    """The transcript, also of a smoke test that failed and so left no receipt."""
+    kept = results / "serve" / "transcript.jsonl"
+    if smoke_test.rule == "smoke_test" and smoke_test.state == "failed" and not smoke_test.receipt and kept.exists():
+        return kept
+    return result_path(results, smoke_test, "transcript")
+
+
+def metrics(path: Path | None) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl by step; of a step that ran twice (resumed) the later line counts, broken lines do not."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in _json_lines(path):
+        if isinstance(line.get("step"), int):
+            by_step[line["step"]] = line
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def transcript(path: Path | None, example: Any, limit: int) -> list[Sample]:
+    """Chats of the smoke test's transcript, held-out prompts first, each question once; else the receipt's example."""
+    found: dict[str, Sample] = {}
+    for entry in _json_lines(path):
+        sample = _chat(entry)
+        if sample and (sample.question not in found or sample.title == HELD_OUT):
+            found[sample.question] = sample
+    samples = sorted(found.values(), key=lambda sample: sample.title != HELD_OUT)
+    if not samples and isinstance(example, dict):
+        samples = [_made_sample("", example.get("prompt"), example.get("reasoning"), example.get("answer"))]
+    return [sample for sample in samples if sample.question][:limit]
+
+
+def _chat(entry: dict[str, Any]) -> Sample | None:
+    """The chat in one line of the transcript; None for other requests, streams, refusals and what was cut."""
+    messages = mapping(entry.get("request")).get("messages")
+    try:
+        message = json.loads(entry["response"])["choices"][0]["message"]
+        reasoning = message.get("reasoning") or message.get("reasoning_content")
+        return _made_sample(entry.get("check"), messages[-1]["content"], reasoning, message.get("content"))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _made_sample(*texts: Any) -> Sample:
+    return Sample(*(formatting.clean(text if isinstance(text, str) else "", TEXT_LIMIT) for text in texts))
+
+
+def _json_lines(path: Path | None) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON-lines file; lines that are none (a half-written last line) are skipped."""
+    if path is None:
+        return
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(entry, dict):
+                    yield entry
+    except OSError:
+        return
