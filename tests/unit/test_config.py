@@ -1,0 +1,118 @@
+"""Promises of the configuration: defaults, errors to act on, and what re-runs what."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deepseek_sft import config
+from deepseek_sft.errors import BadInputError
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def production() -> dict[str, Any]:
+    return yaml.safe_load((PROJECT / "config/config.yaml").read_text())
+
+
+def merged_demo(production: dict[str, Any]) -> dict[str, Any]:
+    demo = yaml.safe_load((PROJECT / "config/experiments/demo.yaml").read_text())
+    for key, value in demo.items():
+        if isinstance(value, dict):
+            production[key].update(value)
+        else:
+            production[key] = value
+    return production
+
+
+def test_shipped_configurations_are_valid(production):
+    assert config.resolve(production)["train"]["learning_rate"] == 2e-7
+    assert config.resolve(merged_demo(production))["accelerator"] == "cpu"
+
+
+def test_defaults_fill_sections_that_are_absent_or_empty(production):
+    del production["smoke_test"]
+    production["convert"] = None
+    resolved = config.resolve(production)
+    assert resolved["smoke_test"]["min_format_rate"] == 0.9
+    assert resolved["convert"]["dtype"] == "bf16"
+
+
+def test_resolving_does_not_change_its_argument(production):
+    before = copy.deepcopy(production)
+    config.resolve(production)
+    assert production == before
+
+
+def test_number_without_dot_is_read_as_a_number(production):
+    production["train"]["learning_rate"] = yaml.safe_load("2e-7")
+    assert config.resolve(production)["train"]["learning_rate"] == 2e-7
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("train", "lerning_rate", 1e-5, ["train.lerning_rate", "`learning_rate`", "learning_rate: 1e-05"]),
+        ("train", "max_length", 5, ["train.max_length", "belongs to `data:`"]),
+        ("train", "strategy", "zero9", ["train.strategy", "'zero9'", "zero3, zero3_offload"]),
+        ("train", "micro_batch_size", "two", ["train.micro_batch_size", "'two'", "integer"]),
+        ("serve", "port", 70000, ["serve.port", "70000", "65535"]),
+        ("train", "ranks_per_node", 8, ["train.ranks_per_node", "leave it null"]),
+        ("train", "min_learning_rate", 1.0, ["train.min_learning_rate", "above learning_rate"]),
+        ("smoke_test", "max_tokens", 99999, ["smoke_test.max_tokens", "max_model_len"]),
+        ("model", "tiny", {}, ["exactly one of `base`", "`tiny`"]),
+    ],
+)
+def test_error_names_key_value_and_what_is_allowed(production, section, key, value, expected):
+    production[section][key] = value
+    with pytest.raises(BadInputError) as error:
+        config.resolve(production)
+    for words in expected:
+        assert words in str(error.value)
+
+
+def test_all_problems_are_told_at_once(production):
+    production["train"]["strategy"] = "zero9"
+    production["serve"]["port"] = -1
+    with pytest.raises(BadInputError) as error:
+        config.resolve(production)
+    assert "train.strategy" in str(error.value)
+    assert "serve.port" in str(error.value)
+
+
+def test_missing_section_says_what_it_is(production):
+    del production["data"]["sources"]
+    with pytest.raises(BadInputError, match=r"`sources` is missing.*JSONL"):
+        config.resolve(production)
+
+
+def test_sequence_parallel_size_must_divide_the_ranks_of_a_cpu_node(production):
+    demo = merged_demo(production)
+    demo["train"]["sequence_parallel_size"] = 4
+    with pytest.raises(BadInputError, match=r"does not divide the 2 ranks.*allowed: 1, 2"):
+        config.resolve(demo)
+
+
+def test_operational_keys_are_known_keys():
+    properties = config.schema()["properties"]
+    for section, keys in config.OPERATIONAL.items():
+        assert keys <= set(properties[section]["properties"])
+
+
+def test_every_key_is_described():
+    def described(node, path=""):
+        for key, child in node.get("properties", {}).items():
+            if "properties" in child and not path:
+                assert child.get("properties"), key
+            else:
+                assert child.get("description"), f"{path}{key}"
+            described(child, f"{path}{key}.")
+
+    described(config.schema())
+
+
+def test_documentation_is_current():
+    assert (PROJECT / "config/README.md").read_text() == config.documentation()

@@ -1,0 +1,134 @@
+"""What the rules are given, and which change of the configuration changes it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.experiment import Experiment
+from deepseek_sft.slurm import Allocation
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def demo(**changes) -> Experiment:
+    """The demo experiment with changes given as section={key: value}."""
+    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
+    overlays = [yaml.safe_load((PROJECT / "config/experiments/demo.yaml").read_text()), changes]
+    for overlay in overlays:
+        for key, value in overlay.items():
+            if isinstance(value, dict):
+                config[key] = config[key] | value
+            else:
+                config[key] = value
+    return Experiment.from_config(config)
+
+
+def what_rules_see(experiment: Experiment) -> dict[str, str]:
+    rules = ("prepare_data", "tokenize_data", "prepare_model", "convert_checkpoint")
+    return {rule: experiment.arguments(rule) for rule in rules} | {
+        rule: experiment.settings(rule) for rule in ("train", "smoke_test")
+    }
+
+
+def changed(**changes) -> set[str]:
+    before, after = what_rules_see(demo()), what_rules_see(demo(**changes))
+    return {rule for rule in before if before[rule] != after[rule]}
+
+
+def test_learning_rate_changes_train_alone():
+    assert changed(train={"learning_rate": 1e-4}) == {"train"}
+
+
+def test_smoke_test_settings_change_smoke_test_alone():
+    assert changed(smoke_test={"min_format_rate": 0.5}) == {"smoke_test"}
+
+
+def test_max_length_changes_tokenize_data_alone():
+    assert changed(data={"max_length": 64}) == {"tokenize_data"}
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("train", {"save_every_steps": 7, "keep_checkpoints": 5, "log_every_steps": 3, "first_loss_max": None}),
+        ("train", {"environment": {"NCCL_DEBUG": "INFO"}}),
+        ("convert", {"memory": "2GB", "workers": 1, "full_check": True}),
+        ("serve", {"ready_timeout_s": 5, "stop_grace_s": 1}),
+    ],
+)
+def test_operational_keys_change_nothing(section, change):
+    assert changed(**{section: change}) == set()
+
+
+def test_key_order_changes_nothing():
+    first = demo(train={"learning_rate": 1e-3, "seed": 3})
+    second = demo(train={"seed": 3, "learning_rate": 1e-3})
+    assert what_rules_see(first) == what_rules_see(second)
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
+def test_a_path_of_any_characters_stays_one_argument(name):
+    import shlex
+
+    arguments = shlex.split(demo(data={"sources": [f"folder/{name}"]}).arguments("prepare_data"))
+    assert f"folder/{name}" in arguments
+
+
+def test_written_configuration_resolves_to_itself(tmp_path):
+    experiment = demo(results=str(tmp_path))
+    experiment.write_config()
+    written = yaml.safe_load((tmp_path / "demo" / "config.yaml").read_text())
+    assert Experiment.from_config(written) == experiment
+
+
+def test_missing_source_is_named_with_its_nearest_neighbour():
+    with pytest.raises(BadInputError) as error:
+        demo(data={"sources": ["config/confg.yaml"]}).check_external_paths(["prepare_data"])
+    assert "data.sources[0]: config/confg.yaml does not exist" in str(error.value)
+    assert "did you mean config/config.yaml" in str(error.value)
+
+
+def test_missing_path_of_a_rule_that_does_not_run_is_no_error():
+    demo(data={"sources": ["nowhere.jsonl"]}).check_external_paths(["smoke_test"])
+
+
+def test_format_prefix_is_not_part_of_a_source_path():
+    experiment = demo(data={"sources": ["openai=config/config.yaml"]})
+    assert experiment.missing_paths(["prepare_data"]) == []
+    assert experiment.state_of_sources()[0].startswith("config/config.yaml: ")
+
+
+def test_configured_environment_replaces_the_locked_one():
+    experiment = demo(envs={"train": {"python": "/opt/site/bin/python", "activate": "module load cuda"}})
+    assert experiment.python("train") == "/opt/site/bin/python"
+    assert experiment.activate("train") == "module load cuda"
+    assert experiment.environment_markers("train") == []
+    assert experiment.environment_markers("serve") == [".envs/serve-cpu.json"]
+
+
+def production(**serve) -> Experiment:
+    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
+    config["serve"] |= serve
+    return Experiment.from_config(config)
+
+
+def test_published_shape_fits():
+    shapes = {"train": Allocation(nodes=32, gres="gpu:8"), "smoke_test": Allocation(nodes=4, gres="gpu:h100:8")}
+    production().check_shapes(shapes)
+
+
+@pytest.mark.parametrize(
+    ("train", "serve", "words"),
+    [
+        (Allocation(nodes=32, gres="gpu:6"), Allocation(nodes=4, gres="gpu:8"), "does not divide the 6 GPUs"),
+        (Allocation(nodes=32, gres="gpu:8"), Allocation(nodes=3, gres="gpu:8"), "spread evenly over the 3 nodes"),
+        (Allocation(nodes=32, gres="gpu:8"), Allocation(nodes=2, gres="gpu:8"), "needs 16 GPUs on each of 2 nodes"),
+    ],
+)
+def test_shape_that_cannot_work_is_refused(train, serve, words):
+    with pytest.raises(BadInputError, match=words):
+        production().check_shapes({"train": train, "smoke_test": serve})

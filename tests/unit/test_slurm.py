@@ -1,0 +1,105 @@
+"""Rendered sbatch scripts: golden files, and allocations."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deepseek_sft import slurm
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.slurm import Allocation
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+CLUSTER = Allocation(
+    nodes=32,
+    cpus_per_task=96,
+    mem_mb=1900000,
+    runtime=5760,
+    partition="gpu",
+    gres="gpu:8",
+    extra="--signal=USR1@3600 --exclusive",
+    account="project-7",
+)
+CONTEXT = {
+    "project": "/shared/project with space",
+    "experiment": "r1",
+    "results": "results/r1",
+    "logs": "logs/r1",
+    "python": ".envs/train/bin/python",
+    "activate": "",
+    "accelerator": "cuda",
+    "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN"},
+    "ranks_per_node": None,
+}
+CASES = {
+    "train.slurm": ("train", CLUSTER, CONTEXT | {"activate": "module load cuda/12.6"}),
+    "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2}),
+    "smoke_test.slurm": ("smoke_test", CLUSTER, CONTEXT | {"python": ".envs/serve-cuda/bin/python"}),
+    "smoke_test.local": ("smoke_test", Allocation(), CONTEXT | {"environment": {}}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rendered_script_equals_its_golden_file(name):
+    """A wanted change: render anew with `python tests/unit/test_slurm.py` and read the difference."""
+    assert slurm.render(*CASES[name]) == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rendered_script_is_valid_bash(name, tmp_path):
+    script = tmp_path / "script"
+    script.write_text(slurm.render(*CASES[name]))
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+def test_script_asked_for_several_nodes_refuses_to_run_outside_slurm(tmp_path):
+    script = tmp_path / "script"
+    script.write_text(slurm.render("train", Allocation(nodes=2), CONTEXT | {"project": str(tmp_path)}))
+    done = subprocess.run(["bash", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "submit this file with sbatch" in done.stderr
+
+
+def test_name_that_the_context_lacks_is_told():
+    with pytest.raises(BadInputError, match="python"):
+        slurm.render("train", CLUSTER, {key: value for key, value in CONTEXT.items() if key != "python"})
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"), [("gpu:8", 8), ("gpu:h100:4", 4), ("gpu", 1), ("", None), ("nvme:1,gpu:2", 2), ("tmp:5", None)]
+)
+def test_gpus_are_read_from_gres(gres, gpus):
+    assert Allocation(gres=gres).gpus_per_node() == gpus
+
+
+def test_allocation_without_a_node_is_refused():
+    with pytest.raises(BadInputError, match="nodes is 0"):
+        Allocation(nodes=0)
+
+
+def fake_sinfo(folder: Path, answer: str, monkeypatch) -> None:
+    program = folder / "sinfo"
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_too_many_nodes_are_told_with_the_profile_line_to_write(tmp_path, monkeypatch):
+    fake_sinfo(tmp_path, "echo 4", monkeypatch)
+    problem = slurm.check_nodes("train", Allocation(nodes=9, partition="gpu"))
+    assert "rule train asks for nodes: 9, but partition gpu has 4" in problem
+    assert "      train:\n        nodes: 4" in problem
+    assert slurm.check_nodes("train", Allocation(nodes=4, partition="gpu")) is None
+
+
+def test_silent_sinfo_is_no_obstacle(tmp_path, monkeypatch):
+    fake_sinfo(tmp_path, "exit 1", monkeypatch)
+    assert slurm.check_nodes("train", Allocation(nodes=9)) is None
+
+
+if __name__ == "__main__":
+    for case, arguments in CASES.items():
+        (GOLDEN / f"{case}.sbatch").write_text(slurm.render(*arguments))

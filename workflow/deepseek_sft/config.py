@@ -1,0 +1,190 @@
+"""The configuration of an experiment: defaults, validation with errors to act on, and what each rule sees of it.
+
+The schema (workflow/schemas/config.schema.yaml, JSON Schema 2020-12) is the one source of keys, defaults and
+documentation.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from .errors import BadInputError
+
+SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
+
+# Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
+OPERATIONAL = {
+    "data": set(),
+    "model": set(),
+    "train": {"save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max", "environment"},
+    "convert": {"memory", "workers", "full_check"},
+    "serve": {"ready_timeout_s", "stop_grace_s"},
+    "smoke_test": {"request_timeout_s"},
+}
+
+
+def schema() -> dict[str, Any]:
+    """The configuration's JSON Schema."""
+    return yaml.safe_load(SCHEMA_FILE.read_text(encoding="utf-8"))
+
+
+def resolve(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill defaults in and validate.
+
+    Args:
+        config: the merged configuration files.
+
+    Returns:
+        A new dictionary with every key of the schema.
+
+    Raises:
+        BadInputError: every problem found, each with the key's path, its value, what is allowed and what to write.
+    """
+    tree = schema()
+    resolved = _with_defaults(copy.deepcopy(config), tree)
+    problems = [_explain(error, tree) for error in jsonschema.Draft202012Validator(tree).iter_errors(resolved)]
+    if not problems:
+        problems = list(_contradictions(resolved))
+    if problems:
+        raise BadInputError("the configuration is not valid\n" + "\n".join(f"  - {p}" for p in problems))
+    return resolved
+
+
+def operational(section: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The operational keys of a section."""
+    return {key: value for key, value in config[section].items() if key in OPERATIONAL[section]}
+
+
+def shaping(section: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a section that decide its result."""
+    return {key: value for key, value in config[section].items() if key not in OPERATIONAL[section]}
+
+
+def _with_defaults(value: Any, node: dict[str, Any]) -> Any:
+    if node.get("type") == "number" and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 2e-7 (no dot, or no sign) as text
+        except ValueError:
+            return value
+    if isinstance(value, dict) and "properties" in node:
+        for key, child in node["properties"].items():
+            if value.get(key) is None and "default" in child and not _nullable(child):
+                value[key] = copy.deepcopy(child["default"])  # `train:` with nothing below it is null in YAML
+            elif key not in value and "default" in child:
+                value[key] = copy.deepcopy(child["default"])
+            elif key not in value and child.get("type") == "object":
+                value[key] = {}
+            if key in value:
+                value[key] = _with_defaults(value[key] if value[key] is not None or _nullable(child) else {}, child)
+    return value
+
+
+def _nullable(node: dict[str, Any]) -> bool:
+    kind = node.get("type", [])
+    return "null" in (kind if isinstance(kind, list) else [kind])
+
+
+def _explain(error: jsonschema.ValidationError, tree: dict[str, Any]) -> str:
+    """One line for the person who must act."""
+    place = ".".join(str(part) for part in error.absolute_path) or "top level"
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = sorted(set(error.instance) - set(known))
+        return "\n  - ".join(_unknown_key(place, key, error.instance[key], known, tree) for key in unknown)
+    if error.validator == "required":
+        absent = next(key for key in error.validator_value if key not in error.instance)
+        return f"{place}: the key `{absent}` is missing: {_describe(tree, [*error.absolute_path, absent])}"
+    allowed = {
+        "enum": lambda: f"one of {', '.join(map(str, error.validator_value))}",
+        "type": lambda: f"a value of type {error.validator_value}",
+        "pattern": lambda: f"text like {error.validator_value}",
+    }.get(error.validator, lambda: f"{error.validator} {error.validator_value}")()
+    described = _describe(tree, list(error.absolute_path))
+    return f"{place}: {error.instance!r} is not allowed, expected {allowed}. {described}"
+
+
+def _unknown_key(place: str, key: str, value: Any, known: list[str], tree: dict[str, Any]) -> str:
+    path = "" if place == "top level" else f"{place}."
+    elsewhere = [section for section, node in tree["properties"].items() if key in node.get("properties", {})]
+    if elsewhere:
+        return f"{path}{key}: unknown key; `{key}` belongs to `{elsewhere[0]}:`"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        return f"{path}{key}: unknown key; known keys here: {', '.join(known)}"
+    shown = value if isinstance(value, (str, int, float, bool)) else "…"
+    *parents, leaf = [*([] if not path else place.split(".")), near[0]]
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate(parents)]
+    lines.append(f"{'  ' * len(parents)}{leaf}: {shown}")
+    written = "".join(f"\n        {line}" for line in lines)
+    return f"{path}{key}: unknown key; did you mean `{near[0]}`? Write:{written}"
+
+
+def _describe(tree: dict[str, Any], path: list[Any]) -> str:
+    node = tree
+    for part in path:
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+    return str(node.get("description", "")).strip()
+
+
+def _contradictions(config: dict[str, Any]) -> Iterator[str]:
+    """Settings that are each allowed but impossible together."""
+    model, train, serve = config["model"], config["train"], config["serve"]
+    if (model["base"] is None) == (model["tiny"] is None):
+        yield "model: give exactly one of `base` (a folder) and `tiny` (make a small random model)"
+    cpu = config["accelerator"] == "cpu"
+    if cpu and train["ranks_per_node"] is None:
+        yield "train.ranks_per_node: say how many ranks a node runs, since `accelerator: cpu` has no GPUs to count"
+    if not cpu and train["ranks_per_node"] is not None:
+        yield "train.ranks_per_node: leave it null, since with `accelerator: cuda` it is the number of GPUs of a node"
+    if cpu and train["attention"] == "flash":
+        yield "train.attention: `flash` needs GPUs; use `auto` or `sdpa`"
+    ranks = train["ranks_per_node"]  # of GPU nodes only the profile knows: Experiment.check_shapes
+    size = train["sequence_parallel_size"]
+    if cpu and ranks and ranks % size:
+        yield (
+            f"train.sequence_parallel_size: {size} does not divide the {ranks} ranks of a node; "
+            f"allowed: {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+        )
+    if train["min_learning_rate"] > train["learning_rate"]:
+        yield "train.min_learning_rate: is above learning_rate"
+    if serve["max_model_len"] < config["smoke_test"]["max_tokens"]:
+        yield "smoke_test.max_tokens: is above serve.max_model_len, so that no request could be accepted"
+    if train["warmup_ratio"] == 1 and train["lr_schedule"] == "cosine":
+        yield "train.warmup_ratio: 1 leaves no step for the cosine"
+
+
+def documentation() -> str:
+    """config/README.md: every key with its meaning, unit and default, generated from the schema."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from `workflow/schemas/config.schema.yaml` by `workflow/scripts/document_config.py`.",
+        "Each further `--configfile` is merged over the earlier ones, key by key.",
+        "Changing an *operational* key re-runs nothing.",
+        "",
+        "| key | default | meaning |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{path}` | {default} | {text} |" for path, default, text in _rows(schema(), "")]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
+    required = node.get("required", [])
+    for key, child in node.get("properties", {}).items():
+        path = f"{prefix}{key}"
+        kind = "One of " + ", ".join(f"`{v}`" for v in child["enum"]) + ". " if "enum" in child else ""
+        if "properties" not in child or child.get("description"):
+            default = "required" if key in required and "default" not in child else f"`{_yaml(child.get('default'))}`"
+            text = (kind + " ".join(str(child.get("description", "")).split())).replace("|", "\\|")
+            yield path, default, text
+        yield from _rows(child, f"{path}.")
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip() if value != "" else '""'

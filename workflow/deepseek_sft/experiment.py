@@ -1,0 +1,258 @@
+"""What the rules ask about an experiment: paths, command-line arguments, settings, and whether its inputs are there.
+
+Everything here is a pure function of the configuration, apart from looking at external paths.
+"""
+
+import dataclasses
+import difflib
+import glob
+import shlex
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import config as configuration
+from . import files
+from .errors import BadInputError
+from .slurm import Allocation
+
+CHAIN = (
+    "prepare_data",
+    "tokenize_data",
+    "prepare_model",
+    "train",
+    "convert_checkpoint",
+    "verify_model",
+    "smoke_test",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment.
+
+    Attributes:
+        config: the resolved configuration.
+        results: ``<results>/<experiment>``.
+        logs: ``logs/<experiment>``.
+    """
+
+    config: dict[str, Any]
+    results: str
+    logs: str
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Experiment":
+        """Validate a merged configuration; raises BadInputError with every problem."""
+        resolved = configuration.resolve(config)
+        name = resolved["experiment"]
+        return cls(resolved, f"{resolved['results'].rstrip('/')}/{name}", f"logs/{name}")
+
+    def write_config(self) -> None:
+        """Write the resolved configuration to ``<results>/config.yaml``, for people; never an input."""
+        head = "# The resolved configuration of the last start, defaults filled in. Changing it does nothing.\n"
+        files.write_text(f"{self.results}/config.yaml", head + yaml.safe_dump(self.config, sort_keys=False))
+
+    # ---- environments
+
+    def environment_name(self, stage: str) -> str:
+        """Locked environment of a stage: ``workflow``, ``train``, ``serve-cpu`` or ``serve-cuda``."""
+        return f"serve-{self.config['accelerator']}" if stage == "serve" else stage
+
+    def environment_markers(self, stage: str) -> list[str]:
+        """Files that say that the stage's locked environment is built; none where an existing one is configured."""
+        return [] if self.config["envs"].get(stage) else [f".envs/{self.environment_name(stage)}.json"]
+
+    def python(self, stage: str) -> str:
+        """Interpreter of a stage."""
+        if stage == "workflow":
+            return sys.executable
+        own = self.config["envs"].get(stage)
+        return own["python"] if own else f".envs/{self.environment_name(stage)}/bin/python"
+
+    def activate(self, stage: str) -> str:
+        """Shell line to run before the stage's interpreter, or nothing."""
+        return (self.config["envs"].get(stage) or {}).get("activate", "")
+
+    # ---- what each rule is given
+
+    def arguments(self, rule: str) -> str:
+        """Command-line arguments of a rule's script that decide its result, in a fixed order, shell-quoted."""
+        data, results = self.config["data"], self.results
+        if rule == "prepare_data":
+            words = [
+                *("--source", *data["sources"]),
+                *("--output", f"{results}/data/train.jsonl"),
+                *("--rejects", f"{results}/data/rejects.jsonl"),
+                *("--on-invalid", data["on_invalid"]),
+            ]
+        elif rule == "tokenize_data":
+            words = [
+                *("--input", f"{results}/data/train.jsonl"),
+                *("--tokenizer", self.tokenizer()),
+                *("--template", data["template"]),
+                *("--output", f"{results}/data/tokens"),
+                *("--rejects", f"{results}/data/tokenize_rejects.jsonl"),
+                *("--statistics", f"{results}/data/statistics.json"),
+                *("--max-length", data["max_length"]),
+                *("--history-reasoning", data["history_reasoning"]),
+                *("--on-too-long", data["on_too_long"]),
+            ]
+        elif rule == "prepare_model":
+            tiny = self.config["model"]["tiny"]
+            words = ["--output", f"{results}/base"]
+            if tiny is None:
+                words += ["--base", self.config["model"]["base"]]
+            else:
+                words += ["--tiny"]
+                words += [word for key, value in sorted(tiny.items()) for word in (f"--{key.replace('_', '-')}", value)]
+        elif rule == "convert_checkpoint":
+            convert = self.config["convert"]
+            words = ["--output", f"{results}/model", "--dtype", convert["dtype"]]
+            words += ["--max-shard-size", convert["max_shard_size"]]
+        else:
+            raise AssertionError(f"no arguments are defined for {rule}")
+        return shlex.join(map(str, words))
+
+    def operational_arguments(self, rule: str) -> str:
+        """Arguments that steer a rule's run without changing its result."""
+        convert = self.config["convert"]
+        words = {
+            # --replace: a folder made from other inputs gives way once the new one is complete
+            "prepare_model": ["--replace"],
+            "convert_checkpoint": ["--replace", "--memory", convert["memory"], "--workers", convert["workers"]],
+            "verify_model": ["--full"] if convert["full_check"] else [],
+        }[rule]
+        return shlex.join(map(str, words))
+
+    def settings(self, rule: str) -> str:
+        """Canonical JSON of the settings that decide the result of ``train`` or ``smoke_test``."""
+        if rule == "train":
+            return files.canonical_json(configuration.shaping("train", self.config))
+        serve = configuration.shaping("serve", self.config)
+        return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
+
+    def operational(self, rule: str) -> str:
+        """Canonical JSON of the settings of ``train`` or ``smoke_test`` that change no result."""
+        section = "train" if rule == "train" else "serve"
+        return files.canonical_json(configuration.operational(section, self.config))
+
+    def render_arguments(self, rule: str) -> str:
+        """Arguments of render_sbatch.py that say where things lie and what runs them."""
+        stage = "train" if rule == "train" else "serve"
+        words = [
+            *("--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]),
+            *("--python", self.python(stage), f"--activate={self.activate(stage)}"),
+        ]
+        return shlex.join(words)
+
+    def tokenizer(self) -> str:
+        """Folder with tokenizer.json."""
+        return self.config["data"]["tokenizer"] or self.config["model"]["base"] or f"{self.results}/base"
+
+    def tokenizer_is_made(self) -> bool:
+        """Whether the tokenizer comes with the tiny model that prepare_model makes."""
+        return self.tokenizer() == f"{self.results}/base"
+
+    # ---- external files
+
+    def state_of_sources(self) -> list[str]:
+        """Name, size and time of every source file: a changed source re-runs prepare_data."""
+        return [_state(path) for pattern in self._patterns() for path in _matches(pattern)]
+
+    def state_of_base(self) -> str:
+        """State of the base model's config and index."""
+        base = self.config["model"]["base"]
+        return ", ".join(_state(f"{base}/{n}") for n in ("config.json", "model.safetensors.index.json") if base)
+
+    def state_of_prompts(self) -> str:
+        """State of the smoke test's prompts."""
+        prompts = self.config["smoke_test"]["prompts"]
+        return _state(prompts) if prompts else ""
+
+    def missing_paths(self, rules: Collection[str] = CHAIN) -> list[str]:
+        """One sentence for each external path that does not exist and that one of ``rules`` reads."""
+        config, envs = self.config, self.config["envs"]
+        named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
+        named += [
+            ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
+            ("prepare_model", "model.base", config["model"]["base"]),
+            ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
+        ]
+        for rule, stage in (("train", "train"), ("smoke_test", "serve")):
+            own = envs.get(stage)
+            if own and not own["activate"]:  # an activated environment may exist on compute nodes only
+                named.append((rule, f"envs.{stage}.python", own["python"]))
+        return [
+            f"{key}: {path} does not exist{_near(path)}"
+            for rule, key, path in named
+            if rule in rules and path and not _matches(path)
+        ]
+
+    def check_external_paths(self, rules: Collection[str] = CHAIN) -> None:
+        """Raises BadInputError naming every missing path that ``rules`` read."""
+        if problems := self.missing_paths(rules):
+            raise BadInputError(
+                "the configuration names files that do not exist\n" + "\n".join(f"  - {p}" for p in problems),
+                "correct the path in the configuration (relative paths start at the project's folder)",
+            )
+
+    def check_shapes(self, allocations: dict[str, Allocation]) -> None:
+        """Raises BadInputError where training's or serving's parallel sizes do not fit the profile's nodes and GPUs."""
+        train, serve = allocations.get("train"), allocations.get("smoke_test")
+        problems = []
+        if self.config["accelerator"] == "cuda" and train and (gpus := train.gpus_per_node()):
+            size = self.config["train"]["sequence_parallel_size"]
+            if gpus % size:
+                allowed = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
+                problems.append(
+                    f"train.sequence_parallel_size: {size} does not divide the {gpus} GPUs of a node "
+                    f"(profile, set-resources: train: gres: {train.gres}); allowed: {allowed}"
+                )
+        if serve:
+            ranks = self.config["serve"]["tensor_parallel_size"] * self.config["serve"]["pipeline_parallel_size"]
+            per_node = serve.gpus_per_node() if self.config["accelerator"] == "cuda" else None
+            if ranks % serve.nodes:
+                problems.append(
+                    f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} cannot be spread evenly over the "
+                    f"{serve.nodes} nodes of the profile (set-resources: smoke_test: nodes)"
+                )
+            elif per_node and ranks // serve.nodes > per_node:
+                problems.append(
+                    f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} needs "
+                    f"{ranks // serve.nodes} GPUs on each of {serve.nodes} nodes; "
+                    f"the profile gives {per_node} (set-resources: smoke_test: gres)"
+                )
+        if problems:
+            raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _patterns(self) -> list[str]:
+        return [_without_format(source) for source in self.config["data"]["sources"]]
+
+
+def _without_format(source: str) -> str:
+    head, separator, tail = source.partition("=")
+    return tail if separator and head.isidentifier() else source
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  patterns may be absolute
+
+
+def _state(path: str | Path) -> str:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return f"{path}: missing"
+    return f"{path}: {status.st_size} bytes, {status.st_mtime_ns}"
+
+
+def _near(path: str | Path) -> str:
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f" (nor does its folder {folder})"
+    near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.iterdir()], n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""

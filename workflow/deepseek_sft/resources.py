@@ -1,0 +1,70 @@
+"""The one place that touches Snakemake's rule objects (Snakemake is pinned): resources after profile and command line.
+
+The Slurm plugin runs a multi-node body in the batch step, on the first node, with a nested srun that sees the whole
+allocation, in exactly one combination: ``mpi: ""``, ``tasks`` = ``nodes``, ``tasks_per_gpu: 0``. Without ``mpi`` the
+body runs inside a one-task step and srun fails or hangs; without ``tasks_per_gpu`` the number of tasks is wrong.
+"""
+
+from typing import Any
+
+from snakemake.iocontainers import Wildcards
+
+from .errors import BadInputError
+from .slurm import Allocation, check_nodes
+
+# Slurm resource → field of Allocation
+FIELDS = {
+    "nodes": "nodes",
+    "cpus_per_task": "cpus_per_task",
+    "mem_mb": "mem_mb",
+    "runtime": "runtime",
+    "slurm_partition": "partition",
+    "gres": "gres",
+    "slurm_extra": "extra",
+    "slurm_account": "account",
+}
+
+
+def _attempt(wildcards: Any, attempt: int) -> int:
+    return attempt
+
+
+def complete_resources(workflow: Any) -> None:
+    """Give every rule the resources that it may format into its shell command, and the plugin's combination."""
+    for rule in workflow.rules:
+        for name, field in FIELDS.items():
+            if name not in rule.resources:
+                rule.resources[name] = getattr(Allocation(), field)
+        rule.resources["tasks"] = value(rule, "nodes")
+        rule.resources["tasks_per_gpu"] = 0
+        rule.resources["mpi"] = ""
+        rule.resources["attempt"] = _attempt
+
+
+def value(rule: Any, name: str) -> Any:
+    """A rule's resource on its first attempt; profile and command line give text that Snakemake evaluates as Python."""
+    context = {"attempt": 1, "threads": 1, "rulename": rule.name, "async_run": rule.workflow.async_run}
+    return rule.resources[name].evaluate(Wildcards(), input=(), **context).value
+
+
+def allocation(rule: Any) -> Allocation:
+    """The allocation a rule asks for on its first attempt."""
+    return Allocation(**{field: value(rule, name) for name, field in FIELDS.items()})
+
+
+def allocations(workflow: Any) -> dict[str, Allocation]:
+    """Rule name → allocation, for the rules that run as jobs."""
+    return {rule.name: allocation(rule) for rule in workflow.rules if not workflow.is_local(rule)}
+
+
+def rules_to_run(workflow: Any) -> set[str]:
+    """Names of the rules that have a job to run now; known once the workflow starts."""
+    return {job.rule.name for job in workflow.dag.needrun_jobs()}
+
+
+def check_allocations(workflow: Any) -> None:
+    """Raises BadInputError when a rule to run asks for more nodes than its partition has (asks ``sinfo``)."""
+    wanted = allocations(workflow)
+    problems = [check_nodes(name, wanted[name]) for name in sorted(rules_to_run(workflow) & set(wanted))]
+    if problems := [problem for problem in problems if problem]:
+        raise BadInputError("\n".join(problems))

@@ -1,0 +1,105 @@
+"""sbatch scripts from templates, rendered from the very resources of the job that runs them."""
+
+import dataclasses
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .errors import BadInputError
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """What Slurm gives to one job.
+
+    Attributes:
+        nodes: number of nodes; one task runs on each.
+        cpus_per_task: CPUs of each node's task.
+        mem_mb: memory per node in MB.
+        runtime: time limit in minutes.
+        partition: partition, empty for the cluster's default.
+        gres: generic resources per node, such as ``gpu:8``.
+        extra: further sbatch options, such as ``--signal=USR1@3600``.
+        account: account to charge, empty for the user's default.
+    """
+
+    nodes: int = 1
+    cpus_per_task: int = 1
+    mem_mb: int = 1000
+    runtime: int = 60
+    partition: str = ""
+    gres: str = ""
+    extra: str = ""
+    account: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "cpus_per_task", "mem_mb", "runtime"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"allocation: {name} is {getattr(self, name)}, expected at least 1")
+
+    def gpus_per_node(self) -> int | None:
+        """GPUs that ``gres`` gives to each node; None where it asks for none."""
+        for item in self.gres.split(","):
+            kind, *rest = item.split(":")
+            if kind == "gpu":
+                return int(rest[-1]) if rest and rest[-1].isdigit() else 1
+        return None
+
+    def arguments(self) -> str:
+        """The allocation as arguments of render_sbatch.py."""
+        words = {f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(self).items()}
+        return shlex.join(sorted(words))
+
+
+def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
+    """The sbatch script of ``stage`` (template ``<stage>.sbatch.j2``).
+
+    Args:
+        stage: the rule's name.
+        allocation: nodes, CPUs, memory, time of the job.
+        context: what the template names: project, experiment, results, logs, python, activate, environment, ….
+
+    Raises:
+        BadInputError: the template names something that the context lacks.
+    """
+    loader = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    loader.filters["sh"] = lambda value: shlex.quote(str(value))
+    try:
+        return loader.get_template(f"{stage}.sbatch.j2").render(stage=stage, job=allocation, **context)
+    except jinja2.UndefinedError as error:
+        raise BadInputError(f"template {stage}.sbatch.j2: {error}") from None
+
+
+def partition_nodes(partition: str) -> int | None:
+    """Nodes of a partition as ``sinfo`` counts them; None where sinfo does not answer or the partition is unknown."""
+    command = ["sinfo", "--noheader", "--format=%D", *(["--partition", partition] if partition else [])]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    counts = [int(word) for word in answer.stdout.split() if word.isdigit()]
+    return sum(counts) if answer.returncode == 0 and counts else None
+
+
+def check_nodes(rule: str, allocation: Allocation) -> str | None:
+    """A sentence on what is wrong when a rule asks for more nodes than its partition has, else None."""
+    available = partition_nodes(allocation.partition)
+    if available is None or allocation.nodes <= available:
+        return None
+    where = f"partition {allocation.partition}" if allocation.partition else "the cluster"
+    return (
+        f"rule {rule} asks for nodes: {allocation.nodes}, but {where} has {available}\n"
+        f"  fix: in the profile's config.yaml write\n"
+        f"    set-resources:\n      {rule}:\n        nodes: {available}   # or less"
+    )

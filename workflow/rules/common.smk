@@ -1,0 +1,128 @@
+# Configuration, paths and the functions that rules use. The logic lies in workflow/deepseek_sft, where it is tested.
+import sys
+from glob import glob
+from shlex import quote
+
+sys.path.insert(0, f"{workflow.basedir}/workflow")
+
+from deepseek_sft import resources as job_resources
+from deepseek_sft.errors import StageError
+from deepseek_sft.experiment import CHAIN, Experiment
+from snakemake.exceptions import WorkflowError
+
+try:
+    EXPERIMENT = Experiment.from_config(config)
+except StageError as error:
+    raise WorkflowError(str(error))
+
+RESULTS = EXPERIMENT.results
+LOGS = EXPERIMENT.logs
+SCRIPT = f"{quote(EXPERIMENT.python('workflow'))} workflow/scripts"
+
+
+def literal(text):
+    """Text that Snakemake's formatting of shell commands leaves as it is."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def stage(command):
+    """Shell text of a stage: its output goes to a log of this attempt, its exit code to retries."""
+    return f"workflow/scripts/stage.sh {{log}} {{resources.attempt}} {command}"
+
+
+def script(command):
+    """Shell text of a stage that runs one of workflow/scripts in the workflow's environment."""
+    return stage(f"{SCRIPT}/{command}")
+
+
+def operational(rule):
+    """Arguments that steer a rule's run and are no params, so that changing them re-runs nothing."""
+    return literal(EXPERIMENT.operational_arguments(rule))
+
+
+def render(rule, folder):
+    """Shell text that writes a rule's sbatch script and settings from the resources of the very job that runs it."""
+    place = f"{EXPERIMENT.render_arguments(rule)} --output {RESULTS}/{folder}"
+    steering = literal(quote(EXPERIMENT.operational(rule)))
+    return (
+        f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} --operational {steering} "
+        "--nodes {resources.nodes} --cpus-per-task {resources.cpus_per_task} --mem-mb {resources.mem_mb} "
+        "--runtime {resources.runtime} --gres={resources.gres:q} --extra={resources.slurm_extra:q} "
+        "--partition={resources.slurm_partition:q} --account={resources.slurm_account:q} && "
+    )
+
+
+def render_place(wildcards):
+    """Paths and interpreter of a stage's script, for reading it before anything runs."""
+    return EXPERIMENT.render_arguments(wildcards.stage)
+
+
+def settings_of(wildcards):
+    return EXPERIMENT.settings(wildcards.stage)
+
+
+def operational_of(wildcards):
+    return EXPERIMENT.operational(wildcards.stage)
+
+
+def allocation_of(wildcards):
+    """Arguments that describe the allocation that another rule will get, from profile and command line."""
+    return job_resources.allocation(workflow.get_rule(wildcards.stage)).arguments()
+
+
+def receipt(rule):
+    """The receipt of a rule: its only declared output, since Snakemake deletes outputs of failed jobs."""
+    return f"{RESULTS}/receipts/{rule}.json"
+
+
+def path_from(rule, name):
+    """Shell text for a path that a receipt names, checked to be still there."""
+    return f"$({SCRIPT}/receipt_path.py {receipt(rule)} {rule} {name})"
+
+
+def log_file(rule):
+    """Link to the log of the newest attempt."""
+    return f"{LOGS}/{rule}.log"
+
+
+def benchmark_file(rule):
+    """Time and memory of a rule, measured by Snakemake."""
+    return f"{RESULTS}/benchmarks/{rule}.tsv"
+
+
+def environment(stage):
+    """Marker of a stage's environment; ancient, so that a rebuilt environment re-runs nothing."""
+    return [ancient(marker) for marker in EXPERIMENT.environment_markers(stage)]
+
+
+def lock_files(wildcards):
+    """Everything that decides what an environment holds."""
+    name = wildcards.environment
+    return [
+        f"envs/{name}.txt",
+        *sorted(glob(f"envs/{name}.no-deps.txt") + glob(f"envs/shims/{name}/**/*.*", recursive=True)),
+    ]
+
+
+def complete_resources(workflow):
+    """Fill in what every Slurm job of ours needs, and refuse shapes that cannot work."""
+    job_resources.complete_resources(workflow)
+    try:
+        EXPERIMENT.check_shapes(job_resources.allocations(workflow))
+    except StageError as error:
+        raise WorkflowError(str(error))
+
+
+def check_before_start(workflow):
+    """Stop before any job is submitted when a source is missing or the cluster is too small; else note the config."""
+    try:
+        EXPERIMENT.check_external_paths(job_resources.rules_to_run(workflow))
+        job_resources.check_allocations(workflow)
+        EXPERIMENT.write_config()
+    except StageError as error:
+        raise WorkflowError(str(error))
+
+
+if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start
+    for problem in EXPERIMENT.missing_paths():
+        logger.warning(f"warning: {problem}")

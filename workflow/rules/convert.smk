@@ -1,0 +1,41 @@
+rule convert_checkpoint:
+    input:
+        train=receipt("train"),
+        base=receipt("prepare_model"),
+    output:
+        receipt=receipt("convert_checkpoint"),
+    log:
+        log_file("convert_checkpoint"),
+    benchmark:
+        benchmark_file("convert_checkpoint")
+    params:
+        arguments=EXPERIMENT.arguments("convert_checkpoint"),
+    message:
+        "Converting the checkpoint to safetensors"
+    shell:
+        script(
+            f"convert_checkpoint.py --checkpoint {path_from('train', 'checkpoint')} "
+            f"--base {path_from('prepare_model', 'base')} "
+            f"{{params.arguments}} {operational('convert_checkpoint')} --receipt {{output.receipt}}"
+        )
+
+
+rule verify_model:
+    input:
+        model=receipt("convert_checkpoint"),
+        train=receipt("train"),
+        base=receipt("prepare_model"),
+    output:
+        receipt=receipt("verify_model"),
+    log:
+        log_file("verify_model"),
+    benchmark:
+        benchmark_file("verify_model")
+    message:
+        "Verifying the converted model"
+    shell:
+        script(
+            f"verify_model.py --model {path_from('convert_checkpoint', 'model')} "
+            f"--checkpoint {path_from('train', 'checkpoint')} --base {path_from('prepare_model', 'base')} "
+            f"--train-receipt {{input.train}} {operational('verify_model')} --workers {{resources.cpus_per_task}} --receipt {{output.receipt}}"
+        )

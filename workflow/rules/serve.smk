@@ -1,0 +1,17 @@
+rule smoke_test:
+    input:
+        model=receipt("verify_model"),
+        environment=environment("serve"),
+    output:
+        receipt=receipt("smoke_test"),
+    log:
+        log_file("smoke_test"),
+    benchmark:
+        benchmark_file("smoke_test")
+    params:
+        settings=EXPERIMENT.settings("smoke_test"),
+        prompts=EXPERIMENT.state_of_prompts(),
+    message:
+        "Serving the model and testing its API"
+    shell:
+        render("smoke_test", folder="serve") + stage(f"bash {RESULTS}/serve/smoke_test.sbatch")

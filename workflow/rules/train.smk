@@ -1,0 +1,18 @@
+rule train:
+    input:
+        base=receipt("prepare_model"),
+        tokens=receipt("tokenize_data"),
+        environment=environment("train"),
+    output:
+        receipt=receipt("train"),
+    log:
+        log_file("train"),
+    benchmark:
+        benchmark_file("train")
+    retries: 2
+    params:
+        settings=EXPERIMENT.settings("train"),
+    message:
+        "Training"
+    shell:
+        render("train", folder="train") + stage(f"bash {RESULTS}/train/train.sbatch")

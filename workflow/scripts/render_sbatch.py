@@ -1,0 +1,81 @@
+"""Write a stage's sbatch script and its settings file, from settings and the resources of the job.
+
+The rule of a multi-node stage calls this inside its own allocation and then executes the script, so that script and
+allocation cannot differ. The written file also works by hand: `sbatch results/<experiment>/train/train.sbatch`.
+"""
+
+import json
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli, files, slurm
+from deepseek_sft.errors import BadInputError
+
+PROJECT = Path(__file__).resolve().parents[2]
+STAGES = ("train", "smoke_test")
+
+
+def settings_from(text: str) -> dict:
+    """Parse a JSON object given on the command line."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInputError(f"--settings is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInputError("--settings is not a JSON object")
+    return value
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--output", type=Path, required=True, help="folder for <stage>.sbatch and settings.json")
+    parser.add_argument("--results", required=True, help="results/<experiment>")
+    parser.add_argument("--logs", required=True, help="logs/<experiment>")
+    parser.add_argument("--settings", required=True, help="the stage's settings, a JSON object")
+    parser.add_argument("--operational", default="{}", help="settings that only steer the run, a JSON object")
+    parser.add_argument("--python", required=True, help="interpreter of the stage's environment")
+    parser.add_argument("--activate", default="", help="shell line that activates the environment")
+    parser.add_argument("--accelerator", choices=["cuda", "cpu"], required=True)
+    for name, text in (("nodes", "nodes"), ("cpus-per-task", "CPUs per node"), ("mem-mb", "MB of memory per node")):
+        parser.add_argument(f"--{name}", type=int, default=1, help=text)
+    parser.add_argument("--runtime", type=int, default=60, help="time limit in minutes")
+    for name in ("partition", "gres", "extra", "account"):
+        parser.add_argument(f"--{name}", default="", help=f"Slurm's {name}")
+    arguments = parser.parse_args()
+
+    settings = settings_from(arguments.settings) | settings_from(arguments.operational)
+    allocation = slurm.Allocation(
+        nodes=arguments.nodes,
+        cpus_per_task=arguments.cpus_per_task,
+        mem_mb=arguments.mem_mb,
+        runtime=arguments.runtime,
+        partition=arguments.partition,
+        gres=arguments.gres,
+        extra=arguments.extra,
+        account=arguments.account,
+    )
+    environment = settings.pop("environment", {}) if arguments.stage == "train" else {}
+    ranks_per_node = settings.pop("ranks_per_node", None)
+    script = slurm.render(
+        arguments.stage,
+        allocation,
+        {
+            "project": str(PROJECT),
+            "experiment": Path(arguments.results).name,
+            "results": arguments.results,
+            "logs": arguments.logs,
+            "python": arguments.python,
+            "activate": arguments.activate,
+            "accelerator": arguments.accelerator,
+            "environment": environment,
+            "ranks_per_node": ranks_per_node,
+        },
+    )
+    files.write_json(arguments.output / "settings.json", settings)
+    files.write_text(arguments.output / f"{arguments.stage}.sbatch", script)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,26 @@
+#!/bin/bash
+# Run one stage's command with its output in a log file of this attempt, the newest of which <log> points at.
+#   stage.sh LOG ATTEMPT COMMAND…        LOG = logs/<experiment>/<rule>.log
+# Exit codes 2 (bad input) and 3 (a gate failed) leave a marker that makes Snakemake's retries end at once.
+set -uo pipefail
+log=$1 attempt=$2
+shift 2
+folder=${log%.log}
+mkdir -p "$folder"
+file=$folder/${SLURM_JOB_ID:-local-$$}-$attempt.log
+marker=$folder/do-not-retry
+if [ "$attempt" -gt 1 ] && [ -e "$marker" ]; then
+    echo "not retried: $(cat "$marker")" >&2
+    exit 3
+fi
+rm -f "$marker"
+ln -sfn "${folder##*/}/${file##*/}" "$log"
+echo "output: $file" >&2
+"$@" >> "$file" 2>&1
+code=$?
+if [ "$code" -ne 0 ]; then
+    echo "exit code $code; last lines of $file:" >&2
+    tail -n 25 "$file" >&2
+    case $code in 2 | 3) echo "attempt $attempt ended with exit code $code, see $file" > "$marker" ;; esac
+fi
+exit "$code"
