@@ -1,0 +1,41 @@
+# make demo · make test · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
+PYTHON ?= python3
+DEMO := --configfile config/experiments/demo.yaml
+ENV := .envs/workflow/bin
+DEV := .envs/dev/bin
+
+.PHONY: help demo envs test lint format clean
+
+help:
+	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
+	@echo "make test   every test, the demo chain included"
+	@echo "make lint   ruff, snakefmt, snakemake --lint, shellcheck"
+	@echo "make clean  results, logs and environments of this checkout"
+
+demo:
+	@cluster/install
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@# the nodes have no network, so environments are built before the cluster starts
+	@$(ENV)/snakemake --profile profiles/local $(DEMO) --quiet all -- envs
+	@cluster/run --nodes 4 -- env PYTHONPATH=$(CURDIR)/cluster/fastpoll $(ENV)/snakemake --profile profiles/demo $(DEMO)
+	@$(ENV)/python workflow/scripts/build_report.py --summary results/demo
+
+envs:
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@$(PYTHON) workflow/scripts/build_env.py serve-cpu
+
+test: envs
+	@cluster/install
+	@$(DEV)/python -m pytest
+
+lint:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@PATH="$(CURDIR)/$(DEV):$$PATH" tests/lint.sh
+
+format:
+	@$(DEV)/ruff check --fix . && $(DEV)/ruff format . && $(DEV)/snakefmt Snakefile workflow/rules
+
+clean:
+	rm -rf results logs .snakemake .envs .cluster
