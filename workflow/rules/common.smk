@@ -1,4 +1,5 @@
 # Configuration, paths and the functions that rules use. The logic lies in workflow/deepseek_sft, where it is tested.
+import subprocess
 import sys
 from glob import glob
 from shlex import quote
@@ -90,9 +91,16 @@ def benchmark_file(rule):
     return f"{RESULTS}/benchmarks/{rule}.tsv"
 
 
-def environment(stage):
-    """Marker of a stage's environment; ancient, so that a rebuilt environment re-runs nothing."""
-    return [ancient(marker) for marker in EXPERIMENT.environment_markers(stage)]
+def build_environments(rules):
+    """Build the environments of the stages to run, here where the network is; a current one takes no time.
+
+    Their markers are no inputs: Snakemake drops all jobs behind an `ancient()` input that is made anew in the same run.
+    """
+    for name, environment in (("train", "train"), ("smoke_test", "serve")):
+        if name in rules and EXPERIMENT.environment_markers(environment):
+            command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_env.py"]
+            if subprocess.run([*command, EXPERIMENT.environment_name(environment)]).returncode:
+                raise WorkflowError(f"the environment of {name} could not be built, see the message above")
 
 
 def lock_files(wildcards):
@@ -116,11 +124,13 @@ def complete_resources(workflow):
 def check_before_start(workflow):
     """Stop before any job is submitted when a source is missing or the cluster is too small; else note the config."""
     try:
-        EXPERIMENT.check_external_paths(job_resources.rules_to_run(workflow))
+        rules = job_resources.rules_to_run(workflow)
+        EXPERIMENT.check_external_paths(rules)
         job_resources.check_allocations(workflow)
         EXPERIMENT.write_config()
     except StageError as error:
         raise WorkflowError(str(error))
+    build_environments(rules)
 
 
 if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start

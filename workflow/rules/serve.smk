@@ -1,7 +1,6 @@
 rule smoke_test:
     input:
         model=receipt("verify_model"),
-        environment=environment("serve"),
     output:
         receipt=receipt("smoke_test"),
     log:

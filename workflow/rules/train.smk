@@ -2,7 +2,6 @@ rule train:
     input:
         base=receipt("prepare_model"),
         tokens=receipt("tokenize_data"),
-        environment=environment("train"),
     output:
         receipt=receipt("train"),
     log:
