@@ -10,7 +10,7 @@ from typing import Any
 from snakemake.iocontainers import Wildcards
 
 from .errors import BadInputError
-from .slurm import Allocation, check_nodes
+from .slurm import Allocation, check_nodes, option
 
 # Slurm resource → field of Allocation
 FIELDS = {
@@ -52,6 +52,11 @@ def allocation(rule: Any) -> Allocation:
     return Allocation(**{field: value(rule, name) for name, field in FIELDS.items()})
 
 
+def own_allocation() -> str:
+    """Arguments of render_sbatch.py, as shell text in which Snakemake fills in the resources of the job it runs in."""
+    return " ".join(f"{option(field)}={{resources.{name}:q}}" for name, field in FIELDS.items())
+
+
 def allocations(workflow: Any) -> dict[str, Allocation]:
     """Rule name → allocation, for the rules that run as jobs."""
     return {rule.name: allocation(rule) for rule in workflow.rules if not workflow.is_local(rule)}
@@ -62,9 +67,9 @@ def rules_to_run(workflow: Any) -> set[str]:
     return {job.rule.name for job in workflow.dag.needrun_jobs()}
 
 
-def check_allocations(workflow: Any) -> None:
-    """Raises BadInputError when a rule to run asks for more nodes than its partition has (asks ``sinfo``)."""
+def check_allocations(workflow: Any, rules: set[str]) -> None:
+    """Raises BadInputError when one of ``rules`` asks for more nodes than its partition has (asks ``sinfo``)."""
     wanted = allocations(workflow)
-    problems = [check_nodes(name, wanted[name]) for name in sorted(rules_to_run(workflow) & set(wanted))]
+    problems = [check_nodes(name, wanted[name]) for name in sorted(rules & set(wanted))]
     if problems := [problem for problem in problems if problem]:
         raise BadInputError("\n".join(problems))

@@ -3,39 +3,30 @@
 import dataclasses
 import shlex
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from . import templates
 from .errors import BadInputError
 
-TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+
+def _field(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """What Slurm gives to one job.
+    """What Slurm gives to one job; each field is an option of render_sbatch.py as well."""
 
-    Attributes:
-        nodes: number of nodes; one task runs on each.
-        cpus_per_task: CPUs of each node's task.
-        mem_mb: memory per node in MB.
-        runtime: time limit in minutes.
-        partition: partition, empty for the cluster's default.
-        gres: generic resources per node, such as ``gpu:8``.
-        extra: further sbatch options, such as ``--signal=USR1@3600``.
-        account: account to charge, empty for the user's default.
-    """
-
-    nodes: int = 1
-    cpus_per_task: int = 1
-    mem_mb: int = 1000
-    runtime: int = 60
-    partition: str = ""
-    gres: str = ""
-    extra: str = ""
-    account: str = ""
+    nodes: int = _field(1, "number of nodes; one task runs on each")
+    cpus_per_task: int = _field(1, "CPUs of each node's task")
+    mem_mb: int = _field(1000, "memory per node in MB")
+    runtime: int = _field(60, "time limit in minutes")
+    partition: str = _field("", "partition, empty for the cluster's default")
+    gres: str = _field("", "generic resources per node, such as gpu:8")
+    extra: str = _field("", "further sbatch options, such as --signal=USR1@3600")
+    account: str = _field("", "account to charge, empty for the user's default")
 
     def __post_init__(self) -> None:
         for name in ("nodes", "cpus_per_task", "mem_mb", "runtime"):
@@ -52,8 +43,12 @@ class Allocation:
 
     def arguments(self) -> str:
         """The allocation as arguments of render_sbatch.py."""
-        words = {f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(self).items()}
-        return shlex.join(sorted(words))
+        return shlex.join(f"{option(name)}={value}" for name, value in dataclasses.asdict(self).items())
+
+
+def option(field: str) -> str:
+    """Option of render_sbatch.py for a field of Allocation."""
+    return f"--{field.replace('_', '-')}"
 
 
 def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
@@ -67,18 +62,15 @@ def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
     Raises:
         BadInputError: the template names something that the context lacks.
     """
-    loader = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    loader.filters["sh"] = lambda value: shlex.quote(str(value))
+    template = templates.load(f"{stage}.sbatch.j2", sh=_quoted)
     try:
-        return loader.get_template(f"{stage}.sbatch.j2").render(stage=stage, job=allocation, **context)
+        return template.render(stage=stage, job=allocation, **context)
     except jinja2.UndefinedError as error:
         raise BadInputError(f"template {stage}.sbatch.j2: {error}") from None
+
+
+def _quoted(value: Any) -> str:
+    return shlex.quote(str(value))
 
 
 def partition_nodes(partition: str) -> int | None:

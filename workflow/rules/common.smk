@@ -47,9 +47,7 @@ def render(rule, folder):
     steering = literal(quote(EXPERIMENT.operational(rule)))
     return (
         f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} --operational {steering} "
-        "--nodes {resources.nodes} --cpus-per-task {resources.cpus_per_task} --mem-mb {resources.mem_mb} "
-        "--runtime {resources.runtime} --gres={resources.gres:q} --extra={resources.slurm_extra:q} "
-        "--partition={resources.slurm_partition:q} --account={resources.slurm_account:q} && "
+        f"{job_resources.own_allocation()} && "
     )
 
 
@@ -126,7 +124,7 @@ def check_before_start(workflow):
     try:
         rules = job_resources.rules_to_run(workflow)
         EXPERIMENT.check_external_paths(rules)
-        job_resources.check_allocations(workflow)
+        job_resources.check_allocations(workflow, rules)
         EXPERIMENT.write_config()
     except StageError as error:
         raise WorkflowError(str(error))

@@ -4,6 +4,7 @@ The rule of a multi-node stage calls this inside its own allocation and then exe
 allocation cannot differ. The written file also works by hand: `sbatch results/<experiment>/train/train.sbatch`.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -38,24 +39,15 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="interpreter of the stage's environment")
     parser.add_argument("--activate", default="", help="shell line that activates the environment")
     parser.add_argument("--accelerator", choices=["cuda", "cpu"], required=True)
-    for name, text in (("nodes", "nodes"), ("cpus-per-task", "CPUs per node"), ("mem-mb", "MB of memory per node")):
-        parser.add_argument(f"--{name}", type=int, default=1, help=text)
-    parser.add_argument("--runtime", type=int, default=60, help="time limit in minutes")
-    for name in ("partition", "gres", "extra", "account"):
-        parser.add_argument(f"--{name}", default="", help=f"Slurm's {name}")
+    fields = dataclasses.fields(slurm.Allocation)
+    for field in fields:
+        parser.add_argument(
+            slurm.option(field.name), type=field.type, default=field.default, help=field.metadata["meaning"]
+        )
     arguments = parser.parse_args()
 
     settings = settings_from(arguments.settings) | settings_from(arguments.operational)
-    allocation = slurm.Allocation(
-        nodes=arguments.nodes,
-        cpus_per_task=arguments.cpus_per_task,
-        mem_mb=arguments.mem_mb,
-        runtime=arguments.runtime,
-        partition=arguments.partition,
-        gres=arguments.gres,
-        extra=arguments.extra,
-        account=arguments.account,
-    )
+    allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
     environment = settings.pop("environment", {}) if arguments.stage == "train" else {}
     ranks_per_node = settings.pop("ranks_per_node", None)
     script = slurm.render(

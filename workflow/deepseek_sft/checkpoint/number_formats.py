@@ -50,11 +50,6 @@ def _e4m3_values() -> NDArray[np.float32]:
 E4M3_VALUES = _e4m3_values()
 
 
-def e4m3_to_float32(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Exact."""
-    return E4M3_VALUES[codes]
-
-
 def count_non_finite(bits: NDArray[np.uint16] | NDArray[np.uint32]) -> int:
     """Number of infinities and NaNs among BF16 (uint16) or FP32 (uint32) bit patterns."""
     exponent = bits.dtype.type(0x7F80 if bits.dtype == np.uint16 else 0x7F800000)

@@ -1,17 +1,14 @@
 """The xtuner configuration of a run, rendered from settings; needs no torch."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from ... import templates
 from ..nodes import NodeEnvironment
 
 if TYPE_CHECKING:
     from ..stage import Run
 
 TEMPLATE = "sft_config.py.j2"
-TEMPLATES = Path(__file__).resolve().parents[3] / "templates"
 
 
 def zero_optimization(strategy: str, accelerator: str) -> dict[str, Any]:
@@ -30,15 +27,7 @@ def zero_optimization(strategy: str, accelerator: str) -> dict[str, Any]:
 
 def render(run: "Run", node: NodeEnvironment, accelerator: str) -> str:
     """Text of ``sft_config.py``: a plain mmengine configuration, all values literal."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["python"] = repr
-    return environment.get_template(TEMPLATE).render(
+    return templates.load(TEMPLATE, python=repr).render(
         run_id=run.run_id,
         run=str(run.folder),
         base=str(run.base),
