@@ -12,6 +12,8 @@ sys.path.insert(0, str(PROJECT / "workflow/scripts"))
 
 import build_env  # noqa: E402
 
+from deepseek_sft import locks  # noqa: E402
+
 LOCKS = ["workflow", "dev", "train", "serve-cpu", "serve-cuda"]
 
 
@@ -45,16 +47,16 @@ def test_no_lock_names_an_index_or_a_path():
 
 
 def test_hash_follows_the_lock_and_the_shim(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_env, "LOCKS", tmp_path)
+    monkeypatch.setattr(locks, "FOLDER", tmp_path)
     (tmp_path / "x.txt").write_text("a==1\n")
-    hashes = [build_env.lock_hash("x")]
+    hashes = [locks.lock_hash("x")]
     (tmp_path / "x.no-deps.txt").write_text("b==1\n")
-    hashes.append(build_env.lock_hash("x"))
+    hashes.append(locks.lock_hash("x"))
     (tmp_path / "shims/x").mkdir(parents=True)
     (tmp_path / "shims/x/pyproject.toml").write_text("[project]")
-    hashes.append(build_env.lock_hash("x"))
+    hashes.append(locks.lock_hash("x"))
     assert len(set(hashes)) == 3
-    assert build_env.lock_hash("x") == hashes[-1]
+    assert locks.lock_hash("x") == hashes[-1]
 
 
 def test_unknown_environment_is_named_with_the_known_ones():
@@ -91,11 +93,11 @@ def test_interrupted_build_is_started_again(tmp_path, monkeypatch):
 
 def test_linked_environment_of_the_present_lock_is_used_whatever_the_store(tmp_path, monkeypatch):
     monkeypatch.setattr(build_env, "PROJECT", tmp_path)
-    present = tmp_path / "elsewhere" / f"train-{build_env.lock_hash('train')}"
+    present = tmp_path / "elsewhere" / f"train-{locks.lock_hash('train')}"
     present.mkdir(parents=True)
     build_env.link("train", present)
     assert build_env.linked("train") is None  # not complete
     (present / "complete.json").touch()
     assert build_env.linked("train") == present
-    monkeypatch.setattr(build_env, "BUILDER", "another")
+    monkeypatch.setattr(locks, "BUILDER", "another")
     assert build_env.linked("train") is None  # of another lock

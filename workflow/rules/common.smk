@@ -1,11 +1,11 @@
 # Configuration, paths and the functions that rules use. The logic lies in workflow/deepseek_sft, where it is tested.
 import subprocess
 import sys
-from glob import glob
 from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
+from deepseek_sft import locks
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
@@ -103,11 +103,7 @@ def build_environments(rules):
 
 def lock_files(wildcards):
     """Everything that decides what an environment holds."""
-    name = wildcards.environment
-    return [
-        f"envs/{name}.txt",
-        *sorted(glob(f"envs/{name}.no-deps.txt") + glob(f"envs/shims/{name}/**/*.*", recursive=True)),
-    ]
+    return [str(path.relative_to(workflow.basedir)) for path in locks.lock_files(wildcards.environment)]
 
 
 def complete_resources(workflow):

@@ -6,7 +6,6 @@ other. Uses the standard library alone, since it also builds the workflow's own 
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,31 +14,10 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files
+from deepseek_sft import cli, files, locks
 from deepseek_sft.errors import BadInputError, CrashError
 
 PROJECT = Path(__file__).resolve().parents[2]
-LOCKS = PROJECT / "envs"
-BUILDER = 2  # raise when the way of building changes what is built
-
-
-def lock_files(name: str) -> list[Path]:
-    """The lock, the packages to install without dependencies, and our own small distributions, in that order."""
-    lock = LOCKS / f"{name}.txt"
-    if not lock.exists():
-        known = sorted(p.stem for p in LOCKS.glob("*.txt") if not p.stem.endswith(".no-deps"))
-        raise BadInputError(f"no environment is named {name}", f"choose one of: {', '.join(known)}")
-    shim = LOCKS / "shims" / name
-    sources = [path for path in sorted(shim.rglob("*")) if path.suffix in (".py", ".toml")]
-    return [path for path in (lock, LOCKS / f"{name}.no-deps.txt", *sources) if path.is_file()]
-
-
-def lock_hash(name: str) -> str:
-    """Hash of everything that decides what the environment holds."""
-    hasher = hashlib.sha256(f"{BUILDER} {sys.version_info[:2]}".encode())
-    for path in lock_files(name):
-        hasher.update(path.relative_to(LOCKS).as_posix().encode() + b"\0" + path.read_bytes())
-    return hasher.hexdigest()[:12]
 
 
 def find_uv() -> str | None:
@@ -87,11 +65,11 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip would not compile: each start then costs 10 to 20 s
     if wheelhouse:
         base += ["--no-index", "--find-links", str(wheelhouse.resolve())]
-    run([*base, "-r", str(LOCKS / f"{name}.txt")], environment)
-    without = LOCKS / f"{name}.no-deps.txt"
+    run([*base, "-r", str(locks.FOLDER / f"{name}.txt")], environment)
+    without = locks.FOLDER / f"{name}.no-deps.txt"
     if without.exists():
         run([*base, "--no-deps", "-r", str(without)], environment)
-    shim = LOCKS / "shims" / name
+    shim = locks.FOLDER / "shims" / name
     if shim.exists():
         copy = folder / "shim"  # building writes beside the sources, and the checkout may be read-only
         shutil.copytree(shim, copy, ignore=shutil.ignore_patterns("*.egg-info", "build", "__pycache__"))
@@ -111,7 +89,7 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> None:
 def build(name: str, store: Path, wheelhouse: Path | None) -> Path:
     """Build environment ``name`` in ``store`` unless it is complete there; returns its folder."""
     store.mkdir(parents=True, exist_ok=True)
-    folder = store / f"{name}-{lock_hash(name)}"
+    folder = store / f"{name}-{locks.lock_hash(name)}"
     complete = folder / "complete.json"
     with open(store / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -121,7 +99,7 @@ def build(name: str, store: Path, wheelhouse: Path | None) -> Path:
         cli.say(f"environment {name}: building {folder.name}")
         shutil.rmtree(folder, ignore_errors=True)
         install(folder, name, wheelhouse)
-        files.write_json(complete, {"name": name, "locks": [p.name for p in lock_files(name)]})
+        files.write_json(complete, {"name": name, "locks": [p.name for p in locks.lock_files(name)]})
     return folder
 
 
@@ -129,7 +107,7 @@ def linked(name: str) -> Path | None:
     """The environment that `.envs/NAME` points at, if it is complete and of the present lock, in whichever store."""
     place = PROJECT / ".envs" / name
     folder = place.resolve()
-    current = folder.name == f"{name}-{lock_hash(name)}" and (folder / "complete.json").exists()
+    current = folder.name == f"{name}-{locks.lock_hash(name)}" and (folder / "complete.json").exists()
     return folder if place.is_symlink() and current else None
 
 
