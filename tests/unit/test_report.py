@@ -348,6 +348,18 @@ def test_plan_that_does_not_fit_fails(results):
     assert "does not fit" in section(report.html, "plan")
 
 
+def test_experiment_of_the_same_name_in_the_working_folder_is_not_mixed_in(results, tmp_path, monkeypatch):
+    before = build.build(results, None).html
+    other = tmp_path / "checkout" / "results" / "demo"
+    (other / "model").mkdir(parents=True)
+    (other / "serve").mkdir()
+    (other / "serve" / "transcript.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path / "checkout")
+    assert Page(section(build.build(results, None).html, "smoke_test")).text == Page(section(before, "smoke_test")).text
+    (results / "model").rmdir()
+    assert "no longer there: results/demo/model" in section(build.build(results, None).html, "convert_checkpoint")
+
+
 def test_copied_results_folder_gives_the_same_plots(results, tmp_path):
     moved = tmp_path / "elsewhere" / "demo"
     moved.parent.mkdir()

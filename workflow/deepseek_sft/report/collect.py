@@ -201,7 +201,8 @@ def locate(results: Path, place: Any) -> Path | None:
     """Where a path of a receipt lies now, or None.
 
     Receipts hold paths as the stage was given them, often relative to the project; a results folder may also have been
-    copied elsewhere. So: as written, from the project's folder, and by what follows the experiment's name.
+    copied elsewhere. A path that names the experiment is looked for in this results folder first, and never from the
+    folder this runs in, which may hold another experiment of that name.
     """
     if not isinstance(place, str) or not place:
         return None
@@ -209,7 +210,9 @@ def locate(results: Path, place: Any) -> Path | None:
     candidates = [path, results.parent.parent / path]
     if results.name in path.parts:
         after = len(path.parts) - path.parts[::-1].index(results.name)
-        candidates.append(results.joinpath(*path.parts[after:]))
+        candidates.insert(0, results.joinpath(*path.parts[after:]))
+        if not path.is_absolute():
+            candidates.remove(path)
     try:
         return next((candidate for candidate in candidates if candidate.exists()), None)
     except (OSError, ValueError):
