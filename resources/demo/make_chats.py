@@ -116,7 +116,7 @@ def broken() -> list[str]:
     """Lines that prepare_data must reject, each for a reason of its own."""
     user = {"role": "user", "content": "What is 2 + 2?"}
     good = {"role": "assistant", "reasoning_content": "2 and 2 make 4.", "content": "4"}
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": ["2 + 2"]}}
     picture = {"type": "image_url", "image_url": {"url": "sum.png"}}
     conversations = [
         ("no-messages", []),

@@ -24,6 +24,16 @@ def assistant(text: Any = "A", **fields: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **fields}
 
 
+def called(*names: str, content: Any = None, **fields: Any) -> dict[str, Any]:
+    """An assistant message that calls tools; each call's id is its function's name."""
+    calls = [{"id": n, "type": "function", "function": {"name": n, "arguments": f'{{"x": "{n}"}}'}} for n in names]
+    return {"role": "assistant", "content": content, "tool_calls": calls, **fields}
+
+
+def tool(text: str, **fields: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": text, **fields}
+
+
 def answer(reasoning: str, text: str, loss: bool = True) -> dict[str, Any]:
     """An assistant message as ``train.jsonl`` holds it."""
     return {"role": "assistant", "content": f"<think>\n{reasoning}\n</think>\n\n{text}", "loss": loss}

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from unit.data_helpers import PROJECT, answer, assistant, system, user
+from unit.data_helpers import PROJECT, answer, assistant, called, system, tool, user
 
 from deepseek_sft.data.formats import FORMATS, convert
 from deepseek_sft.data.messages import REASONS, Rejection, check_canonical, json_line, normalise
@@ -61,10 +61,18 @@ def test_indentation_of_an_answer_survives():
         (["hello"], "invalid_message"),
         ([{"content": "no role"}], "invalid_message"),
         ([{"role": 7, "content": "?"}], "invalid_message"),
-        ([user(), {"role": "tool", "content": "4"}, assistant()], "unsupported_role"),
-        ([user(), {"role": "function", "content": "4"}, assistant()], "unsupported_role"),
+        ([user(), {"role": "critic", "content": "4"}, assistant()], "unsupported_role"),
+        ([user(), {"role": "tool", "content": "4"}, assistant()], "role_order"),
         ([user(), assistant("A", tool_calls=[{"id": "1"}])], "tool_call"),
+        ([user(), assistant("A", tool_calls="f")], "tool_call"),
         ([user(), assistant("A", function_call={"name": "f"})], "tool_call"),
+        ([user(), called("a", "b"), tool("4"), assistant()], "tool_output"),
+        ([user(), called("a"), tool("4"), tool("5"), assistant()], "tool_output"),
+        ([user(), called("a"), tool("4", tool_call_id="b"), assistant()], "tool_output"),
+        ([user(), called("a"), assistant()], "role_order"),
+        ([user(), called("a"), user(), assistant()], "role_order"),
+        ([user(), called("a"), tool("4"), user(), assistant()], "role_order"),
+        ([{**user(), **called("a"), "role": "user"}, assistant()], "tool_call"),
         ([user(), assistant(7)], "invalid_content"),
         ([user(), assistant("A", reasoning_content=["R"])], "invalid_content"),
         ([user([{"type": "image_url", "image_url": {}}]), assistant()], "non_text_part"),
@@ -192,10 +200,8 @@ def test_sharegpt_record():
         ({"conversations": "text"}, "no_messages"),
         ({"conversations": [{"value": "Q"}]}, "invalid_message"),
         ({"conversations": ["Q"]}, "invalid_message"),
-        (
-            {"conversations": [{"from": "human", "value": "Q"}, {"from": "observation", "value": "4"}]},
-            "unsupported_role",
-        ),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "observation", "value": "4"}]}, "role_order"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "{"}]}, "tool_call"),
         ({"instruction": ["Q"], "output": "A"}, "missing_field"),
         ({"instruction": "Q", "output": "A", "history": ["Q"]}, "missing_field"),
         ({"text": "A"}, "unknown_format"),

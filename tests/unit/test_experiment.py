@@ -102,6 +102,38 @@ def test_format_prefix_is_not_part_of_a_source_path():
     assert experiment.state_of_sources()[0].startswith("config/config.yaml: ")
 
 
+def test_source_with_format_and_weight_reaches_prepare_data():
+    sources = ["a.jsonl", {"path": "b.jsonl", "format": "s1k-1.1", "weight": 2.5}, {"path": "c=d.jsonl"}]
+    experiment = demo(data={"sources": sources})
+    words = experiment.arguments("prepare_data").split()
+    assert words[:8] == [
+        "--source", "a.jsonl", "s1k-1.1=b.jsonl", "auto=c=d.jsonl", "--weights", "1", "2.5", "1",
+    ]  # fmt: skip
+    assert [state.partition(":")[0] for state in experiment.missing_paths(["prepare_data"])] == [
+        "data.sources[0]", "data.sources[1]", "data.sources[2]",
+    ]  # fmt: skip
+    assert "b.jsonl" in experiment.missing_paths(["prepare_data"])[1]
+
+
+def test_sources_without_weights_give_the_arguments_of_plain_ones():
+    plain, mapped = demo(data={"sources": ["auto=a.jsonl"]}), demo(data={"sources": [{"path": "a.jsonl", "weight": 1}]})
+    assert plain.arguments("prepare_data") == mapped.arguments("prepare_data")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"path": "a.jsonl", "weight": 0}, "weight"),
+        ({"path": "a.jsonl", "wieght": 2}, "did you mean `weight`"),
+        ({"weight": 2}, "`path` is missing"),
+        (7, "sources.0"),
+    ],
+)
+def test_wrong_source_is_refused_with_the_key(source, words):
+    with pytest.raises(BadInputError, match=words):
+        demo(data={"sources": [source]})
+
+
 def test_configured_environment_replaces_the_locked_one():
     experiment = demo(envs={"train": {"python": "/opt/site/bin/python", "activate": "module load cuda"}})
     assert experiment.python("train") == "/opt/site/bin/python"

@@ -6,6 +6,7 @@ Everything here is a pure function of the configuration, apart from looking at e
 import dataclasses
 import difflib
 import glob
+import re
 import shlex
 import sys
 from collections.abc import Collection
@@ -84,7 +85,8 @@ class Experiment:
         data, results = self.config["data"], self.results
         if rule == "prepare_data":
             words = [
-                *("--source", *data["sources"]),
+                *("--source", *map(_source_argument, data["sources"])),
+                *(["--weights", *weights] if set(weights := self._weights()) != {1} else []),
                 *("--output", f"{results}/data/train.jsonl"),
                 *("--rejects", f"{results}/data/rejects.jsonl"),
                 *("--on-invalid", data["on_invalid"]),
@@ -230,12 +232,21 @@ class Experiment:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))
 
     def _patterns(self) -> list[str]:
-        return [_without_format(source) for source in self.config["data"]["sources"]]
+        sources = self.config["data"]["sources"]
+        return [_without_format(source) if isinstance(source, str) else source["path"] for source in sources]
+
+    def _weights(self) -> list[float]:
+        return [1 if isinstance(source, str) else source.get("weight", 1) for source in self.config["data"]["sources"]]
+
+
+def _source_argument(source: str | dict[str, Any]) -> str:
+    return source if isinstance(source, str) else f"{source.get('format', 'auto')}={source['path']}"
 
 
 def _without_format(source: str) -> str:
     head, separator, tail = source.partition("=")
-    return tail if separator and head.isidentifier() else source
+    # As prepare_data splits it; a path that exists with its equals sign is meant as it is.
+    return tail if separator and re.fullmatch(r"[A-Za-z0-9_.-]+", head) and not Path(source).exists() else source
 
 
 def _matches(pattern: str) -> list[str]:

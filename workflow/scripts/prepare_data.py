@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument(
         "--source", nargs="+", action="extend", required=True, metavar="[FORMAT=]PATH", help=f"files or globs. {names}"
     )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="how often records are used, one number per --source"
+    )
     parser.add_argument("--output", type=Path, required=True, help="train.jsonl")
     parser.add_argument("--rejects", type=Path, required=True, help="rejects.jsonl")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt, written last")
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
     arguments = parser.parse_args()
 
-    sources = find_sources(arguments.source)
+    sources = find_sources(arguments.source, arguments.weights)
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
     figures = prepare(
         sources,
@@ -48,12 +51,16 @@ def main() -> None:
         inputs={str(source.path): receipts.input_entry(source.path) for source in sources},
         settings={
             "sources": arguments.source,
+            "weights": arguments.weights,
             "on_invalid": arguments.on_invalid,
             "duplicates": arguments.duplicates,
         },
         result={"data": str(arguments.output), "rejects": str(arguments.rejects)},
         figures=figures.as_dict(),
     )
+    for place, source in figures.sources.items():
+        chosen = ", ".join(f"{name} {count}" for name, count in sorted(source["formats"].items()))
+        cli.say(f"{place}: read as {chosen or 'no known format'}")
     cli.say(f"{figures.accepted} of {figures.records} records accepted, {figures.trained_turns} trained turns")
 
 

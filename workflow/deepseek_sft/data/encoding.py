@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .. import files
 from ..errors import BadInputError
 from .messages import THINK_CLOSE, THINK_OPEN
 from .templates import ASSISTANT, END, USER, Piece
+from .words import WordEncoder, word_encoder
 
 TAG = re.compile(r"<[^<>\s]+>")  # the shape of all of DeepSeek's added tokens
 
@@ -22,12 +25,12 @@ class Segment:
     """Token ids of consecutive pieces that share one fate.
 
     Args:
-        ids: token ids.
+        ids: token ids, int32.
         generated: whether the model writes them when serving.
         part: as in ``Piece``.
     """
 
-    ids: list[int]
+    ids: NDArray[np.int32]
     generated: bool
     part: str
 
@@ -39,6 +42,7 @@ class Encoder:
     Args:
         control: id of every added token (control tokens and thinking tags).
         text: the same tokenizer without added tokens: no text, whatever it says, becomes one of them.
+        words: the same once more, faster; None for tokenizers it does not know.
         bos_token_id, eos_token_id: from tokenizer_config.json.
         vocab_size: largest id + 1; the model's embedding is at least this long.
         fingerprint: of tokenizer.json.
@@ -46,6 +50,7 @@ class Encoder:
 
     control: dict[str, int]
     text: Tokenizer
+    words: WordEncoder | None
     bos_token_id: int
     eos_token_id: int
     vocab_size: int
@@ -70,16 +75,24 @@ class Encoder:
     def encode(self, messages: list[list[Piece]]) -> list[list[Segment]]:
         """Encode many messages at once: text in one batch, control tokens by name."""
         joined = [self.join(pieces) for pieces in messages]
-        texts = list(dict.fromkeys(p.text for pieces in joined for p in pieces if not p.control))
-        encoded = self.text.encode_batch_fast(texts, add_special_tokens=False)
-        ids = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
+        ids = self._texts({p.text for pieces in joined for p in pieces if not p.control})
+        control = {name: np.array([number], np.int32) for name, number in self.control.items()}
         return [
             [
-                Segment([self.control[p.text]] if p.control else ids[p.text], p.generated, "" if p.control else p.part)
+                Segment(control[p.text] if p.control else ids[p.text], p.generated, "" if p.control else p.part)
                 for p in pieces
             ]
             for pieces in joined
         ]
+
+    def _texts(self, texts: set[str]) -> dict[str, NDArray[np.int32]]:
+        ids = {}
+        if self.words:
+            found = ((text, self.words.encode(text)) for text in texts)
+            ids = {text: encoded for text, encoded in found if encoded is not None}
+        others = [text for text in texts if text not in ids]
+        encoded = self.text.encode_batch_fast(others, add_special_tokens=False)
+        return ids | {text: np.array(one.ids, np.int32) for text, one in zip(others, encoded, strict=True)}
 
     def mentions_control(self, text: str) -> bool:
         """Whether text spells a control token, which a tokenizer left to itself would have obeyed."""
@@ -113,7 +126,9 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
         text = path.read_text(encoding="utf-8")
         whole = Tokenizer.from_str(text)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        plain = Tokenizer.from_str(json.dumps(json.loads(text) | {"added_tokens": [], "post_processor": None}))
+        description = json.loads(text)
+        plain = Tokenizer.from_str(json.dumps(description | {"added_tokens": [], "post_processor": None}))
+        words = word_encoder(plain, description)
     except OSError as error:
         raise BadInputError(
             f"no tokenizer in {folder}: {error.strerror}: {Path(error.filename).name}",
@@ -126,7 +141,7 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
     bos, eos = (_token_name(config, name) for name in ("bos_token", "eos_token"))
     size = max(plain.get_vocab_size(), *(number + 1 for number in control.values())) if control else 0
     fingerprint = files.fingerprint_file(path, full=True)
-    return Encoder(control, plain, control.get(bos, -1), control.get(eos, -1), size, fingerprint), bos, eos
+    return Encoder(control, plain, words, control.get(bos, -1), control.get(eos, -1), size, fingerprint), bos, eos
 
 
 def _token_name(config: dict[str, Any], name: str) -> str:

@@ -4,6 +4,8 @@ A conversation is a list of messages ``{"role", "content"[, "loss"]}``:
 
 * at most one ``system`` message, first; then ``user`` and ``assistant`` in turn, ``user`` first;
 * assistant content is ``<think>\\n{reasoning}\\n</think>\\n\\n{answer}``, or the bare answer without reasoning;
+* an assistant message may carry ``tool_calls`` of ``{"type", "function": {"name", "arguments"}}``, arguments being JSON
+  text; then one ``tool`` message per call follows, in the calls' order, and ``assistant`` again;
 * every assistant message carries a boolean ``loss``, no other message does, and at least one is true.
 
 What does not fit is rejected with a code of ``REASONS``; nothing is guessed. docs/data.md lists every outcome.
@@ -24,8 +26,10 @@ REASONS = {
     "missing_field": "a field of the format is missing or has the wrong type",
     "no_messages": "the conversation is missing, empty or not a list",
     "invalid_message": "a message is not an object with a role",
-    "unsupported_role": "a role other than system, developer, user, assistant",
-    "tool_call": "tool or function calls are not trained by this workflow",
+    "unsupported_role": "a role other than system, developer, user, assistant, tool, function",
+    "tool_call": "a tool call without a name, or whose arguments are neither text nor an object",
+    "tool_output": "tool outputs that do not answer the calls before them one by one, in order",
+    "tool_reasoning": "reasoning where the template knows none: with a tool call, or on a tool's output",
     "invalid_content": "content is neither text, text parts nor null",
     "non_text_part": "a content part is not text",
     "invalid_text": "text that is not valid Unicode (a lone surrogate)",
@@ -38,6 +42,8 @@ REASONS = {
     "misplaced_reasoning": "reasoning on a message that is not the assistant's",
     "invalid_loss": "loss is not true, false or one of their spellings",
     "misplaced_loss": "loss asked for on a message that is not the assistant's",
+    "incomplete_reasoning": "no generation whose reasoning is complete",
+    "incorrect": "every complete generation was found wrong",
     "no_trained_turn": "no assistant message is trained",
     "duplicate": "the same conversation came before",
     "invalid_record": "a line of train.jsonl that prepare_data would not have written",
@@ -46,7 +52,6 @@ REASONS = {
 }
 
 _REASONING_FIELDS = ("reasoning_content", "reasoning")
-_CALL_FIELDS = ("tool_calls", "function_call")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _BLOCK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
@@ -69,15 +74,18 @@ class Rejection(Exception):
 
 
 def json_line(value: Any) -> bytes:
-    """One line of JSON Lines in UTF-8.
-
-    Line and paragraph separators inside strings are escaped, so that readers which split at them see one line; lone
-    surrogates come out as JSON escapes.
-    """
+    """One line of JSON Lines in UTF-8; lone surrogates come out as JSON escapes."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return escape_separators(text).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def escape_separators(text: str) -> str:
+    """JSON text with line and paragraph separators escaped, so that readers which split at them see one line."""
+    if text.isascii():
+        return text
     for separator in "\x85\u2028\u2029":
         text = text.replace(separator, f"\\u{ord(separator):04x}")
-    return text.encode("utf-8", "backslashreplace") + b"\n"
+    return text
 
 
 def join_reasoning(reasoning: str, answer: str) -> str:
@@ -158,17 +166,21 @@ def normalise(messages: Any) -> list[dict[str, Any]]:
         raise Rejection("no_messages")
     system: list[str] = []
     turns: list[dict[str, Any]] = []
+    open_calls: list[str | None] = []  # ids of calls without an output yet
     for number, message in enumerate(messages, 1):
         try:
-            turn = _normalise_one(message)
+            turn, calls = _normalise_one(message)
             if turn["role"] == "system":
                 if turns:
                     raise Rejection("late_system")
                 system.append(turn["content"])
                 continue
-            if turn["role"] != ("assistant" if turns and turns[-1]["role"] == "user" else "user"):
-                before = f"follows {turns[-1]['role']}" if turns else "comes first"
-                raise Rejection("role_order", f"{turn['role']} {before}")
+            _check_order(turn, turns[-1] if turns else None)
+            if turn["role"] == "tool":
+                _answer_call(message, open_calls)
+            elif open_calls:
+                raise Rejection("tool_output", f"{len(open_calls)} calls have no output")
+            open_calls += calls
             turns.append(turn)
         except Rejection as rejection:
             raise Rejection(rejection.reason, f"message {number}: {rejection.message}") from None
@@ -193,14 +205,34 @@ def check_canonical(messages: Any) -> list[dict[str, Any]]:
     return same
 
 
-def _normalise_one(message: Any) -> dict[str, Any]:
+def _check_order(turn: dict[str, Any], before: dict[str, Any] | None) -> None:
+    if before is None:
+        allowed: tuple[str, ...] = ("user",)
+    elif before["role"] == "assistant":
+        allowed = ("tool",) if "tool_calls" in before else ("user",)
+    else:
+        allowed = ("assistant",) if before["role"] == "user" else ("tool", "assistant")
+    if turn["role"] not in allowed:
+        place = "comes first" if before is None else f"follows {before['role']}"
+        raise Rejection("role_order", f"{turn['role']} {place}")
+
+
+def _answer_call(message: dict[str, Any], open_calls: list[str | None]) -> None:
+    if not open_calls:
+        raise Rejection("tool_output", "more outputs than calls")
+    call, given = open_calls.pop(0), message.get("tool_call_id")
+    if isinstance(call, str) and isinstance(given, str) and call != given:
+        raise Rejection("tool_output", f"the output is of call {_short(given)}, the next call is {_short(call)}")
+
+
+def _normalise_one(message: Any) -> tuple[dict[str, Any], list[str | None]]:
+    """The message in this module's form and the ids of its tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise Rejection("invalid_message")
-    role = "system" if message["role"] == "developer" else message["role"]
-    if role not in ("system", "user", "assistant"):
+    role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
+    if role not in ("system", "user", "assistant", "tool"):
         raise Rejection("unsupported_role", f"role {_short(role)}")
-    if any(message.get(field) for field in _CALL_FIELDS):
-        raise Rejection("tool_call")
+    calls, call_ids = _tool_calls(message)
     text = parse_text(message.get("content"))
     reasoning = _reasoning_field(message)
     loss = _loss_field(message)
@@ -213,16 +245,45 @@ def _normalise_one(message: Any) -> dict[str, Any]:
             reasoning, answer = reasoning.strip(), text.strip("\r\n")
         else:
             reasoning, answer = split_reasoning(text)
+        if calls:
+            answer = answer if answer.strip() else ""
+            content = join_reasoning(reasoning, answer)
+            return {"role": role, "content": content, "tool_calls": calls, "loss": loss is not False}, call_ids
         if not answer.strip():
             raise Rejection("empty_content", f"no answer{' after the reasoning' if reasoning else ''}")
-        return {"role": role, "content": join_reasoning(reasoning, answer), "loss": loss is not False}
+        return {"role": role, "content": join_reasoning(reasoning, answer), "loss": loss is not False}, []
+    if calls:
+        raise Rejection("tool_call", f"{role} message with tool calls")
     if reasoning.strip():
         raise Rejection("misplaced_reasoning", f"{role} message with reasoning")
     if loss:
         raise Rejection("misplaced_loss", f"{role} message with loss: true")
     if role == "user" and not text.strip():
         raise Rejection("empty_content", "the user message is empty")
-    return {"role": role, "content": text}
+    return {"role": role, "content": text}, []
+
+
+def _tool_calls(message: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """Calls in this module's form and their ids, of ``tool_calls`` or the older ``function_call``."""
+    given = message.get("tool_calls") or []
+    if not given and message.get("function_call"):
+        given = [{"function": message["function_call"]}]
+    if not isinstance(given, list):
+        raise Rejection("tool_call", f"tool_calls is {_short(given)}")
+    calls = []
+    for call in given:
+        function = call.get("function") if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name.strip():
+            raise Rejection("tool_call", f"a call without a function's name: {_short(call)}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        kind = call.get("type") or "function"
+        if not isinstance(arguments, str) or not isinstance(kind, str):
+            raise Rejection("tool_call", f"arguments of {_short(name)} are {_short(arguments)}")
+        calls.append({"type": kind, "function": {"name": name, "arguments": arguments}})
+    return calls, [call.get("id") for call in given]
 
 
 def _reasoning_field(message: dict[str, Any]) -> str:

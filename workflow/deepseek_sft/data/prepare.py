@@ -1,5 +1,6 @@
 """Sources → ``train.jsonl`` and ``rejects.jsonl``: every record ends in exactly one of them, in the input's order."""
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -9,8 +10,8 @@ from typing import Any
 
 from .. import cli, files
 from ..errors import BadInputError
-from .formats import convert
-from .messages import THINK_OPEN, Rejection, json_line, normalise
+from .formats import FORMATS, choose
+from .messages import THINK_OPEN, Rejection, escape_separators, json_line, normalise
 from .parallel import chunked, ordered_map
 from .sources import RawRecord, Source, read_source
 
@@ -21,16 +22,26 @@ EXAMPLES = 3  # per reason, in the figures
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one record: a line for ``train.jsonl``, or a reason."""
+    """What became of one record: a line for ``train.jsonl``, or a reason.
+
+    Args:
+        written: the line; empty if the record is rejected.
+        digest: of the messages, for finding duplicates.
+        turns: assistant messages, those with loss, those with reasoning.
+        format: the format it was read in; empty if none was found.
+    """
 
     source: str
     record: int
     line: int | None
     id: str
-    accepted: dict[str, Any] | None = None
+    written: bytes = b""
+    digest: bytes = b""
+    turns: tuple[int, int, int] = (0, 0, 0)
     reason: str = ""
     message: str = ""
     excerpt: str = ""
+    format: str = ""
 
     @property
     def place(self) -> str:
@@ -43,7 +54,7 @@ class Figures:
     """Counts of a run, as the receipt carries them.
 
     ``turns`` are assistant messages of accepted records; ``trained_turns`` those with loss; ``with_reasoning`` those
-    with a thinking block.
+    with a thinking block; ``formats`` counts records by the format they were read in, ``sources`` by file.
     """
 
     records: int = 0
@@ -54,15 +65,25 @@ class Figures:
     turns: int = 0
     trained_turns: int = 0
     with_reasoning: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def accept(self, messages: list[dict[str, Any]]) -> None:
-        """Count an accepted record."""
-        self.accepted += 1
-        for message in messages:
-            if message["role"] == "assistant":
-                self.turns += 1
-                self.trained_turns += message["loss"]
-                self.with_reasoning += message["content"].startswith(THINK_OPEN)
+    def add(self, outcome: Outcome) -> None:
+        """Count a record."""
+        self.records += 1
+        source = self.sources.setdefault(outcome.source, {"records": 0, "accepted": 0, "formats": {}})
+        source["records"] += 1
+        if outcome.format:
+            self.formats[outcome.format] += 1
+            source["formats"][outcome.format] = source["formats"].get(outcome.format, 0) + 1
+        if outcome.reason:
+            self.reject(outcome.reason, f"{outcome.place}: {outcome.message}")
+        else:
+            self.accepted += 1
+            source["accepted"] += 1
+            turns, trained, reasoned = outcome.turns
+            self.turns, self.trained_turns = self.turns + turns, self.trained_turns + trained
+            self.with_reasoning += reasoned
 
     def reject(self, reason: str, example: str) -> None:
         """Count a rejected record, keeping the first few as examples."""
@@ -75,29 +96,39 @@ class Figures:
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable figures with sorted reasons."""
         rejects = dict(sorted(self.rejects.items()))
-        return {**vars(self), "rejects": rejects, "examples": dict(sorted(self.examples.items()))}
+        formats = dict(sorted(self.formats.items()))
+        return {**vars(self), "rejects": rejects, "formats": formats, "examples": dict(sorted(self.examples.items()))}
 
 
 def convert_record(raw: RawRecord) -> Outcome:
     """Decode, convert and check one record."""
     name = f"{Path(raw.source).name}:{raw.record}"
     place = (raw.source, raw.record, raw.line)
-    record = raw.payload
+    record, chosen = raw.payload, ""
     try:
         if isinstance(record, bytes):
             record = _decode(record)
         if isinstance(record, dict):
             name = _own_id(record) or name
-        messages = normalise(convert(record, raw.format))
-        accepted = {"id": name, "messages": messages}
+        chosen = choose(record, raw.format)
+        messages = normalise(FORMATS[chosen].convert(record))
+        text = json.dumps(messages, ensure_ascii=False)
+        weight = "" if raw.weight == 1 else f', "weight": {json.dumps(raw.weight)}'
         try:
-            json.dumps(accepted, ensure_ascii=False).encode()
+            written = escape_separators(
+                f'{{"id": {json.dumps(name, ensure_ascii=False)}{weight}, "messages": {text}}}\n'
+            ).encode()
         except UnicodeEncodeError:
             raise Rejection("invalid_text") from None
-        return Outcome(*place, name, accepted)
+        answers = [m for m in messages if m["role"] == "assistant"]
+        reasoned = sum(m["content"].startswith(THINK_OPEN) for m in answers)
+        turns = (len(answers), sum(m["loss"] for m in answers), reasoned)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return Outcome(*place, name, written, digest, turns, format=chosen)
     except Rejection as rejection:
         shown = record.decode("utf-8", "backslashreplace") if isinstance(record, bytes) else _shown(record)
-        return Outcome(*place, name, None, rejection.reason, rejection.message, shown[:EXCERPT])
+        reason, message = rejection.reason, rejection.message
+        return Outcome(*place, name, reason=reason, message=message, excerpt=shown[:EXCERPT], format=chosen)
 
 
 def convert_chunk(chunk: list[RawRecord]) -> list[Outcome]:
@@ -132,18 +163,16 @@ def prepare(
                     for outcome in outcomes:
                         if not keep_duplicates:
                             outcome = _check_duplicate(outcome, seen, figures.accepted + 1)
-                        figures.records += 1
-                        if outcome.accepted:
-                            figures.accept(outcome.accepted["messages"])
-                            accepted.write(json_line(outcome.accepted))
-                            continue
-                        if fail_on_invalid:
+                        if fail_on_invalid and outcome.reason:
                             raise BadInputError(
                                 f"{outcome.place}: {outcome.reason}: {outcome.message}",
                                 "repair the record, or let --on-invalid reject set such records aside",
                             )
-                        figures.reject(outcome.reason, f"{outcome.place}: {outcome.message}")
-                        rejected.write(json_line(_reject_line(outcome)))
+                        figures.add(outcome)
+                        if outcome.reason:
+                            rejected.write(json_line(_reject_line(outcome)))
+                        else:
+                            accepted.write(outcome.written)
                     cli.say(f"{figures.records} records read, {figures.rejected} rejected")
                 if not figures.accepted:
                     raise _NothingAccepted
@@ -164,15 +193,14 @@ class _NothingAccepted(Exception):
 
 
 def _check_duplicate(outcome: Outcome, seen: dict[bytes, int], line: int) -> Outcome:
-    if not outcome.accepted:
+    if outcome.reason:
         return outcome
-    digest = hashlib.sha256(files.canonical_json(outcome.accepted["messages"]).encode()).digest()[:16]
-    first = seen.setdefault(digest, line)
+    first = seen.setdefault(outcome.digest, line)
     if first == line:
         return outcome
-    shown = _shown(outcome.accepted)[:EXCERPT]
     message = f"same messages as line {first} of the output"
-    return Outcome(outcome.source, outcome.record, outcome.line, outcome.id, None, "duplicate", message, shown)
+    excerpt = outcome.written.decode()[:EXCERPT]
+    return dataclasses.replace(outcome, written=b"", reason="duplicate", message=message, excerpt=excerpt)
 
 
 def _reject_line(outcome: Outcome) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One record → samples: which turns each sample trains, and what its history shows."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,8 @@ from numpy.typing import NDArray
 
 from .encoding import Encoder, Segment
 from .messages import Rejection, check_canonical, split_reasoning
-from .templates import TEMPLATES, Piece, system_pieces, user_pieces
+from .similarity import Signature, language, signature
+from .templates import TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
 from .tokens import NO_LOSS
 
 POLICIES = ("split", "strip", "keep")
@@ -56,9 +58,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Turn:
-    """An encoded message: in full, and as later turns see it."""
+    """An encoded message: in full (None where the template has no place for it), and as later turns see it.
 
-    full: list[Segment]
+    Of a user's message, ``full`` is what a trained answer sees before it.
+    """
+
+    full: list[Segment] | None
     history: list[Segment]
     trained: bool
 
@@ -76,6 +81,14 @@ class View:
     trained: tuple[int, ...]
 
 
+class TooLong(Rejection):
+    """A sample longer than allowed."""
+
+    def __init__(self, length: int, allowed: int):
+        super().__init__("too_long", f"{length} tokens, more than {allowed}")
+        self.length = length
+
+
 @dataclass(frozen=True)
 class Made:
     """What one record gave.
@@ -84,52 +97,108 @@ class Made:
         rejects: (sample id, reason, message).
         untrained: turns marked for training whose loss the ``strip`` policy gave up.
         mentions: whether a text spells a control token.
+        too_long: lengths of the samples that were rejected for theirs.
+        language: as ``similarity.language`` names it; empty if there is no conversation.
+        signature: of the last sample, for finding near duplicates.
+        weight: how often the record is to be used.
+        copies: how often it is used: the weight, its fraction decided by chance.
     """
 
     samples: list[Sample]
     rejects: list[tuple[str, str, str]]
     untrained: int
     mentions: bool
+    too_long: tuple[int, ...] = ()
+    language: str = ""
+    signature: Signature | None = None
+    weight: float = 1.0
+    copies: int = 1
+
+
+class _Rendering:
+    """Messages rendered for one batch; equal renderings are kept once and told by their number."""
+
+    def __init__(self, template: Template, history: str):
+        self.template = template
+        shown_whole = history == "keep" or (history == "split" and not template.cuts_history)
+        self.cut = not shown_whole
+        self.pieces: list[list[Piece]] = []
+
+    def add(self, pieces: list[Piece]) -> int:
+        """Keep pieces; their number."""
+        self.pieces.append(pieces)
+        return len(self.pieces) - 1
+
+    def conversation(self, messages: list[dict[str, Any]]) -> list[tuple[int | None, int, bool]]:
+        """Numbers of each message in full and as history, and whether it is trained."""
+        turns: list[tuple[int | None, int, bool]] = []
+        called = answered = False
+        before = ""
+        for number, message in enumerate(messages):
+            role, place = message["role"], Place(before == "tool", called, answered)
+            if role == "assistant":
+                reply = to_reply(message)
+                full, history = self.template.reply(reply, place), self.template.history(reply, place, self.cut)
+                first = None if full is None else self.add(full)
+                turns.append((first, first if full == history else self.add(history), message["loss"]))  # type: ignore[arg-type]
+                called = called or bool(reply.calls)
+            elif role == "tool":
+                shown = self.add(self.template.output(message["content"], place))
+                turns.append((shown, shown, False))
+                answered = True
+            else:
+                shown = history = self.add((system_pieces if role == "system" else user_pieces)(message["content"]))
+                following = messages[number + 1] if number + 1 < len(messages) else {}
+                if called and self.template.call_line and following.get("tool_calls"):
+                    history = self.add(user_pieces(message["content"] + self.template.call_line))
+                turns.append((shown, history, False))
+            before = role
+        return turns
 
 
 def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> list[Made]:
     """Samples of many records; texts are encoded in one batch."""
-    template = TEMPLATES[settings.template]
-    shown_whole = settings.history == "keep" or (settings.history == "split" and not template.cuts_history)
-    rendered: list[list[Piece]] = []
-    plans: list[tuple[list[tuple[int, int, bool]], bool] | Rejection] = []
+    rendering = _Rendering(TEMPLATES[settings.template], settings.history)
+    plans: list[tuple[list[tuple[int | None, int, bool]], Made]] = []
     for record in records:
+        record = record if isinstance(record, dict) else {}
         try:
-            messages = check_canonical(record.get("messages") if isinstance(record, dict) else None)
+            weight = parse_weight(record.get("weight"))
+            messages = check_canonical(record.get("messages"))
         except Rejection as rejection:
-            plans.append(rejection)
+            rejects = [(str(record.get("id", "")), rejection.reason, rejection.message)]
+            plans.append(([], Made([], rejects, 0, False)))
             continue
-        turns = []
-        for message in messages:
-            full = history = len(rendered)
-            if message["role"] == "assistant":
-                reasoning, answer = split_reasoning(message["content"])
-                rendered.append(template.answer(reasoning, answer))
-                if reasoning and not shown_whole:
-                    history = len(rendered)
-                    rendered.append(template.history(reasoning, answer))
-            else:
-                pieces = system_pieces if message["role"] == "system" else user_pieces
-                rendered.append(pieces(message["content"]))
-            turns.append((full, history, message.get("loss", False)))
-        plans.append((turns, any(encoder.mentions_control(_typed(message)) for message in messages)))
-    encoded = encoder.encode(rendered)
+        typed = [_typed(message) for message in messages]
+        base = Made([], [], 0, any(map(encoder.mentions_control, typed)), language=language(typed), weight=weight)
+        plans.append((rendering.conversation(messages), base))
+    encoded = encoder.encode(rendering.pieces)
     results = []
-    for record, plan in zip(records, plans, strict=True):
-        name = str(record.get("id", "")) if isinstance(record, dict) else ""
-        if isinstance(plan, Rejection):
-            results.append(Made([], [(name, plan.reason, plan.message)], 0, False))
-            continue
-        turns, mentions = plan
-        results.append(
-            _one_record(name, [Turn(encoded[f], encoded[h], t) for f, h, t in turns], mentions, encoder, settings)
-        )
+    for record, (turns, base) in zip(records, plans, strict=True):
+        if turns:
+            whole = [Turn(None if f is None else encoded[f], encoded[h], t) for f, h, t in turns]
+            base = _one_record(str(record.get("id", "")), whole, base, encoder, settings)
+        results.append(base)
     return results
+
+
+def parse_weight(value: Any) -> float:
+    """The weight of a line of ``train.jsonl``, 1 where it has none.
+
+    Raises:
+        Rejection: ``invalid_record``.
+    """
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise Rejection("invalid_record", "the weight is not a positive number")
+    return float(value)
+
+
+def to_reply(message: dict[str, Any]) -> Reply:
+    """An assistant message taken apart."""
+    calls = (Call(c["type"], **c["function"]) for c in message.get("tool_calls", ()))
+    return Reply(*split_reasoning(message["content"]), tuple(calls))
 
 
 def choose_views(turns: list[Turn], policy: str, max_length: int) -> tuple[list[View], int]:
@@ -156,48 +225,59 @@ def choose_views(turns: list[Turn], policy: str, max_length: int) -> tuple[list[
     return views[::-1], 0
 
 
-def _one_record(name: str, turns: list[Turn], mentions: bool, encoder: Encoder, settings: Settings) -> Made:
+def _one_record(name: str, turns: list[Turn], base: Made, encoder: Encoder, settings: Settings) -> Made:
     views, untrained = choose_views(turns, settings.history, settings.max_length)
-    samples, rejects = [], []
+    samples, rejects, too_long = [], [], []
     for view in views:
         own = f"{name}#{view.end}" if len(views) > 1 else name
         try:
             samples.append(_assemble(own, turns, view, encoder, settings))
         except Rejection as rejection:
             rejects.append((own, rejection.reason, rejection.message))
-    return Made(samples, rejects, untrained, mentions)
+            too_long += [rejection.length] if isinstance(rejection, TooLong) else []
+    return dataclasses.replace(
+        base,
+        samples=samples,
+        rejects=rejects,
+        untrained=untrained,
+        too_long=tuple(too_long),
+        signature=signature(samples[-1].input_ids) if samples else None,
+    )
 
 
 def _assemble(name: str, turns: list[Turn], view: View, encoder: Encoder, settings: Settings) -> Sample:
-    ids, labels = [encoder.bos_token_id], [NO_LOSS]
+    parts, trained = [np.array([encoder.bos_token_id], np.int32)], [False]
     reasoning, answers = [], []
     for index, turn in enumerate(turns[: view.end + 1]):
         learned = index in view.trained
-        segments = turn.full if learned else turn.history
-        for segment in segments:
-            ids += segment.ids
-            labels += segment.ids if learned and segment.generated else [NO_LOSS] * len(segment.ids)
+        segments = turn.full if learned or index + 1 in view.trained else turn.history
+        if segments is None:
+            raise Rejection("tool_reasoning", f"message {index + 1}: template {settings.template} has no place for it")
+        parts += [segment.ids for segment in segments]
+        trained += [learned and segment.generated for segment in segments]
         if learned:
             reasoning.append(sum(len(s.ids) for s in segments if s.part == "reasoning"))
             answers.append(sum(len(s.ids) for s in segments if s.part == "answer"))
-    too_long = len(ids) > settings.max_length
+    input_ids = np.concatenate(parts)
+    labels = np.where(np.repeat(trained, [len(part) for part in parts]), input_ids, np.int32(NO_LOSS))
+    too_long = len(input_ids) > settings.max_length
     if too_long and not settings.truncate:
-        raise Rejection("too_long", f"{len(ids)} tokens, more than {settings.max_length}")
+        raise TooLong(len(input_ids), settings.max_length)
     # A cut answer keeps its loss but gets no end-of-sentence token: it must not teach to stop in mid-sentence.
-    input_ids = np.array(ids[: settings.max_length], dtype=np.int32)
-    kept_labels = np.array(labels[: settings.max_length], dtype=np.int32)
-    if not (kept_labels != NO_LOSS).any():
+    input_ids, labels = input_ids[: settings.max_length], labels[: settings.max_length]
+    if not (labels != NO_LOSS).any():
         raise Rejection("nothing_left", f"the trained answer begins after {settings.max_length} tokens")
-    return Sample(name, input_ids, kept_labels, len(answers), tuple(reasoning), tuple(answers), too_long)
+    return Sample(name, input_ids, labels, len(answers), tuple(reasoning), tuple(answers), too_long)
 
 
 def _length(turns: list[Turn], end: int) -> int:
     before = sum(len(segment.ids) for turn in turns[:end] for segment in turn.history)
-    return 1 + before + sum(len(segment.ids) for segment in turns[end].full)
+    return 1 + before + sum(len(segment.ids) for segment in turns[end].full or ())
 
 
 def _typed(message: dict[str, Any]) -> str:
     """The text a person or model wrote, without the tags that prepare_data put there."""
     if message["role"] == "assistant":
-        return "\n".join(split_reasoning(message["content"]))
+        reply = to_reply(message)
+        return "\n".join([reply.reasoning, reply.answer, *(f"{c.type}\n{c.name}\n{c.arguments}" for c in reply.calls)])
     return message["content"]

@@ -25,10 +25,11 @@ COMPRESSED = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Source:
-    """One file and the format its records are in."""
+    """One file, the format its records are in, and how often each record is used."""
 
     path: Path
     format: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class RawRecord:
         record: number of the record in the file, from 1; blank lines do not count.
         line: number of the line, from 1; None where the file has no lines of records.
         payload: ``bytes`` of a line, or the decoded record.
+        weight: of its source.
     """
 
     source: str
@@ -48,16 +50,25 @@ class RawRecord:
     record: int
     line: int | None
     payload: Any
+    weight: float = 1.0
 
 
-def find_sources(arguments: list[str]) -> list[Source]:
+def find_sources(arguments: list[str], weights: list[float] | None = None) -> list[Source]:
     """Resolve ``[FORMAT=]PATH`` arguments, globs included, to files; each file once, in the order given.
+
+    Args:
+        arguments: the sources.
+        weights: one per argument; 1 each if not given.
 
     Raises:
         BadInputError: unknown format, no such file (with near matches), a folder, an unknown kind of file.
     """
     found: dict[Path, Source] = {}
-    for argument in arguments:
+    if weights and len(weights) != len(arguments):
+        raise BadInputError(f"{len(arguments)} sources, but {len(weights)} weights", "give one weight per source")
+    for argument, weight in zip(arguments, weights or [1.0] * len(arguments), strict=True):
+        if not 0 < weight < float("inf"):
+            raise BadInputError(f"source {argument}: weight {weight} is not positive", "leave the source out instead")
         name, pattern = _split_argument(argument)
         for path in _expand(pattern):
             if _kind(path) is None:
@@ -65,7 +76,7 @@ def find_sources(arguments: list[str]) -> list[Source]:
                     f"source {path} is of no known kind",
                     f"files end in one of {', '.join(SUFFIXES)}, the JSON ones optionally followed by .gz or .zst",
                 )
-            found.setdefault(path.resolve(), Source(path, name))
+            found.setdefault(path.resolve(), Source(path, name, weight))
     return list(found.values())
 
 
@@ -75,19 +86,19 @@ def read_source(source: Source) -> Iterator[RawRecord]:
     Raises:
         BadInputError: the container is damaged.
     """
-    place, name = str(source.path), source.format
+    place, name, weight = str(source.path), source.format, source.weight
     if _kind(source.path) == ".parquet":
         rows = enumerate(_parquet_rows(source.path), 1)
-        yield from (RawRecord(place, name, number, None, row) for number, row in rows)
+        yield from (RawRecord(place, name, number, None, row, weight) for number, row in rows)
     elif _kind(source.path) == ".json" and _starts_with_bracket(source.path):
         items = enumerate(_array_items(source.path), 1)
-        yield from (RawRecord(place, name, number, None, item) for number, item in items)
+        yield from (RawRecord(place, name, number, None, item, weight) for number, item in items)
     else:
         record = 0
         for number, line in enumerate(_lines(source.path), 1):
             if line.strip():
                 record += 1
-                yield RawRecord(place, name, record, number, line)
+                yield RawRecord(place, name, record, number, line, weight)
 
 
 def _split_argument(argument: str) -> tuple[str, str]:
@@ -95,7 +106,7 @@ def _split_argument(argument: str) -> tuple[str, str]:
     known = [AUTO, *FORMATS]
     if separator and head in known:
         return head, tail
-    if separator and re.fullmatch(r"[A-Za-z0-9_-]+", head) and not Path(argument).exists():
+    if separator and re.fullmatch(r"[A-Za-z0-9_.-]+", head) and not Path(argument).exists():
         near = difflib.get_close_matches(head, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise BadInputError(f"source {argument!r}: no format is named {head!r}", f"{hint}known: {', '.join(known)}")

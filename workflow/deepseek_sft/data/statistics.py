@@ -1,5 +1,6 @@
 """What ``statistics.json`` says about the samples."""
 
+import bisect
 from array import array
 from collections import Counter
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .samples import Made, Sample
+from .similarity import NearDuplicates
 from .tokens import NO_LOSS
 
 EXAMPLES = 3
@@ -14,19 +16,39 @@ EDGES = [0, *(2**power for power in range(4, 21))]  # 0, 16, 32, … 1,048,576 t
 
 
 class Statistics:
-    """Counts over samples; lengths are kept as 4-byte integers, a few megabytes for a million samples."""
+    """Counts over samples; lengths are kept as 4-byte integers, a few megabytes for a million samples.
 
-    def __init__(self) -> None:
+    Args:
+        max_length: longest sample allowed; the cut of the length histogram.
+    """
+
+    def __init__(self, max_length: int = 0) -> None:
+        self.max_length = max_length
         self.counts: Counter[str] = Counter()
         self.rejects: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, str]]] = {}
         self.lengths, self.reasoning, self.answers = array("i"), array("i"), array("i")
+        self.too_long = array("i")
+        self.languages: Counter[str] = Counter()
+        self.weights: dict[float, Counter[str]] = {}
+        self.pairs: Counter[tuple[int, int]] = Counter()  # bins of (reasoning, answer) of trained turns
+        self.near_duplicates = NearDuplicates()
 
     def add_record(self, made: Made) -> None:
         """Count a record and what became of it, except its samples."""
         self.counts["records"] += 1
         self.counts["untrained_turns"] += made.untrained
         self.counts["records_spelling_control_tokens"] += made.mentions
+        self.too_long.extend(made.too_long)
+        self.counts["copies"] += made.copies
+        self.counts["records_left_out_by_weight"] += not made.copies
+        weight = self.weights.setdefault(made.weight, Counter())
+        weight["records"] += 1
+        weight["copies"] += made.copies
+        if made.language:
+            self.languages[made.language] += 1
+        if made.signature is not None:
+            self.near_duplicates.add(made.signature)
         for name, reason, message in made.rejects:
             self.rejects[reason] += 1
             examples = self.examples.setdefault(reason, [])
@@ -43,10 +65,13 @@ class Statistics:
         self.lengths.append(len(sample.input_ids))
         self.reasoning.extend(length for length in sample.reasoning if length)
         self.answers.extend(sample.answers)
+        for reasoning, answer in zip(sample.reasoning, sample.answers, strict=True):
+            if reasoning:
+                self.pairs[_bin(reasoning), _bin(answer)] += 1
 
     def figures(self) -> dict[str, Any]:
         """Counts and lengths, JSON-serialisable; lengths in tokens."""
-        names = ("records", "samples", "turns", "untrained_turns", "tokens", "trained_tokens", "truncated")
+        names = ("records", "copies", "records_left_out_by_weight", "samples", "turns", "untrained_turns", "tokens", "trained_tokens", "truncated")
         counts = {name: self.counts[name] for name in (*names, "records_spelling_control_tokens")}
         tokens = counts["tokens"]
         return {
@@ -56,20 +81,45 @@ class Statistics:
             "length": _summary(self.lengths),
             "reasoning_length": _summary(self.reasoning),
             "answer_length": _summary(self.answers),
+            "near_duplicates": self.near_duplicates.count(),
+            "languages": dict(self.languages.most_common()),
+            **({"weights": weights} if (weights := self._weights()) else {}),
             "rejected": sum(self.rejects.values()),
             "rejects": dict(sorted(self.rejects.items())),
         }
 
     def report(self) -> dict[str, Any]:
-        """The content of ``statistics.json``: figures, length histogram, examples of rejects."""
-        heights, _ = np.histogram(np.frombuffer(self.lengths, np.int32), [*EDGES, np.iinfo(np.int32).max])
-        last = max((i for i, height in enumerate(heights) if height), default=0)
+        """The content of ``statistics.json``: figures, length histogram with its cut, reasoning against answers, examples of rejects."""
+        edges = [*EDGES, np.iinfo(np.int32).max]
+        heights, over = (np.histogram(np.frombuffer(found, np.int32), edges)[0] for found in (self.lengths, self.too_long))
+        last = max((i for i, both in enumerate(heights + over) if both), default=0)
         bins = [
-            {"from": EDGES[i], "below": EDGES[i + 1] if i + 1 < len(EDGES) else None, "samples": int(heights[i])}
-            for i in range(last + 1)
+            {**_edges(i), "samples": int(heights[i]), "too_long": int(over[i])} for i in range(last + 1)
         ]
-        examples = dict(sorted(self.examples.items()))
-        return {**self.figures(), "length_histogram": bins, "reject_examples": examples}
+        pairs = [
+            {"reasoning": _edges(r), "answer": _edges(a), "turns": turns} for (r, a), turns in sorted(self.pairs.items())
+        ]
+        return {
+            **self.figures(),
+            "max_length": self.max_length,
+            "length_histogram": bins,
+            "reasoning_by_answer": pairs,
+            "reject_examples": dict(sorted(self.examples.items())),
+        }
+
+    def _weights(self) -> dict[str, str]:
+        """Records and their uses by weight; empty where every weight is 1."""
+        if set(self.weights) <= {1.0}:
+            return {}
+        return {f"{w:g}": f"{c['records']} records used {c['copies']} times" for w, c in sorted(self.weights.items())}
+
+
+def _bin(length: int) -> int:
+    return bisect.bisect_right(EDGES, length) - 1
+
+
+def _edges(number: int) -> dict[str, int | None]:
+    return {"from": EDGES[number], "below": EDGES[number + 1] if number + 1 < len(EDGES) else None}
 
 
 def _summary(lengths: array) -> dict[str, float]:  # type: ignore[type-arg]

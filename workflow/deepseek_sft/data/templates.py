@@ -4,7 +4,9 @@ Rendering here, rather than through the tokenizer's own template, has two reason
 reasoning of every assistant message, the one to be trained included; and a rendered string no longer tells a control
 token from the same characters typed by a person.
 
-Semantics follow the ``chat_template`` of the releases' tokenizer_config.json (R1, V3, V3.1), without their tool calls.
+Semantics follow the ``chat_template`` of the releases' tokenizer_config.json (R1, V3, V3.1), tool calls included. R1's
+and V3's templates forget to open a call that is not the conversation's first: history shows it as they do, but such a
+call is trained as servers' parsers need it, opened, after the prompt that serving makes.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,15 @@ from .messages import THINK_CLOSE, THINK_OPEN
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 END = "<｜end▁of▁sentence｜>"
+CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+CALL_SEPARATOR = "<｜tool▁sep｜>"
+OUTPUTS_BEGIN, OUTPUTS_END = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
+OUTPUT_BEGIN, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
+TOOL_TOKENS = (
+    *(CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, CALL_SEPARATOR),
+    *(OUTPUTS_BEGIN, OUTPUTS_END, OUTPUT_BEGIN, OUTPUT_END),
+)
 
 
 @dataclass(frozen=True)
@@ -35,80 +46,158 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A tool call; ``arguments`` is JSON text."""
+
+    type: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an assistant message says."""
+
+    reasoning: str
+    answer: str
+    calls: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a message stands.
+
+    Args:
+        after_tool: right after a tool's output.
+        called: an earlier message called tools.
+        answered: an earlier message is a tool's output.
+    """
+
+    after_tool: bool = False
+    called: bool = False
+    answered: bool = False
+
+
+Pieces = list[Piece]
+
+
+@dataclass(frozen=True)
 class Template:
     """One chat template.
 
     Args:
-        answer: (reasoning, answer) → pieces of an assistant message in full, as it is trained.
-        history: (reasoning, answer) → pieces of the same message without its reasoning.
+        reply: pieces of an assistant message in full, as it is trained; None where the template has no place for it.
+        history: the same message as later turns see it; the flag says whether reasoning is cut where the template
+            cuts it.
+        output: pieces of a tool's output.
         cuts_history: whether the serving template removes the reasoning of earlier messages by itself.
+        call_line: what a later call puts at the end of the user's message before it, in history.
     """
 
-    answer: Callable[[str, str], list[Piece]]
-    history: Callable[[str, str], list[Piece]]
+    reply: Callable[[Reply, Place], Pieces | None]
+    history: Callable[[Reply, Place, bool], Pieces]
+    output: Callable[[str, Place], Pieces]
     cuts_history: bool
+    call_line: str = ""
 
 
-def system_pieces(text: str) -> list[Piece]:
+def system_pieces(text: str) -> Pieces:
     """System text stands right after the begin-of-sentence token."""
     return [Piece(text)]
 
 
-def user_pieces(text: str) -> list[Piece]:
+def user_pieces(text: str) -> Pieces:
     """A user message."""
     return [Piece(USER, control=True), Piece(text)]
 
 
-def _written(text: str, part: str) -> Piece:
+def _written(text: str, part: str = "answer") -> Piece:
     return Piece(text, generated=True, part=part)
 
 
-def _r1_answer(reasoning: str, answer: str) -> list[Piece]:
-    opening, end = Piece(ASSISTANT, control=True), Piece(END, control=True, generated=True)
-    if not reasoning:
-        return [opening, _written(answer, "answer"), end]
-    return [
-        opening,
-        Piece(THINK_OPEN, control=True, generated=True),
-        _written(f"\n{reasoning}\n", "reasoning"),
-        Piece(THINK_CLOSE, control=True, generated=True),
-        _written(f"\n\n{answer}", "answer"),
-        end,
-    ]
+def _token(name: str) -> Piece:
+    return Piece(name, control=True, generated=True)
 
 
-def _r1_history(reasoning: str, answer: str) -> list[Piece]:
-    # The template keeps what follows the last </think>, line ends included.
-    return _r1_answer("", f"\n\n{answer}" if reasoning else answer)
+def _calls(calls: tuple[Call, ...], middle: Callable[[Call], Pieces], between: Pieces) -> Pieces:
+    pieces: Pieces = []
+    for call in calls:
+        pieces += between if pieces else []
+        pieces += [_token(CALL_BEGIN), *middle(call), _token(CALL_END)]
+    return [*pieces, _token(CALLS_END)]
 
 
-def _v31_answer(reasoning: str, answer: str) -> list[Piece]:
+def _r1_call(call: Call) -> Pieces:
+    text = f"{call.name}\n```json\n{call.arguments}\n```"
+    return [_written(call.type), _token(CALL_SEPARATOR), _written(text)]
+
+
+def _r1_reply(reply: Reply, place: Place) -> Pieces:
+    pieces = [Piece(OUTPUTS_END if place.after_tool else ASSISTANT, control=True)]
+    answer = reply.answer
+    if reply.reasoning:
+        pieces += [_token(THINK_OPEN), _written(f"\n{reply.reasoning}\n", "reasoning"), _token(THINK_CLOSE)]
+        answer = f"\n\n{answer}"
+    if answer:
+        pieces.append(_written(answer))
+    if reply.calls:
+        pieces += [_token(CALLS_BEGIN), *_calls(reply.calls, _r1_call, [_written("\n")])]
+    return [*pieces, _token(END)]
+
+
+def _r1_history(reply: Reply, place: Place, cut: bool) -> Pieces:
+    if reply.calls and place.called:  # neither opened nor preceded by its text
+        line = [_written("\n")]
+        return [*(line if place.after_tool else []), *_calls(reply.calls, _r1_call, line), _token(END)]
+    if not cut or not reply.reasoning or reply.calls or place.after_tool:
+        return _r1_reply(reply, place)  # the template cuts plain answers to users only
+    # It keeps what follows the last </think>, line ends included.
+    return _r1_reply(Reply("", f"\n\n{reply.answer}"), place)
+
+
+def _r1_output(text: str, place: Place) -> Pieces:
+    names = (OUTPUT_BEGIN,) if place.answered else (OUTPUTS_BEGIN, OUTPUT_BEGIN)
+    return [*(Piece(name, control=True) for name in names), Piece(text), Piece(OUTPUT_END, control=True)]
+
+
+def _v31_call(call: Call) -> Pieces:
+    return [_written(call.name), _token(CALL_SEPARATOR), _written(call.arguments)]
+
+
+def _v31_reply(reply: Reply, place: Place) -> Pieces | None:
     # The first tag belongs to the prompt: serving with and without thinking differs in it alone. No line ends.
-    end = Piece(END, control=True, generated=True)
-    if not reasoning:
-        return _v31_history("", answer)
+    if not reply.reasoning:
+        return _v31_history(reply, place, True)
+    if reply.calls or place.after_tool:
+        return None  # tools are called without thinking, and their outputs answered without
     return [
         Piece(ASSISTANT, control=True),
         Piece(THINK_OPEN, control=True),
-        _written(reasoning, "reasoning"),
-        Piece(THINK_CLOSE, control=True, generated=True),
-        _written(answer, "answer"),
-        end,
+        _written(reply.reasoning, "reasoning"),
+        _token(THINK_CLOSE),
+        _written(reply.answer),
+        _token(END),
     ]
 
 
-def _v31_history(reasoning: str, answer: str) -> list[Piece]:
-    del reasoning
-    return [
-        Piece(ASSISTANT, control=True),
-        Piece(THINK_CLOSE, control=True),
-        _written(answer, "answer"),
-        Piece(END, control=True, generated=True),
-    ]
+def _v31_history(reply: Reply, place: Place, cut: bool) -> Pieces:
+    if not cut and reply.reasoning and (shown := _v31_reply(reply, place)):
+        return shown
+    pieces = [] if place.after_tool else [Piece(ASSISTANT, control=True), Piece(THINK_CLOSE, control=True)]
+    if reply.answer:
+        pieces.append(_written(reply.answer))
+    if reply.calls:
+        pieces += [_token(CALLS_BEGIN), *_calls(reply.calls, _v31_call, [])]
+    return [*pieces, _token(END)]
+
+
+def _v31_output(text: str, place: Place) -> Pieces:
+    del place
+    return [Piece(OUTPUT_BEGIN, control=True), Piece(text), Piece(OUTPUT_END, control=True)]
 
 
 TEMPLATES: dict[str, Template] = {
-    "deepseek-r1": Template(_r1_answer, _r1_history, cuts_history=True),
-    "deepseek-v3": Template(_r1_answer, _r1_history, cuts_history=False),
-    "deepseek-v3.1": Template(_v31_answer, _v31_history, cuts_history=True),
+    "deepseek-r1": Template(_r1_reply, _r1_history, _r1_output, cuts_history=True, call_line="\n"),
+    "deepseek-v3": Template(_r1_reply, _r1_history, _r1_output, cuts_history=False, call_line="\n"),
+    "deepseek-v3.1": Template(_v31_reply, _v31_history, _v31_output, cuts_history=True),
 }

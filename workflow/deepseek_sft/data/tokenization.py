@@ -1,7 +1,10 @@
 """``train.jsonl`` → token files, rejects and statistics."""
 
+import dataclasses
 import functools
+import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +51,7 @@ def tokenize(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        statistics = Statistics()
+        statistics = Statistics(settings.max_length)
         loose = building / "loose" if pack else building
         loose.mkdir(exist_ok=True)
         writer = TokenWriter(loose)
@@ -57,10 +60,12 @@ def tokenize(
                 statistics.add_record(made)
                 for name, reason, message in made.rejects:
                     rejects.write(json_line({"id": name, "reason": reason, "message": message}))
-                for sample in made.samples:
-                    statistics.add_sample(sample)
-                    length = np.array([len(sample.input_ids)], np.int32)
-                    writer.add(sample.id, sample.input_ids, sample.labels, length)
+                for copy in range(1, made.copies + 1):
+                    for sample in made.samples:
+                        statistics.add_sample(sample)
+                        length = np.array([len(sample.input_ids)], np.int32)
+                        name = sample.id if copy == 1 else f"{sample.id}~{copy}"
+                        writer.add(name, sample.input_ids, sample.labels, length)
         shards = writer.close()
         files.write_json(outputs.statistics, statistics.report())
         if not statistics.counts["samples"]:
@@ -77,6 +82,8 @@ def tokenize(
         shutil.rmtree(building, ignore_errors=True)
     names = ("rows", "longest", "max_length", "packed", "vocab_size", "tokenizer_fingerprint")
     figures = statistics.figures() | {name: info[name] for name in names}
+    if pack:
+        figures["packing_efficiency_share"] = round(info["tokens"] / (info["rows"] * settings.max_length), 4)
     figures["mean_length"] = round(info["tokens"] / info["rows"], 2)
     return figures
 
@@ -100,7 +107,21 @@ def _make_chunk(lines: list[tuple[str, bytes]], tokenizer: Path, settings: Setti
         except (ValueError, RecursionError):
             record = {}
         records.append({"id": name} | record if isinstance(record, dict) else {"id": name})
-    return make_samples(records, load_encoder(tokenizer, settings.template), settings)
+    made = make_samples(records, load_encoder(tokenizer, settings.template), settings)
+    return [
+        dataclasses.replace(one, copies=copies(one.weight, f"{place} {record['id']}")) if one.weight != 1 else one
+        for one, (place, _), record in zip(made, lines, records, strict=True)
+    ]
+
+
+def copies(weight: float, name: str) -> int:
+    """How often a record is used: the whole part of its weight, and once more with the fraction as its chance.
+
+    The name, not a random state, decides: the same for any number of workers, and a record keeps its luck.
+    """
+    whole = math.floor(weight)
+    drawn = int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()) / 2**64
+    return whole + (drawn < weight - whole)
 
 
 def _numbered_lines(source: Path) -> Iterator[tuple[str, bytes]]:

@@ -1,0 +1,135 @@
+"""Exact and fast ids for DeepSeek's tokenizer: its word splitting as one compiled pattern, ids of words remembered.
+
+The library splits a text in three passes of a slow regular-expression engine and merges every word anew. Here one
+pattern of Python's engine does the three passes at once, and each distinct word is merged once, by the library's own
+model. The classes of characters are asked of the library, so that both agree on every character by construction.
+Used only where a tokenizer's description is the one this pattern was written for; otherwise, and for texts with
+characters beyond the Basic Multilingual Plane, the library encodes.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+NUMBERS = r"\p{N}{1,3}"
+CJK = "[一-龥぀-ゟ゠-ヿ]+"
+WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^""" + "\r\n" + r"""\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    r""" ?[\p{P}\p{S}]+[""" + "\r\n" + r"""]*|\s*[""" + "\r\n" + r"""]+|\s+(?!\S)|\s+"""
+)
+CJK_RANGES = (("一", "龥"), ("぀", "ゟ"), ("゠", "ヿ"))
+ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+REMEMBERED = 300_000  # words; about 60 MB
+LONGEST_REMEMBERED = 40  # characters; longer words hardly recur
+BEYOND = re.compile("[\U00010000-\U0010ffff]")
+Ids = NDArray[np.int32]
+
+
+class _Remembered(dict[str, bytes]):
+    """Ids of words as int32 bytes; what is missing is computed."""
+
+    def __init__(self, compute: Callable[[str], bytes]):
+        super().__init__()
+        self.compute = compute
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self.compute(word)
+        if len(word) <= LONGEST_REMEMBERED:
+            if len(self) >= REMEMBERED:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+class WordEncoder:
+    """Encoder of texts; made by ``word_encoder``."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._model = tokenizer.model
+        self._words = _pattern().findall
+        self._ids = _Remembered(self._merge)
+
+    def encode(self, text: str) -> Ids | None:
+        """Ids of a text, int32; None where the library must encode it."""
+        if not text.isascii() and BEYOND.search(text):
+            return None
+        words = self._words(text)
+        if sum(map(len, words)) != len(text):  # a character that the pattern leaves out stands alone
+            return None
+        return np.frombuffer(b"".join(map(self._ids.__getitem__, words)), np.int32) if words else np.zeros(0, np.int32)
+
+    def _merge(self, word: str) -> bytes:
+        spelled = "".join([_BYTE_CHARACTERS[byte] for byte in word.encode()])
+        return np.array([token.id for token in self._model.tokenize(spelled)], np.int32).tobytes()
+
+
+def word_encoder(tokenizer: Tokenizer, description: dict[str, Any]) -> WordEncoder | None:
+    """The fast encoder, if ``description`` (tokenizer.json) is of the kind it is exact for."""
+    normalizer, model = description.get("normalizer") or {}, description.get("model") or {}
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    expected = {
+        "type": "Sequence",
+        "pretokenizers": [
+            *(split | {"pattern": {"Regex": pattern}} for pattern in (NUMBERS, CJK, WORDS)),
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    plain = not normalizer or (normalizer.get("type") == "Sequence" and not normalizer.get("normalizers"))
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
+    merges = model.get("type") == "BPE" and not any(model.get(name) for name in (*options, "ignore_merges"))
+    return WordEncoder(tokenizer) if plain and merges and description.get("pre_tokenizer") == expected else None
+
+
+@functools.cache
+def _pattern() -> re.Pattern[str]:
+    """The three passes as one. Earlier passes cut the text, so characters they take end a word for later ones."""
+    characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
+    everything = "".join(characters)
+    letters, numbers, punctuation, symbols, marks, spaces = (
+        _members(everything, name) for name in (r"\p{L}", r"\p{N}", r"\p{P}", r"\p{S}", r"\p{M}", r"\s")
+    )
+    cjk = {chr(code) for low, high in CJK_RANGES for code in range(ord(low), ord(high) + 1)} - numbers
+    taken = numbers | cjk
+    rest = set(characters) - taken
+    before_word = rest - letters - punctuation - symbols - {"\r", "\n"}
+    space, ends = _class((spaces - taken)), "[\r\n]"
+    # Alternatives that cannot begin at the same place are sorted by how often they occur.
+    alternatives = [
+        f"{_class(before_word)}?{_class((letters | marks) - taken)}+",
+        f"{_class(numbers)}{{1,3}}",
+        f"{_class(cjk)}+",
+        f"{_class(set(ASCII_PUNCTUATION))}[A-Za-z]+",
+        f" ?{_class((punctuation | symbols) - taken)}+{ends}*",
+        f"{space}*{ends}+",
+        f"{space}+(?!{_class(rest - spaces)})",
+        f"{space}+",
+    ]
+    return re.compile("|".join(alternatives))
+
+
+def _members(characters: str, name: str) -> set[str]:
+    """The characters that the library's engine counts to a class."""
+    splitter = pre_tokenizers.Split(Regex(f"{name}+"), "removed", invert=True)
+    return set().union(*(piece for piece, _ in splitter.pre_tokenize_str(characters)))
+
+
+def _class(characters: Iterable[str]) -> str:
+    codes = sorted(map(ord, characters))
+    runs = (list(run) for _, run in itertools.groupby(enumerate(codes), lambda pair: pair[1] - pair[0]))
+    return "[" + "".join(f"\\u{run[0][1]:04x}-\\u{run[-1][1]:04x}" for run in runs) + "]"
+
+
+def _byte_characters() -> list[str]:
+    """The characters that byte-level tokenizers write bytes as: printable ones themselves, others from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_BYTE_CHARACTERS = _byte_characters()
