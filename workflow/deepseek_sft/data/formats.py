@@ -60,7 +60,9 @@ def from_sharegpt(record: Record) -> Messages:
             raise Rejection("invalid_message", f"message {number}: no sender")
         content = turn["value"] if turn.get("value") is not None else turn.get("content")
         if role == "function_call":
-            messages.append({**turn, "role": "assistant", "content": None, "tool_calls": _written_calls(content, number)})
+            messages.append(
+                {**turn, "role": "assistant", "content": None, "tool_calls": _written_calls(content, number)}
+            )
         else:
             messages.append({**turn, "role": SHAREGPT_ROLES.get(role, role), "content": content})
     return messages
@@ -160,8 +162,8 @@ def from_openr1_math(record: Record) -> Messages:
     if not complete:
         raise Rejection("incomplete_reasoning", f"none of {len(generations)} generations has complete reasoning")
     verdicts = list(zip(column("correctness_math_verify"), column("correctness_llama"), strict=True))
-    correct = [number for number in complete if True in verdicts[number]]
-    unknown = [number for number in complete if set(verdicts[number]) == {None}]
+    correct = [number for number in complete if any(verdict is True for verdict in verdicts[number])]
+    unknown = [number for number in complete if all(verdict is None for verdict in verdicts[number])]
     if not correct and not unknown:
         raise Rejection("incorrect", f"none of {len(complete)} complete generations was found correct")
     text = generations[(correct or unknown)[0]]

@@ -71,7 +71,17 @@ class Statistics:
 
     def figures(self) -> dict[str, Any]:
         """Counts and lengths, JSON-serialisable; lengths in tokens."""
-        names = ("records", "copies", "records_left_out_by_weight", "samples", "turns", "untrained_turns", "tokens", "trained_tokens", "truncated")
+        names = (
+            "records",
+            "copies",
+            "records_left_out_by_weight",
+            "samples",
+            "turns",
+            "untrained_turns",
+            "tokens",
+            "trained_tokens",
+            "truncated",
+        )
         counts = {name: self.counts[name] for name in (*names, "records_spelling_control_tokens")}
         tokens = counts["tokens"]
         return {
@@ -91,13 +101,14 @@ class Statistics:
     def report(self) -> dict[str, Any]:
         """The content of ``statistics.json``: figures, length histogram with its cut, reasoning against answers, examples of rejects."""
         edges = [*EDGES, np.iinfo(np.int32).max]
-        heights, over = (np.histogram(np.frombuffer(found, np.int32), edges)[0] for found in (self.lengths, self.too_long))
+        heights, over = (
+            np.histogram(np.frombuffer(found, np.int32), edges)[0] for found in (self.lengths, self.too_long)
+        )
         last = max((i for i, both in enumerate(heights + over) if both), default=0)
-        bins = [
-            {**_edges(i), "samples": int(heights[i]), "too_long": int(over[i])} for i in range(last + 1)
-        ]
+        bins = [{**_edges(i), "samples": int(heights[i]), "too_long": int(over[i])} for i in range(last + 1)]
         pairs = [
-            {"reasoning": _edges(r), "answer": _edges(a), "turns": turns} for (r, a), turns in sorted(self.pairs.items())
+            {"reasoning": _edges(r), "answer": _edges(a), "turns": turns}
+            for (r, a), turns in sorted(self.pairs.items())
         ]
         return {
             **self.figures(),

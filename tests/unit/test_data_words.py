@@ -1,0 +1,76 @@
+"""The fast encoder gives exactly the library's ids, or leaves the text to it."""
+
+import json
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from unit.data_helpers import PROJECT, TOKENIZER
+
+from deepseek_sft.data.words import REMEMBERED, WordEncoder, word_encoder
+
+DESCRIPTION = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+PLAIN = Tokenizer.from_str(json.dumps(DESCRIPTION | {"added_tokens": [], "post_processor": None}))
+FAST = word_encoder(PLAIN, DESCRIPTION)
+anything = st.characters(exclude_categories=["Cs"])
+tricky = st.sampled_from(
+    [*" \t\r\n\x0b\x0c\x85\xa0\u2028\u3000\u200b\ufeff", *"a1中か!'_<₂Ⅷ²", "  ", "\r\n", "e\u0301", "'s"]
+)
+
+
+def same(text: str) -> bool:
+    found = FAST.encode(text)
+    return found is None or found.tolist() == PLAIN.encode(text, add_special_tokens=False).ids
+
+
+@settings(deadline=None, max_examples=1500)
+@given(st.lists(st.text(anything, max_size=6) | tricky, max_size=20).map("".join))
+def test_ids_equal_the_librarys_for_any_text(text):
+    assert same(text)
+
+
+@settings(deadline=None, max_examples=1500)
+@given(st.lists(tricky, max_size=30).map("".join))
+def test_ids_equal_the_librarys_where_words_meet(text):
+    assert same(text)
+
+
+def test_ids_equal_the_librarys_for_every_character_before_and_after_others():
+    for code in range(0, 0x10000, 97):
+        block = [chr(c) for c in range(code, min(code + 97, 0x10000)) if not 0xD800 <= c < 0xE000]
+        for text in ("".join(block), " ".join(block), "a".join(block), "1!\n".join(block)):
+            assert same(text), hex(code)
+
+
+def test_ids_equal_the_librarys_on_real_pages():
+    for page in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("workflow/deepseek_sft/data/*.py")]:
+        text = unicodedata.normalize("NFC", page.read_text(encoding="utf-8"))
+        assert same(text), page
+
+
+def test_characters_beyond_the_first_plane_are_left_to_the_library():
+    assert FAST.encode("a 🙂 b") is None
+    assert FAST.encode("") is not None and len(FAST.encode("")) == 0
+
+
+def test_memory_of_words_is_bounded(monkeypatch):
+    monkeypatch.setattr("deepseek_sft.data.words.REMEMBERED", 50)
+    encoder = WordEncoder(PLAIN)
+    for number in range(500):
+        encoder.encode(f"w{number}x{'y' * (number % 60)} ")
+    assert len(encoder._ids) <= 50 < REMEMBERED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}},
+        {"model": DESCRIPTION["model"] | {"byte_fallback": True}},
+        {"model": {"type": "WordLevel"}},
+    ],
+)
+def test_another_kind_of_tokenizer_is_left_to_the_library(change):
+    assert word_encoder(PLAIN, DESCRIPTION | change) is None
