@@ -1,4 +1,4 @@
-"""Generated conversations, and independent renderings of them to compare with: the tokenizer's own template, V3.1's form."""
+"""Generated conversations, and renderings of them by others: the tokenizer's own template, V3.1's documented form."""
 
 import functools
 import json

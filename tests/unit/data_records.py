@@ -59,7 +59,10 @@ RECORDS: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
     ),
     "alpaca": ({"instruction": "Q", "input": "", "output": THOUGHT}, "alpaca", ONE_TURN),
     "OpenThoughts-114k": (
-        {"system": ASKS_FOR_TAGS, "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": TAGGED}]},
+        {
+            "system": ASKS_FOR_TAGS,
+            "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": TAGGED}],
+        },
         "thought-tags",
         ONE_TURN,
     ),
@@ -104,7 +107,7 @@ RECORDS: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
     "AM-DeepSeek-R1-Distilled-1.4M": (
         {
             "messages": [
-                {**user("Q"), "info": {"source": "x", "test_case": None, "think_content": None, "answer_content": None}},
+                {**user("Q"), "info": {"source": "x", "think_content": None, "answer_content": None}},
                 assistant("<think>R</think><answer>A</answer>", info={"think_content": "R", "answer_content": "A"}),
             ]
         },

@@ -28,7 +28,7 @@ texts = st.sampled_from(
 json_values = scalars | texts | st.recursive(
     scalars | texts,
     lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "name", "function"]), inner, max_size=2),
+    | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "name"]), inner, max_size=2),
     max_leaves=4,
 )  # fmt: skip
 

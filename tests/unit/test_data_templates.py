@@ -97,13 +97,14 @@ def test_first_and_later_calls_render_as_written_by_hand():
     messages = normalise([user("Q"), called("a", "b"), tool("1"), tool("2"), called("c"), tool("3"), assistant("A")])
     call = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>{0}\n```json\n{{"x": "{0}"}}\n```<｜tool▁call▁end｜>'
     first = f"<｜tool▁calls▁begin｜>{call.format('a')}\n{call.format('b')}<｜tool▁calls▁end｜>{EOS}"
-    outputs = "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>1<｜tool▁output▁end｜><｜tool▁output▁begin｜>2<｜tool▁output▁end｜>"
+    output = "<｜tool▁output▁begin｜>{}<｜tool▁output▁end｜>"
+    outputs = f"<｜tool▁outputs▁begin｜>{output.format(1)}{output.format(2)}"
     second = f"<｜tool▁calls▁begin｜>{call.format('c')}<｜tool▁calls▁end｜>{EOS}"
     one, two = make(messages, R1).samples
     start = f"{BOS}{USER}Q{ASSISTANT}{first}{outputs}"
     assert one.input_ids.tolist() == ids(f"{start}<｜tool▁outputs▁end｜>{second}")
     assert trained(one) == ids(first) + ids(second)
-    shown = f"\n{call.format('c')}<｜tool▁calls▁end｜>{EOS}<｜tool▁output▁begin｜>3<｜tool▁output▁end｜>"
+    shown = f"\n{call.format('c')}<｜tool▁calls▁end｜>{EOS}{output.format(3)}"
     assert two.input_ids.tolist() == ids(f"{start}{shown}<｜tool▁outputs▁end｜>A{EOS}")
     assert trained(two) == ids(f"A{EOS}")
 

@@ -99,7 +99,7 @@ class Statistics:
         }
 
     def report(self) -> dict[str, Any]:
-        """The content of ``statistics.json``: figures, length histogram with its cut, reasoning against answers, examples of rejects."""
+        """The content of ``statistics.json``: figures, histograms, examples of rejects."""
         edges = [*EDGES, np.iinfo(np.int32).max]
         heights, over = (
             np.histogram(np.frombuffer(found, np.int32), edges)[0] for found in (self.lengths, self.too_long)

@@ -98,7 +98,7 @@ def _pattern() -> re.Pattern[str]:
     taken = numbers | cjk
     rest = set(characters) - taken
     before_word = rest - letters - punctuation - symbols - {"\r", "\n"}
-    space, ends = _class((spaces - taken)), "[\r\n]"
+    space, ends = _class(spaces - taken), "[\r\n]"
     # Alternatives that cannot begin at the same place are sorted by how often they occur.
     alternatives = [
         f"{_class(before_word)}?{_class((letters | marks) - taken)}+",
