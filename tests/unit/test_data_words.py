@@ -16,7 +16,7 @@ PLAIN = Tokenizer.from_str(json.dumps(DESCRIPTION | {"added_tokens": [], "post_p
 FAST = word_encoder(PLAIN, DESCRIPTION)
 anything = st.characters(exclude_categories=["Cs"])
 tricky = st.sampled_from(
-    [*" \t\r\n\x0b\x0c\x85\xa0\u2028\u3000\u200b\ufeff", *"a1中か!'_<₂Ⅷ²", "  ", "\r\n", "e\u0301", "'s"]
+    [*" \t\r\n\x0b\x0c\x85\xa0\u2028\u3000\u200b\ufeff", *"a1中か!'_<₂Ⅷ²", "  ", "\r\n", "e\u0301", "'s", *"🙂𝟏𝐱\ue000"]
 )
 
 
@@ -50,9 +50,13 @@ def test_ids_equal_the_librarys_on_real_pages():
         assert same(text), page
 
 
-def test_characters_beyond_the_first_plane_are_left_to_the_library():
-    assert FAST.encode("a 🙂 b") is None
-    assert FAST.encode("") is not None and len(FAST.encode("")) == 0
+def test_characters_beyond_the_first_plane_are_encoded_too():
+    for text in ("a 🙂 b", "👩\u200d🚀🙂🙂!a\x00\x01b𝐱𝟏𠀀x\U0001d165\U000e0001 \U000f0000a", "", "𝟏𝟐𝟑𝟒1"):
+        assert FAST.encode(text) is not None and same(text)
+
+
+def test_text_with_stand_ins_of_its_own_is_left_to_the_library():
+    assert FAST.encode("a\ue003🙂") is None and FAST.encode("\ue006") is not None
 
 
 def test_memory_of_words_is_bounded(monkeypatch):

