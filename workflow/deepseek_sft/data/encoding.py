@@ -101,7 +101,7 @@ class Encoder:
 
     def mentions_control(self, text: str) -> bool:
         """Whether text spells a control token, which a tokenizer left to itself would have obeyed."""
-        return any(tag in self.control for tag in TAG.findall(text))
+        return "<" in text and any(tag in self.control for tag in TAG.findall(text))
 
 
 def load_encoder(folder: Path, template: str) -> Encoder:

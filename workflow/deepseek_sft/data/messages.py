@@ -12,7 +12,6 @@ What does not fit is rejected with a code of ``REASONS``; nothing is guessed. do
 """
 
 import json
-import re
 from typing import Any
 
 THINK_OPEN = "<think>"
@@ -53,7 +52,6 @@ REASONS = {
 
 _REASONING_FIELDS = ("reasoning_content", "reasoning")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-_BLOCK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Rejection(Exception):
@@ -104,11 +102,12 @@ def split_reasoning(content: str) -> tuple[str, str]:
     opened, closed = content.count(THINK_OPEN), content.count(THINK_CLOSE)
     if not opened and not closed:
         return "", content.strip("\r\n")
-    block = _BLOCK.fullmatch(content)
-    if (opened, closed) != (1, 1) or not block:
+    head, _, rest = content.partition(THINK_OPEN)
+    reasoning, close, answer = rest.partition(THINK_CLOSE)
+    if (opened, closed) != (1, 1) or head.strip() or not close:
         where = "" if opened != 1 or closed != 1 else ", not as one block at the start"
         raise Rejection("think_tags", f"assistant content has {opened} <think> and {closed} </think>{where}")
-    return block[1].strip(), block[2].strip("\r\n")
+    return reasoning.strip(), answer.strip("\r\n")
 
 
 def parse_loss(value: Any) -> bool | None:

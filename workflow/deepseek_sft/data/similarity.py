@@ -1,7 +1,7 @@
 """What texts have in common: near duplicates by MinHash, and the script that a text is written in."""
 
-import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -57,20 +57,24 @@ class NearDuplicates:
         return int(repeated.sum())
 
 
-SCRIPTS = {
-    "Japanese": re.compile("[\u3040-\u30ff]"),
-    "Korean": re.compile("[\u1100-\u11ff\uac00-\ud7af]"),
-    "Chinese": re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"),
-    "Cyrillic script": re.compile("[\u0400-\u052f]"),
-    "Arabic script": re.compile("[\u0600-\u06ff]"),
-    "Devanagari script": re.compile("[\u0900-\u097f]"),
-    "Thai": re.compile("[\u0e00-\u0e7f]"),
-    "Greek script": re.compile("[\u0370-\u03ff]"),
-    "Hebrew script": re.compile("[\u0590-\u05ff]"),
-    "Latin script": re.compile("[A-Za-z\u00c0-\u024f]"),
-}
-LOOKED_AT = 2000  # characters of a text
-WEIGHT = {"Chinese": 3, "Japanese": 3, "Korean": 3}  # a character of theirs says as much as about three letters
+SCRIPTS = (  # first and last character, name, and how many letters one of its characters says as much as
+    ("A", "Z", "Latin script", 1),
+    ("a", "z", "Latin script", 1),
+    ("\u00c0", "\u024f", "Latin script", 1),
+    ("\u0370", "\u03ff", "Greek script", 1),
+    ("\u0400", "\u052f", "Cyrillic script", 1),
+    ("\u0590", "\u05ff", "Hebrew script", 1),
+    ("\u0600", "\u06ff", "Arabic script", 1),
+    ("\u0900", "\u097f", "Devanagari script", 1),
+    ("\u0e00", "\u0e7f", "Thai", 1),
+    ("\u1100", "\u11ff", "Korean", 1),
+    ("\u3040", "\u30ff", "Japanese", 3),
+    ("\u3400", "\u4dbf", "Chinese", 3),
+    ("\u4e00", "\u9fff", "Chinese", 3),
+    ("\uac00", "\ud7af", "Korean", 3),
+)
+LOOKED_AT = 2000  # characters of a conversation
+_EDGES = np.array([edge for low, high, _, _ in SCRIPTS for edge in (ord(low), ord(high) + 1)], np.uint16)
 
 
 def language(texts: Iterable[str]) -> str:
@@ -83,10 +87,12 @@ def language(texts: Iterable[str]) -> str:
         text += part[: LOOKED_AT - len(text)]
         if len(text) >= LOOKED_AT:
             break
-    if text.isascii():
-        return "Latin script" if SCRIPTS["Latin script"].search(text) else "no letters"
-    counts = {name: len(pattern.findall(text)) * WEIGHT.get(name, 1) for name, pattern in SCRIPTS.items()}
+    codes = np.frombuffer(text.encode("utf-16-le", "replace"), np.uint16)
+    found = np.bincount(np.searchsorted(_EDGES, codes, side="right"), minlength=2 * len(SCRIPTS) + 1)
+    counts: Counter[str] = Counter()
+    for number, (_, _, name, weight) in enumerate(SCRIPTS):
+        counts[name] += int(found[2 * number + 1]) * weight
     if counts["Japanese"] * 5 > counts["Chinese"]:
         counts["Japanese"] += counts["Chinese"]
-    best = max(counts, key=counts.__getitem__)
-    return best if counts[best] else "no letters"
+    best, count = counts.most_common(1)[0]
+    return best if count else "no letters"

@@ -30,6 +30,7 @@ ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 REMEMBERED = 300_000  # words; about 60 MB
 LONGEST_REMEMBERED = 40  # characters; longer words hardly recur
 BEYOND = re.compile("[\U00010000-\U0010ffff]")
+UNUSUAL = re.compile("[\ue000-\ue005\U00010000-\U0010ffff]")
 STAND_INS = {r"\p{L}": "\ue000", r"\p{N}": "\ue001", r"\p{P}": "\ue002", r"\p{S}": "\ue003", r"\p{M}": "\ue004"}
 CLASSLESS = "\ue005"
 OWN_STAND_INS = re.compile("[\ue000-\ue005]")
@@ -62,16 +63,14 @@ class WordEncoder:
 
     def encode(self, text: str) -> Ids | None:
         """Ids of a text, int32; None where the library must encode it."""
-        if text.isascii():
+        if text.isascii() or not UNUSUAL.search(text):
             words = self._words(text)
         elif OWN_STAND_INS.search(text):
             return None
-        elif BEYOND.search(text):
+        else:
             shown = self._words(BEYOND.sub(lambda found: _stand_in(found[0]), text))
             ends = list(itertools.accumulate(map(len, shown)))
             words = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        else:
-            words = self._words(text)
         if sum(map(len, words)) != len(text):  # cannot be: the alternatives take every character
             return None
         return np.frombuffer(b"".join(map(self._ids.__getitem__, words)), np.int32) if words else np.zeros(0, np.int32)
