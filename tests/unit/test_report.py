@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_sft.data.samples import Sample
 from deepseek_sft.data.statistics import Statistics
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.report import build, collect, formatting, overview, plots
@@ -403,6 +404,30 @@ def test_length_histogram_keeps_its_open_end_and_drops_empty_bins_before_the_fir
     bins = [{"from": 0, "below": 16, "samples": 0}, {"from": 16, "below": None, "samples": 4}]
     assert plots.histogram({"length_histogram": bins}) == [(16, None, 4)]
     assert "more" in plots.lengths({"length_histogram": bins}).svg
+
+
+def test_rejected_lengths_and_the_cut_are_drawn():
+    bins = [
+        {"from": 0, "below": 16, "samples": 2, "too_long": 0},
+        {"from": 16, "below": 32, "samples": 3, "too_long": 4},
+    ]
+    drawn = plots.lengths({"length_histogram": bins, "max_length": 20})
+    assert "4 rejected as longer than 20 tokens" in drawn.caption and "var(--series-2)" in drawn.svg
+    assert "var(--series-2)" not in plots.lengths({"length_histogram": bins[:1], "max_length": 20}).svg
+
+
+def test_reasoning_is_drawn_against_answers():
+    statistics = Statistics(64)
+    sample = Sample("a", np.zeros(9, np.int32), np.zeros(9, np.int32), 2, (100, 0), (40, 7), False)
+    statistics.add_sample(sample)
+    assert "1 turns" in plots.reasoning_by_answer(statistics.report()).svg
+
+
+@pytest.mark.parametrize(
+    "cells", [None, [], "x", [{}], [{"reasoning": {"from": "x"}, "answer": {"from": 0}, "turns": 1}]]
+)
+def test_broken_reasoning_counts_draw_nothing(cells):
+    assert plots.reasoning_by_answer({"reasoning_by_answer": cells}) is None
 
 
 def test_every_sample_is_in_the_drawn_lengths():

@@ -102,7 +102,15 @@ def _view(results: Path, stage: Stage, metrics: list[dict[str, Any]], samples: i
             plain.append((formatting.label(key), formatting.value(key, item)))
     drawn = plots.training(metrics) if stage.rule == "train" else []
     if stage.rule == "tokenize_data":
-        drawn = [plot for plot in [plots.lengths(_json(collect.result_path(results, stage, "statistics")))] if plot]
+        statistics = _json(collect.result_path(results, stage, "statistics"))
+        drawn = [plot for plot in (plots.lengths(statistics), plots.reasoning_by_answer(statistics)) if plot]
+        examples = mapping(mapping(statistics).get("reject_examples"))
+        rows = {
+            reason: [f"{mapping(one).get('id')}: {mapping(one).get('message')}" for one in found]
+            for reason, found in examples.items()
+            if isinstance(found, list)
+        }
+        tables.append(("examples of rejects", _table(rows)))
     transcript = collect.transcript_path(results, stage)
     settings = formatting.without_secrets(mapping(receipt.get("settings")))
     inputs = mapping(receipt.get("inputs"))

@@ -104,21 +104,66 @@ def _loss(steps: np.ndarray, loss: np.ndarray, rate_steps: np.ndarray, rate: np.
 
 
 def lengths(statistics: Any) -> Plot | None:
-    """Histogram of sample lengths from statistics.json; None where it holds none."""
+    """Histogram of sample lengths from statistics.json, with what the cut rejected; None where it holds none."""
     bins = histogram(statistics)
     if not bins:
         return None
     figure, axes = _figure()
     counts = [count for _, _, count in bins]
+    rejected = [_too_long(statistics, low) for low, _, _ in bins]
     # Bins double in width, so equal bars are a logarithmic axis that can begin at 0.
-    axes.bar(range(len(bins)), counts, width=1, align="edge", color=FIRST, edgecolor=PAGE, linewidth=0.6)
+    style = {"width": 1, "align": "edge", "edgecolor": PAGE, "linewidth": 0.6}
+    axes.bar(range(len(bins)), counts, color=FIRST, **style)
+    cut = statistics.get("max_length")
+    if _is_number(cut) and any(low < cut and (high is None or cut <= high) for low, high, _ in bins):
+        axes.axvline(_position(bins, cut), color=INK, linewidth=1, linestyle="--")
     edges = [_compact(low) for low, _, _ in bins] + ["more" if bins[-1][1] is None else _compact(bins[-1][1])]
     every = 1 + len(bins) // 10
     axes.set_xticks(range(0, len(edges), every), edges[::every])
     axes.set_xlabel("tokens in a sample")
     _y_axis(axes, _compact, from_zero=True)
     caption = "Samples by length"
+    if any(rejected):
+        axes.bar(range(len(bins)), rejected, bottom=counts, color=SECOND, **style)
+        caption += f" (second colour: {sum(rejected):,} rejected as longer than {cut:,} tokens, the dashed line)"
     return Plot("lengths", caption, _svg(figure, "lengths", f"{caption}: {sum(counts):,} samples"))
+
+
+def reasoning_by_answer(statistics: Any) -> Plot | None:
+    """Trained turns by tokens of reasoning and of answer, as circles whose area is their number; None without any."""
+    entries = statistics.get("reasoning_by_answer") if isinstance(statistics, dict) else None
+    try:
+        cells = [(entry["reasoning"]["from"], entry["answer"]["from"], entry["turns"]) for entry in entries or []]
+    except (KeyError, TypeError):
+        return None
+    if not cells or not all(_is_number(number) and number >= 0 for cell in cells for number in cell):
+        return None
+    # The middle of a bin that doubles in width, in powers of two; bin 0 reaches to 16.
+    reasoning, answers = (np.log2([max(cell[axis], 8) * 1.5 for cell in cells]) for axis in (0, 1))
+    turns = np.array([cell[2] for cell in cells], dtype=np.float64)
+    figure, axes = _figure()
+    axes.scatter(reasoning, answers, s=250 * turns / max(turns.max(), 1), color=FIRST, alpha=0.7, linewidths=0)
+    for axis, name in ((axes.xaxis, "tokens of reasoning"), (axes.yaxis, "tokens of answer")):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _compact(2**value)))
+        axis.set_label_text(name)
+    axes.margins(0.15)
+    caption = "Trained turns by length of reasoning and answer"
+    return Plot("reasoning", caption, _svg(figure, "reasoning", f"{caption}: {int(turns.sum()):,} turns"))
+
+
+def _too_long(statistics: Any, low: int) -> int:
+    """Samples of one bin of the histogram that were rejected as too long."""
+    entry = next(entry for entry in statistics["length_histogram"] if entry.get("from") == low)
+    return entry["too_long"] if _is_number(entry.get("too_long")) else 0
+
+
+def _position(bins: list[tuple[int, int | None, int]], length: float) -> float:
+    """Where a length lies on the axis of bins that double in width."""
+    number, (low, high, _) = next(
+        (n, one) for n, one in enumerate(bins) if one[0] < length and (one[1] is None or length <= one[1])
+    )
+    return number + (length - low) / ((high or 2 * length) - low)
 
 
 def histogram(statistics: Any) -> list[tuple[int, int | None, int]]:
