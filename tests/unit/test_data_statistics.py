@@ -113,7 +113,8 @@ def test_wrong_weights_are_refused(tmp_path, weights, words):
 def test_cut_lengths_and_pairs_add_up(tmp_path):
     chance = random.Random(3)
     lines = [
-        {"id": f"r{i}", "messages": [user(f"Q{i}"), answer("R" + " R" * chance.randint(1, 90), "A A A")]} for i in range(80)
+        {"id": f"r{i}", "messages": [user(f"Q{i}"), answer("R" + " R" * chance.randint(1, 90), "A A A")]}
+        for i in range(80)
     ]
     statistics, ids = run(write_lines(tmp_path / "train.jsonl", lines), max_length=64)
     histogram = statistics["length_histogram"]
