@@ -248,7 +248,7 @@ def memory(folder: Path, sizes: list[float], workers: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=6000, help="records of the speed runs (6000)")
+    parser.add_argument("--records", type=int, default=20_000, help="records of the speed runs (20000)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes and threads (all cores)")
     parser.add_argument("--memory", type=float, nargs="+", metavar="GB", help="measure memory at these sizes instead")
     arguments = parser.parse_args()
