@@ -24,11 +24,13 @@ class Packing:
         sample_of: int32 [rows, length], index of each position's sample; equal within a sample, padding has its own.
         boundaries: int32 [samples + 1], starts of the samples in the rows laid end to end, and the end.
         longest: tokens of the longest sample.
+        lengths: lengths of the samples of every row, padding included.
     """
 
     sample_of: torch.Tensor
     boundaries: torch.Tensor
     longest: int
+    lengths: list[list[int]]
 
     @classmethod
     def of(cls, sample_of: torch.Tensor) -> "Packing":
@@ -37,28 +39,43 @@ class Packing:
         starts = changes.flatten().nonzero().flatten()
         end = torch.tensor([sample_of.numel()], device=sample_of.device)
         boundaries = torch.cat([starts, end]).to(torch.int32)
-        return cls(sample_of, boundaries, int(boundaries.diff().max()))
+        sizes = iter(boundaries.diff().tolist())
+        lengths = [[next(sizes) for _ in range(samples)] for samples in changes.sum(1).tolist()]
+        return cls(sample_of, boundaries, max(map(max, lengths)), lengths)
+
+
+def _of_one_size(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Pad the last dimension with zeros to the largest: scores stay as they are, outputs get zeros to cut off."""
+    largest = max(tensor.shape[-1] for tensor in tensors)
+    return [F.pad(t, (0, largest - t.shape[-1])) if t.shape[-1] < largest else t for t in tensors]
 
 
 @sequence_parallel_wrapper
 def _sdpa(query, key, value, scaling: float, packing: Packing | None):
-    """[rows, length, heads, size] each; the value's size may differ."""
-    mask = None
-    if packing is not None:
-        same = packing.sample_of[:, None, :, None] == packing.sample_of[:, None, None, :]
-        mask = same.tril()
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    return output.transpose(1, 2)
+    """[rows, length, heads, size] each; the value's size may differ.
+
+    Packed samples are computed one by one: no mask of length × length, and nothing computed only to be masked. With
+    one size torch takes its flash kernel on CPU, else it writes out all scores.
+    """
+    size = value.shape[-1]
+    tensors = [tensor.transpose(1, 2) for tensor in _of_one_size(query, key, value)]
+    if packing is None:
+        return F.scaled_dot_product_attention(*tensors, is_causal=True, scale=scaling)[..., :size].transpose(1, 2)
+    rows = []
+    for row, lengths in enumerate(packing.lengths):
+        samples = zip(*(tensor[row : row + 1].split(lengths, dim=2) for tensor in tensors), strict=True)
+        outputs = [F.scaled_dot_product_attention(*sample, is_causal=True, scale=scaling) for sample in samples]
+        rows.append(torch.cat(outputs, dim=2))
+    return torch.cat(rows)[..., :size].transpose(1, 2)
 
 
 @sequence_parallel_wrapper
 def _flash(query, key, value, scaling: float, packing: Packing | None):
-    """The same with flash-attn 2, which wants one head size: the value is padded with zeros."""
+    """The same with flash-attn 2, which wants one head size (MLA has 192 and 128)."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     size = value.shape[-1]
-    value = F.pad(value, (0, query.shape[-1] - size))
+    query, key, value = _of_one_size(query, key, value)
     if packing is None:
         output = flash_attn_func(query, key, value, softmax_scale=scaling, causal=True)
     else:

@@ -1,23 +1,30 @@
 """Fill a training model from a folder in the release's format; under ZeRO-3 each rank reads its own slices only."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BadInputError
+from . import release
 from .experts import MixtureOfExperts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class ReleaseReader:
-    """Reads slices of tensors by name; files are opened once and stay memory-mapped."""
+    """Reads slices of tensors by name; files are opened once and stay memory-mapped.
+
+    ``bytes_read`` counts what was asked for; the kernel reads whole pages of 4 KiB.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.bytes_read = 0
         self._handles: dict[str, safe_open] = {}
         try:
             if (folder / INDEX).exists():
@@ -42,14 +49,31 @@ class ReleaseReader:
             raise BadInputError(f"base model {self.folder}: {name} cannot be read: {error}") from None
 
     def elements(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Elements ``start`` to ``end`` of a tensor in row-major order, reading only the rows they lie in."""
+        """Elements ``start`` to ``end`` of a tensor in row-major order, reading only the rows they lie in.
+
+        FP8 matrices come dequantised (fp32), with the scales of those rows' blocks only.
+        """
         source = self.slice_of(name)
         shape = source.get_shape()
-        row = 1
-        for size in shape[1:]:
-            row *= size
-        first = start // row
-        return source[first : -(-end // row)].reshape(-1)[start - first * row : end - first * row]
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-end // row)
+        values = self._rows(source, first, last)
+        if values.dtype == torch.float8_e4m3fn:
+            values = self._scaled(name, values, first, last)
+        return values.reshape(-1)[start - first * row : end - first * row]
+
+    def _rows(self, source: Any, first: int, last: int) -> torch.Tensor:
+        values = source[first:last]
+        self.bytes_read += values.nbytes
+        return values
+
+    def _scaled(self, name: str, codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """fp32 values of rows ``first`` to ``last``: code × factor of the block, as prepare_model computes them."""
+        scales = self.slice_of(name + release.SCALE_SUFFIX)
+        top = first // release.FP8_BLOCK
+        factors = self._rows(scales, top, -(-last // release.FP8_BLOCK)).float()
+        factors = factors[torch.arange(first, last) // release.FP8_BLOCK - top]
+        return codes.float() * factors.repeat_interleave(release.FP8_BLOCK, dim=1)[:, : codes.shape[1]]
 
 
 def release_names(name: str, experts_per_shard: int) -> list[str]:
@@ -67,11 +91,14 @@ def release_names(name: str, experts_per_shard: int) -> list[str]:
     return [f"{layer}.mlp.experts.{expert}.{part}.weight" for expert in experts for part in parts]
 
 
-def load_release(model: torch.nn.Module, folder: Path) -> None:
+def load_release(model: torch.nn.Module, folder: Path) -> int:
     """Fill all parameters and the routers' correction biases.
 
     A parameter that ZeRO-3 has split is filled without communication: of every release tensor the rank reads the rows
     that overlap its partition. Biases are fp32 and whole on every rank.
+
+    Returns:
+        Bytes read by this rank.
 
     Raises:
         BadInputError: a tensor is missing, unreadable or of another size.
@@ -90,6 +117,7 @@ def load_release(model: torch.nn.Module, folder: Path) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(reader.elements(name, 0, buffer.numel()))
+    return reader.bytes_read
 
 
 def _fill(
@@ -99,9 +127,7 @@ def _fill(
     end = min(start + target.numel(), elements)
     position = 0
     for name in names:
-        size = 1
-        for dimension in reader.slice_of(name).get_shape():
-            size *= dimension
+        size = math.prod(reader.slice_of(name).get_shape())
         low, high = max(start, position), min(end, position + size)
         if low < high:
             target[low - start : high - start].copy_(reader.elements(name, low - position, high - position))

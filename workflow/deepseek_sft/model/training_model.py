@@ -16,9 +16,11 @@ from transformers.modeling_utils import no_init_weights
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ..errors import BadInputError
-from .experts import KeepsFloat32Buffers, MixtureOfExperts, Router
+from . import expert_products
+from .experts import MixtureOfExperts
 from .loading import load_release
 from .loss import OutputLayer
+from .router import KeepsFloat32Buffers, Router
 
 
 class RotaryEmbedding(KeepsFloat32Buffers, native.DeepseekV3RotaryEmbedding):
@@ -27,6 +29,8 @@ class RotaryEmbedding(KeepsFloat32Buffers, native.DeepseekV3RotaryEmbedding):
 
 class TrainingModel(native.DeepseekV3ForCausalLM):
     """The causal language model that is trained."""
+
+    bytes_read = 0  # by this rank when the model was filled
 
     def __init__(self, config: DeepseekV3Config):
         with _classes(DeepseekV3MoE=MixtureOfExperts, DeepseekV3RotaryEmbedding=RotaryEmbedding):
@@ -37,21 +41,32 @@ class TrainingModel(native.DeepseekV3ForCausalLM):
         return [module for module in self.modules() if isinstance(module, Router)]
 
 
-def build(folder: Path, *, experts_per_shard: int, attention: str, dtype: torch.dtype) -> TrainingModel:
+def build(
+    folder: Path,
+    *,
+    experts_per_shard: int,
+    attention: str,
+    dtype: torch.dtype,
+    products: str = "auto",
+    device: str = "cpu",
+) -> TrainingModel:
     """Build the model of ``folder`` and fill it, split across all ranks where ZeRO-3 is configured.
 
     Args:
-        folder: BF16 model in the release's format.
+        folder: model in the release's format, BF16 or FP8.
         experts_per_shard: routed experts per fused parameter.
         attention: name of an attention function of ``attention.py``.
         dtype: of the parameters.
+        products: ``auto``, ``grouped`` or ``loop``: how a shard's experts are multiplied.
+        device: on which the model will train.
 
     Raises:
-        BadInputError: the weights are incomplete, or the built model would not compute what ``config.json`` says.
+        BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not compute what ``config.json`` says.
     """
     published = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = DeepseekV3Config.from_dict({k: v for k, v in published.items() if k != "quantization_config"})
     config.experts_per_shard = experts_per_shard
+    config.grouped_products = _grouped(products, torch.device(device), dtype, config)
     config._attn_implementation = attention
     config.use_cache = False
     with _default_dtype(dtype), no_init_weights(), _zero3():
@@ -63,7 +78,7 @@ def build(folder: Path, *, experts_per_shard: int, attention: str, dtype: torch.
     rotary.original_inv_freq = rotary.inv_freq
     for router in model.routers():
         router.e_score_correction_bias = router.e_score_correction_bias.float()
-    load_release(model, folder)
+    model.bytes_read = load_release(model, folder)
     check_unchanged(model, published)
     return model
 
@@ -93,6 +108,13 @@ def check_unchanged(model: TrainingModel, published: dict) -> None:
         _same("norm_topk_prob", published["norm_topk_prob"], router.norm_topk_prob)
         if router.e_score_correction_bias.dtype != torch.float32:
             raise BadInputError("the router's correction bias would not be fp32")
+
+
+def _grouped(products: str, device: torch.device, dtype: torch.dtype, config: DeepseekV3Config) -> bool:
+    try:
+        return expert_products.choose(products, device, dtype, config.hidden_size, config.moe_intermediate_size)
+    except ValueError as error:
+        raise BadInputError(f"train.expert_products grouped: {error}", "set it to auto or loop") from None
 
 
 def _same(key: str, wanted: object, got: object) -> None:

@@ -11,7 +11,8 @@ from xtuner.parallel.sequence import (
 )
 
 from ...model import attention as attention_functions
-from ...model.experts import AuxiliaryLoss
+from ...model.balance_bias import BalanceBias
+from ...model.router import AuxiliaryLoss
 from ...model.training_model import TrainingModel, build
 from .data import NO_LOSS, MicroBatch
 
@@ -32,15 +33,20 @@ class DeepseekSFT(SupervisedFinetune):
         dtype: str,
         auxiliary_loss_weight: float,
         activation_checkpointing: bool,
+        expert_products: str = "auto",
+        balance_bias_speed: float = 0.0,
     ):
         llm = build(
             Path(base),
             experts_per_shard=experts_per_shard,
             attention=attention_functions.choose(attention, accelerator),
             dtype=getattr(torch, dtype),
+            products=expert_products,
+            device=accelerator,
         )
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight
+        self.balance_bias = BalanceBias(llm.routers(), balance_bias_speed) if balance_bias_speed > 0 else None
 
     def build_llm_from_cfg(
         self, llm: TrainingModel, use_varlen_attn: bool, max_position_embeddings: None
@@ -60,9 +66,13 @@ class DeepseekSFT(SupervisedFinetune):
             auxiliary = AuxiliaryLoss(self.auxiliary_loss_weight / micro_batches, self._part(batch.valid))
             for router in self.llm.routers():
                 router.auxiliary = auxiliary
+        if self.balance_bias is not None:
+            self.balance_bias.begin(self._part(batch.valid))
         hidden = self.llm.model(
             input_ids=self._part(batch.input_ids), position_ids=self._part(batch.position_ids), packing=packing
         ).last_hidden_state
+        if self.balance_bias is not None and self.training:
+            self.balance_bias.count()
         learned = targets != NO_LOSS
         return self.llm.lm_head(hidden[learned], targets[learned])
 

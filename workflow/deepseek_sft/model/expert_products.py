@@ -1,0 +1,117 @@
+"""The matrix products of several experts on rows sorted by expert: gate and up, SwiGLU, down; forward and backward."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+GROUPED_ALIGNMENT = 16  # bytes: every row of an operand must begin at a multiple
+GROUPED_CAPABILITY = (9, 0)  # from Hopper on torch has one kernel for all groups; before, it loops on the host itself
+
+
+def choose(requested: str, device: torch.device, dtype: torch.dtype, hidden: int, ffn: int) -> bool:
+    """Whether to use grouped products: for ``auto``, ``grouped`` or ``loop``.
+
+    ``auto`` is a fixed rule, so that a resumed run computes as before: grouped where torch has one kernel for all
+    experts, which saves launches and fills the GPU when experts get few tokens; on CPU the loop, since grouped
+    products are a loop there, too (docs/training.md has the measured table, ``benchmarks/train.py --products`` measures
+    any machine).
+
+    Raises:
+        ValueError: grouped products are asked for and torch cannot do them with this dtype or these sizes.
+    """
+    possible = hasattr(F, "grouped_mm") and dtype in (torch.bfloat16, torch.float32)
+    aligned = all(size * dtype.itemsize % GROUPED_ALIGNMENT == 0 for size in (hidden, ffn))
+    if requested == "grouped" and not (possible and aligned):
+        raise ValueError(f"this torch has no grouped product for {dtype} with sizes {hidden} and {ffn}")
+    if requested != "auto":
+        return requested == "grouped"
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return possible and aligned and torch.cuda.get_device_capability(device) >= GROUPED_CAPABILITY
+
+
+class ExpertProducts(torch.autograd.Function):
+    """SwiGLU of several experts, each on its own rows.
+
+    Saves the rows, the first product and the two parameters themselves: a view of a parameter, as autograd would save
+    it, keeps the gathered weights of a ZeRO-3 shard in memory until the backward pass. Gradients of the parameters
+    are written in place, expert by expert.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, w1w3: torch.Tensor, w2: torch.Tensor, counts: list[int], grouped: bool
+    ) -> torch.Tensor:
+        """rows [n, hidden] sorted by expert, w1w3 [experts, 2·ffn, hidden], w2 [experts, hidden, ffn] → [n, hidden].
+
+        Args:
+            counts: rows of each expert.
+            grouped: one product for all experts instead of one for each.
+        """
+        gate_up = _times_transposed(rows, w1w3, counts, grouped)
+        gate, up = gate_up.chunk(2, dim=-1)
+        outputs = _times_transposed(F.silu(gate) * up, w2, counts, grouped)
+        ctx.save_for_backward(rows, gate_up, w1w3, w2)
+        ctx.counts, ctx.grouped = counts, grouped
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        rows, gate_up, w1w3, w2 = ctx.saved_tensors
+        counts, grouped = ctx.counts, ctx.grouped
+        gradient = gradient.contiguous()
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        w2_gradient = _outer(gradient, activated * up, counts, grouped)
+        inner = _times(gradient, w2, counts, grouped)
+        gate_up_gradient = torch.empty_like(gate_up)
+        gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=-1)
+        torch.mul(inner, activated, out=up_gradient)
+        gate_gradient.copy_(torch.ops.aten.silu_backward(inner.mul_(up), gate))
+        del inner, activated
+        w1w3_gradient = _outer(gate_up_gradient, rows, counts, grouped)
+        return _times(gate_up_gradient, w1w3, counts, grouped), w1w3_gradient, w2_gradient, None, None
+
+
+def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, and their rows."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def _ends(counts: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(counts, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def _times(rows: torch.Tensor, weights: torch.Tensor, counts: list[int], grouped: bool) -> torch.Tensor:
+    """rows [n, k] · weights [experts, k, m] → [n, m]."""
+    if grouped and len(rows):
+        return F.grouped_mm(rows, weights, offs=_ends(counts, rows.device))
+    product = rows.new_empty(len(rows), weights.shape[2])
+    for expert, part in _ranges(counts):
+        torch.mm(rows[part], weights[expert], out=product[part])
+    return product
+
+
+def _times_transposed(rows: torch.Tensor, weights: torch.Tensor, counts: list[int], grouped: bool) -> torch.Tensor:
+    """rows [n, k] · weights [experts, m, k] transposed → [n, m]."""
+    return _times(rows, weights.transpose(1, 2), counts, grouped)
+
+
+def _outer(left: torch.Tensor, right: torch.Tensor, counts: list[int], grouped: bool) -> torch.Tensor:
+    """left [n, m] transposed · right [n, k], over each expert's rows → [experts, m, k]; zero for experts without."""
+    if grouped and len(left):
+        product = F.grouped_mm(left.T, right, offs=_ends(counts, left.device))
+    else:
+        product = left.new_empty(len(counts), left.shape[1], right.shape[1])
+        for expert, part in _ranges(counts):
+            torch.mm(left[part].T, right[part], out=product[expert])
+    for expert, count in enumerate(counts):
+        if not count:
+            product[expert].zero_()
+    return product
