@@ -5,7 +5,9 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import small_models
 
 from deepseek_sft.model import tiny
 
@@ -13,19 +15,41 @@ pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
 
 
+KINDS = ["r1", "beyond the original context", "moonlight", "weights not normalised"]
+WAYS = ["fused experts", "one expert a shard", "grouped products", "checkpointing"]
+
+
 @pytest.fixture(scope="module")
-def figures(environment, project, tmp_path_factory):
+def probe(environment, project):
+    def run(name: str, *arguments: Path) -> dict:
+        """Run a probe in the train environment and return what it prints."""
+        result = subprocess.run(
+            [str(environment("train")), str(STAGES / name), *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": str(project / "workflow"), "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def figures(probe, tmp_path_factory):
     base = tmp_path_factory.mktemp("model") / "base"
     tiny.write_tiny(base, tiny.TinyShape(vocab_size=1024, kv_lora_rank=64), 0, 8_000_000)
-    result = subprocess.run(
-        [str(environment("train")), str(STAGES / "training_probe.py"), str(base)],
-        env=os.environ | {"PYTHONPATH": str(project / "workflow"), "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return probe("training_probe.py", base)
+
+
+@pytest.fixture(scope="module")
+def variants(probe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variants")
+    base = small_models.make_base(folder / "bf16", hidden_size=160, moe_intermediate_size=144)
+    expected = small_models.make_fp8_release(base, folder / "fp8")
+    np.savez(folder / "fp8.npz", **expected)
+    return probe("training_variants_probe.py", folder, folder / "fp8")
 
 
 def test_logits_are_those_of_transformers(figures):
@@ -75,3 +99,31 @@ def test_shims_do_nothing_where_the_packages_are_there(figures):
     assert figures["shims"]["again"] == []
     assert figures["shims"]["with_packages"] == []
     assert figures["shims"]["stubbed_with_packages"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kind_of_release_computes_what_transformers_computes(variants, kind, way):
+    found = variants["kinds"][kind][way]
+    assert found["logits"] < 1e-5
+    assert found["loss"] < 1e-6
+    assert found["gradients"] < 1e-5
+
+
+def test_flash_attention_gets_heads_of_one_size_and_the_samples_boundaries(variants):
+    assert variants["flash"]["rows"] < 1e-5
+    assert variants["flash"]["packed"] < 1e-5
+
+
+def test_no_gathered_weights_are_kept_from_the_forward_to_the_backward_pass(variants):
+    assert variants["released"]["input_gradient"] < 1e-5 * variants["released"]["size"]
+
+
+def test_an_fp8_release_is_loaded_as_its_dequantised_values(variants):
+    assert variants["fp8"]["rows"] == [144, 160]
+    assert variants["fp8"]["worst"] == 0
+    assert variants["fp8"]["parts"] == 0
+
+
+def test_experts_are_multiplied_in_a_loop_on_cpu_unless_grouped_is_asked_for(variants):
+    assert variants["rule"] == {"auto on CPU": False, "grouped on CPU": True, "loop": False}

@@ -9,14 +9,18 @@ from .. import files
 from ..errors import BadInputError
 
 # Part of the run id: raise it when a change of the training code changes what the same settings train.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
-OPERATIONAL = ("save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max")
+OPERATIONAL = ("save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max", "keep_layer_gathered")
 CHOICES = {
     "engine": ("xtuner",),
     "strategy": ("zero3", "zero3_offload"),
+    "offload": ("both", "optimizer", "parameters"),
+    "optimizer": ("adamw", "cpu_adam"),
     "lr_schedule": ("cosine", "constant"),
     "dtype": ("bfloat16", "float32"),
+    "gradient_accumulation_dtype": ("bfloat16", "float32"),
+    "expert_products": ("auto", "grouped", "loop"),
     "attention": ("auto", "sdpa", "flash"),
 }
 
@@ -27,9 +31,11 @@ class Settings:
 
     engine: str
     strategy: str
+    offload: str
     sequence_parallel_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
+    gradient_accumulation_dtype: str
     epochs: float
     max_steps: int | None
     learning_rate: float
@@ -37,10 +43,14 @@ class Settings:
     adam_betas: tuple[float, float]
     weight_decay: float
     max_grad_norm: float
+    optimizer: str
     warmup_ratio: float
     lr_schedule: Literal["cosine", "constant"]
     experts_per_shard: int
+    expert_products: str
+    keep_layer_gathered: bool
     auxiliary_loss_weight: float
+    balance_bias_speed: float
     dtype: str
     activation_checkpointing: bool
     seed: int
@@ -87,13 +97,18 @@ def read(path: str | Path) -> Settings:
     for key in ("epochs", "learning_rate", "max_grad_norm"):
         if not _is_number(values[key]) or values[key] <= 0:
             raise BadInputError(f"{path}: {key} must be above 0, found {values[key]!r}")
-    for key in ("min_learning_rate", "weight_decay", "warmup_ratio", "auxiliary_loss_weight"):
+    for key in ("min_learning_rate", "weight_decay", "warmup_ratio", "auxiliary_loss_weight", "balance_bias_speed"):
         if not _is_number(values[key]) or values[key] < 0:
             raise BadInputError(f"{path}: {key} must not be negative, found {values[key]!r}")
     if values["min_learning_rate"] > values["learning_rate"]:
         raise BadInputError(f"{path}: min_learning_rate is above learning_rate")
     if values["warmup_ratio"] > 1:
         raise BadInputError(f"{path}: warmup_ratio must be at most 1, found {values['warmup_ratio']!r}")
+    if values["optimizer"] == "cpu_adam" and (values["strategy"] != "zero3_offload" or values["offload"] == "parameters"):
+        raise BadInputError(
+            f"{path}: optimizer cpu_adam needs optimizer states in host memory",
+            "set strategy zero3_offload and offload both or optimizer, or optimizer adamw",
+        )
     betas = values["adam_betas"]
     if not (isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
         raise BadInputError(f"{path}: adam_betas must be two numbers in [0, 1), found {betas!r}")

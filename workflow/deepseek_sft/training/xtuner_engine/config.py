@@ -1,9 +1,12 @@
 """The xtuner configuration of a run, rendered from settings; needs no torch."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import templates
+from ...model import release
 from ..nodes import NodeEnvironment
+from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..stage import Run
@@ -11,17 +14,30 @@ if TYPE_CHECKING:
 TEMPLATE = "sft_config.py.j2"
 
 
-def zero_optimization(strategy: str, accelerator: str) -> dict[str, Any]:
-    """DeepSpeed's section of the same name for ``zero3`` and ``zero3_offload``."""
+def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[str, Any]:
+    """DeepSpeed's section of the same name.
+
+    Args:
+        base: folder of the base model.
+    """
     section: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": accelerator == "cuda",
         "contiguous_gradients": True,
         "stage3_gather_16bit_weights_on_model_save": False,
     }
-    if strategy == "zero3_offload":
-        pinned = {"device": "cpu", "pin_memory": accelerator == "cuda"}
-        section |= {"offload_optimizer": dict(pinned), "offload_param": dict(pinned)}
+    if settings.keep_layer_gathered:
+        # A layer is used twice within this many elements: recomputed, then run backward.
+        shape = release.read_config(base)
+        elements = 2 * max(
+            sum(spec.elements for spec in release.layer_specs(shape, layer).values())
+            for layer in range(shape["num_hidden_layers"])
+        )
+        section |= {"stage3_max_reuse_distance": elements, "stage3_max_live_parameters": elements}
+    if settings.strategy == "zero3_offload":
+        place = {"device": "cpu", "pin_memory": accelerator == "cuda"}
+        kept = {"optimizer": ["optimizer"], "parameters": ["param"]}.get(settings.offload, ["optimizer", "param"])
+        section |= {f"offload_{what}": dict(place) for what in kept}
     return section
 
 
@@ -36,5 +52,5 @@ def render(run: "Run", node: NodeEnvironment, accelerator: str) -> str:
         schedule=run.schedule,
         node=node,
         accelerator=accelerator,
-        zero=zero_optimization(run.settings.strategy, accelerator),
+        zero=zero_optimization(run.settings, accelerator, run.base),
     )

@@ -1,0 +1,161 @@
+"""Promises of training's numbers: the same however a step is spread, and those of a plain loop over transformers."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepseek_sft.data import tokens
+from deepseek_sft.model import tiny
+
+pytestmark = pytest.mark.stage("train")
+STAGES = Path(__file__).resolve().parent
+VOCABULARY, STEPS = 1024, 20
+GLOBAL_BATCH = 16
+
+# World size, sequence-parallel size, accumulation: all give the same 16 rows a step.
+SPREADS = [
+    (1, 1, 1),
+    (1, 1, 4),
+    (2, 1, 1),
+    (2, 1, 4),
+    (2, 2, 1),
+    (2, 2, 4),
+    (4, 1, 1),
+    (4, 1, 4),
+    (4, 2, 1),
+    (4, 2, 4),
+    (4, 4, 1),
+    (4, 4, 4),
+]
+LONG = {(1, 1, 4), (2, 2, 4), (4, 1, 4), (4, 4, 1)}  # these train 20 steps
+BF16 = {"dtype": "bfloat16", "micro_batch_size": 2, "learning_rate": 1e-3}
+MIXED = {
+    "zero3": {"strategy": "zero3"},
+    "offload-both": {"strategy": "zero3_offload"},
+    "offload-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "sequence_parallel_size": 2},
+    "offload-parameters": {"strategy": "zero3_offload", "offload": "parameters"},
+}
+BALANCE = {"balance_bias_speed": 0.01, "max_grad_norm": 1e6}
+
+
+def spread_name(spread: tuple[int, int, int]) -> str:
+    return "world{}-sequence{}-accumulation{}".format(*spread)
+
+
+def cases(world_size: int) -> dict:
+    """What one launch of ``world_size`` ranks computes."""
+    found = {}
+    for spread in SPREADS:
+        world, sequence, accumulation = spread
+        if world == world_size:
+            settings = {
+                "sequence_parallel_size": sequence,
+                "gradient_accumulation_steps": accumulation,
+                "micro_batch_size": GLOBAL_BATCH * sequence // world // accumulation,
+                "max_grad_norm": 1e6,
+            }
+            steps = STEPS if spread in LONG else 1
+            found[spread_name(spread)] = {"settings": settings, "steps": steps, "moments": steps == 1}
+            if spread in LONG:
+                found[spread_name(spread) + "-gradients"] = {"settings": settings, "steps": 1, "moments": True}
+    if world_size == 2:
+        for name, settings in MIXED.items():
+            micro = 4 if settings.get("sequence_parallel_size") == 2 else 2
+            found[name] = {"settings": BF16 | settings | {"micro_batch_size": micro}, "steps": 50}
+        found["balance"] = {"settings": BALANCE | {"micro_batch_size": 4, "sequence_parallel_size": 2}, "steps": 3}
+    if world_size == 1:
+        accumulated = {"micro_batch_size": 1, "gradient_accumulation_steps": 4, "activation_checkpointing": False}
+        found["balance-alone"] = {"settings": BALANCE | accumulated, "steps": 3}
+    return found
+
+
+def make_inputs(folder: Path) -> None:
+    """A base, and rows of very uneven masks: packed rows, a row with one trained token, a row without any."""
+    tiny.write_tiny(folder / "base", tiny.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64), 0, 8_000_000)
+    (folder / "tokens").mkdir()
+    random = np.random.default_rng(0)
+    writer = tokens.TokenWriter(folder / "tokens")
+    lengths = []
+    for number in range(2 * GLOBAL_BATCH):
+        sizes = random.integers(3, 24, 3) if number % 3 == 0 else random.integers(6, 40, 1)
+        ids = random.integers(2, 60, sizes.sum()).astype(np.int32)
+        trained = random.random(len(ids)) < random.choice([0.05, 0.5, 1.0])
+        if number < 2:
+            trained = np.arange(len(ids)) == (len(ids) - 1 if number else -1)
+        writer.add(f"row-{number}", ids, np.where(trained, ids, -100).astype(np.int32), sizes.astype(np.int32))
+        lengths.append(len(ids))
+    shards = writer.close()
+    statistics = {"rows": len(lengths), "samples": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
+    tokens.write_index(folder / "tokens", {"shards": shards, "vocab_size": VOCABULARY} | statistics)
+
+
+@pytest.fixture(scope="module")
+def figures(environment, project, tmp_path_factory):
+    """Case → figures, and ``reference``: all launches."""
+    folder = tmp_path_factory.mktemp("numbers")
+    make_inputs(folder)
+    python = environment("train")
+    variables = os.environ | {
+        "PYTHONPATH": str(project / "workflow"),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+    def run(*command: str) -> None:
+        result = subprocess.run(
+            [str(python), *command], env=variables, cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr[-6000:]
+
+    run(str(STAGES / "training_reference.py"), str(folder), str(folder))
+    for world_size in (1, 2, 4):
+        (folder / "cases.json").write_text(json.dumps(cases(world_size)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        probe = [str(STAGES / "training_spread_probe.py"), str(folder), str(folder / "cases.json"), str(folder)]
+        run(*torchrun, "--nproc-per-node", str(world_size), *probe)
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("spread", SPREADS, ids=spread_name)
+def test_the_first_loss_is_that_of_each_sample_alone_however_a_step_is_spread(figures, spread):
+    wanted = figures["reference"]["float32"][0]
+    assert figures[spread_name(spread)]["losses"][0] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("spread", SPREADS, ids=spread_name)
+def test_every_gradient_is_that_of_each_sample_alone_however_a_step_is_spread(figures, spread):
+    name = spread_name(spread)
+    moments = figures[name + "-gradients" if spread in LONG else name]["moments"]
+    assert max(moments.values()) < 1e-5, max(moments.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("spread", sorted(LONG), ids=spread_name)
+def test_twenty_steps_agree_with_a_plain_loop_to_four_digits(figures, spread):
+    assert figures[spread_name(spread)]["losses"] == pytest.approx(figures["reference"]["float32"], rel=5e-5)
+
+
+@pytest.mark.parametrize("way", sorted(MIXED))
+def test_bf16_with_fp32_masters_follows_a_plain_loop_for_fifty_steps(figures, way):
+    wanted, found = np.array(figures["reference"]["bfloat16"]), np.array(figures[way]["losses"])
+    assert len(found) == 50
+    assert found[0] == pytest.approx(wanted[0], rel=3e-3)
+    assert np.abs(found - wanted).max() < 0.1
+    assert found[-10:].mean() == pytest.approx(wanted[-10:].mean(), rel=2e-2)
+    assert found[-1] < found[0] - 2
+
+
+def test_balance_biases_move_by_the_whole_batch_and_stay_equal_on_all_ranks(figures):
+    shared, alone = figures["balance"], figures["balance-alone"]
+    assert shared["biases_equal"]
+    assert np.array_equal(shared["biases"], alone["biases"])
+
+
+def test_each_rank_reads_its_share_of_the_base(figures):
+    alone = figures[spread_name((1, 1, 1))]["bytes_read"][0]
+    read = figures[spread_name((4, 1, 1))]["bytes_read"]
+    assert max(read) < 1.05 * alone / 4
