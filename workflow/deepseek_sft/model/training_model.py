@@ -61,7 +61,8 @@ def build(
         device: on which the model will train.
 
     Raises:
-        BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not compute what ``config.json`` says.
+        BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
+            compute what ``config.json`` says.
     """
     published = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = DeepseekV3Config.from_dict({k: v for k, v in published.items() if k != "quantization_config"})

@@ -104,7 +104,9 @@ def read(path: str | Path) -> Settings:
         raise BadInputError(f"{path}: min_learning_rate is above learning_rate")
     if values["warmup_ratio"] > 1:
         raise BadInputError(f"{path}: warmup_ratio must be at most 1, found {values['warmup_ratio']!r}")
-    if values["optimizer"] == "cpu_adam" and (values["strategy"] != "zero3_offload" or values["offload"] == "parameters"):
+    if values["optimizer"] == "cpu_adam" and (
+        values["strategy"] != "zero3_offload" or values["offload"] == "parameters"
+    ):
         raise BadInputError(
             f"{path}: optimizer cpu_adam needs optimizer states in host memory",
             "set strategy zero3_offload and offload both or optimizer, or optimizer adamw",
