@@ -51,6 +51,10 @@ def test_max_length_changes_tokenize_data_alone():
     assert changed(data={"max_length": 64}) == {"tokenize_data"}
 
 
+def test_packing_changes_tokenize_data_alone():
+    assert changed(data={"pack": True}) == {"tokenize_data"}
+
+
 @pytest.mark.parametrize(
     ("section", "change"),
     [

@@ -102,6 +102,7 @@ class Experiment:
                 *("--max-length", data["max_length"]),
                 *("--history-reasoning", data["history_reasoning"]),
                 *("--on-too-long", data["on_too_long"]),
+                *(["--pack"] if data["pack"] else []),
             ]
         elif rule == "prepare_model":
             tiny = self.config["model"]["tiny"]
