@@ -18,12 +18,15 @@ import yaml
 from . import config as configuration
 from . import files
 from .errors import BadInputError
+from .planning.settings import Training
 from .slurm import Allocation
 
 CHAIN = (
     "prepare_data",
     "tokenize_data",
+    "plan",
     "prepare_model",
+    "refine_plan",
     "train",
     "convert_checkpoint",
     "verify_model",
@@ -131,16 +134,38 @@ class Experiment:
         return shlex.join(map(str, words))
 
     def settings(self, rule: str) -> str:
-        """Canonical JSON of the settings that decide the result of ``train`` or ``smoke_test``."""
+        """Canonical JSON of the settings that decide the result of ``plan``, ``train`` or ``smoke_test``."""
+        if rule == "plan":
+            return files.canonical_json(self._planned(operational=False))
         if rule == "train":
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
         return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
 
     def operational(self, rule: str) -> str:
-        """Canonical JSON of the settings of ``train`` or ``smoke_test`` that change no result."""
+        """Canonical JSON of the settings of ``plan``, ``train`` or ``smoke_test`` that change no result."""
+        if rule == "plan":
+            return files.canonical_json(self._planned(operational=True))
         section = "train" if rule == "train" else "serve"
         return files.canonical_json(configuration.operational(section, self.config))
+
+    def _planned(self, operational: bool) -> dict[str, Any]:
+        """The parts of the configuration that a plan depends on: those that only steer a run, or the others."""
+        config = self.config
+        used = [field.name for field in dataclasses.fields(Training)]
+        steering = configuration.OPERATIONAL["train"]
+        train = {name: config["train"][name] for name in used if (name in steering) == operational}
+        if operational:
+            return {"train": train, "plan": configuration.operational("plan", config)}
+        return {
+            "accelerator": config["accelerator"],
+            "results": config["results"],
+            "data": {"max_length": config["data"]["max_length"]},
+            "model": config["model"],
+            "train": train | {"ranks_per_node": config["train"]["ranks_per_node"]},
+            "convert": {"dtype": config["convert"]["dtype"]},
+            "plan": configuration.shaping("plan", config),
+        }
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
@@ -181,6 +206,8 @@ class Experiment:
         named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
         named += [
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
+            ("plan", "model.base", config["model"]["base"]),
+            ("refine_plan", "model.base", config["model"]["base"]),
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
         ]
@@ -188,11 +215,12 @@ class Experiment:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named.append((rule, f"envs.{stage}.python", own["python"]))
-        return [
+        missing = [
             f"{key}: {path} does not exist{_near(path)}"
             for rule, key, path in named
             if rule in rules and path and not _matches(path)
         ]
+        return list(dict.fromkeys(missing))  # several rules read the same path
 
     def check_external_paths(self, rules: Collection[str] = CHAIN) -> None:
         """Raises BadInputError naming every missing path that ``rules`` read."""

@@ -2,6 +2,7 @@ rule train:
     input:
         base=receipt("prepare_model"),
         tokens=receipt("tokenize_data"),
+        plan=ancient(receipt("refine_plan")),  # must fit; a new plan re-runs nothing
     output:
         receipt=receipt("train"),
     log:
