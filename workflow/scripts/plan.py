@@ -1,10 +1,10 @@
 """Say what a run needs before it runs: GPU and host memory, disk, time, cost; and whether the cluster has it.
 
   plan.py --config config/config.yaml mine.yaml --resources '{"nodes": 32, "gres": "gpu:8", "mem_mb": 1900000}'
-  plan.py … --explain                                      every number with its formula (docs/planning.md: reasons, sources)
+  plan.py … --explain                  every number with its formula; docs/planning.md has reasons and sources
   plan.py … --sweep nodes=16,32 sequence_parallel=1,4,8 micro_batch=1,2 strategy=zero3,zero3_offload
-  plan.py … --fit                                          the fewest nodes for this experiment
-  plan.py … --tokens-receipt R                             with counted tokens in place of estimates
+  plan.py … --fit                      the fewest nodes for this experiment
+  plan.py … --tokens-receipt R         with counted tokens in place of estimates
 
 Of the base model only config.json is read. --resources are those of rule train in the profile; what they do not name is
 not judged. Exit code 3 where the plan does not fit, unless the configuration says `plan.on_misfit: warn`.
@@ -91,8 +91,8 @@ def stop_unless_it_fits(plan: planning.Plan, on_misfit: str) -> None:
     near = alternatives.nearest(plan)
     lines = planning.profile_lines(plan)
     fix = "; ".join(
-        [f"nearest that fits: {alternatives.as_yaml(near[0])}"] * bool(near)
-        + [f"profile, set-resources: train: {line}" for line in lines]
+        [f"profile, set-resources: train: {line}" for line in lines]
+        + [f"nearest that fits: {alternatives.as_yaml(near[0])}"] * bool(near)
         + ["or go on all the same with plan.on_misfit: warn"]
     )
     raise GateError(f"the plan does not fit: {plan.binding}", fix)

@@ -58,7 +58,9 @@ def change(plan: Plan, **values: Any) -> Plan:
         samples = dataclasses.replace(samples, longest_row=longest, mean_length=min(longest, samples.mean_length))
     if "nodes" in values:
         cluster = dataclasses.replace(cluster, nodes=values["nodes"])
-    return planning.make(plan.model, dataclasses.replace(plan.training, **training), samples, cluster, plan.served_dtype)
+    return planning.make(
+        plan.model, dataclasses.replace(plan.training, **training), samples, cluster, plan.served_dtype
+    )
 
 
 def possible(plan: Plan) -> bool:
@@ -113,7 +115,7 @@ def nearest(plan: Plan) -> tuple[dict[str, Any], Plan] | None:
     options = {
         "strategy": [training.strategy, *(name for name in STRATEGIES if name != training.strategy)],
         "sequence_parallel": [size for size in range(1, ranks + 1) if ranks % size == 0],
-        "micro_batch": [size for size in range(1, training.micro_batch_size + 1)],
+        "micro_batch": list(range(1, training.micro_batch_size + 1)),
     }
     found = [
         ({key: value for key, value in settings.items() if value != now[key]}, changed)

@@ -1,4 +1,4 @@
-"""Exact counts of a DeepSeek-V3-architecture model from its ``config.json`` alone: parameters, tensors, bytes, FLOPs."""
+"""Exact counts of a DeepSeek-V3 model from its ``config.json`` alone: parameters, tensors, bytes, FLOPs."""
 
 import math
 from collections import Counter
@@ -8,7 +8,16 @@ from typing import Any
 from ..model import release
 from .terms import Term
 
-COMPONENTS = ("embedding", "attention", "dense MLP", "routed experts", "shared experts", "router", "norms", "output layer")
+COMPONENTS = (
+    "embedding",
+    "attention",
+    "dense MLP",
+    "routed experts",
+    "shared experts",
+    "router",
+    "norms",
+    "output layer",
+)
 CHECKPOINT_BYTES = 12  # fp32 master weight and Adam's two moments
 
 

@@ -16,7 +16,10 @@ MAX_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}  # elements, as in model/loss.py
 CONTEXT = 1.0 * GIB  # CUDA context, kernels, cuBLAS and flash-attention workspaces
 NCCL = 2.0 * GIB  # buffers of the world, sequence-parallel and data-parallel communicators over several nodes
 SLACK = 0.05  # of what PyTorch allocates: blocks rounded to 2 MiB and cut, not given back
-CPU_PROCESS = 0.62 * GIB  # resident size of a rank on CPU after its imports (torch, deepspeed, xtuner, transformers)
+CPU_PROCESS = (
+    0.62 * GIB
+)  # resident size of a rank on CPU with torch, deepspeed, xtuner, transformers and gloo; measured
+CPU_KEPT = 0.64 * GIB  # freed memory that glibc keeps (trim threshold 512 MiB on each of two threads); measured
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,11 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
     live = min(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, model.trained)
     buffers = [
         Term("live and prefetched parameters", width * live, f"{width} × {live:,} (stage3_max_live_parameters)"),
-        Term("gradient bucket and its scatter", width * bucket, f"{width} × {bucket:,} (twice reduce_bucket_size at most)"),
+        Term(
+            "gradient bucket and its scatter",
+            width * bucket,
+            f"{width} × {bucket:,} (twice reduce_bucket_size at most)",
+        ),
     ]
     return buffers if training.offload and not cluster.cpu else states + buffers
 
@@ -125,7 +132,6 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
 def _layer(model: Model, training: Training, held: int) -> list[Term]:
     """Checkpointed inputs of all layers, and everything of the layer whose backward pass runs."""
     width, hidden, layers = training.width, model["hidden_size"], model.layers
-    experts = model["n_routed_experts"] * model.expert_parameters
     shard = training.experts_per_shard * model.expert_parameters
     moe = model.moe_layers > 0
     saved = saved_per_token(model, width, moe)
@@ -136,28 +142,41 @@ def _layer(model: Model, training: Training, held: int) -> list[Term]:
             width * hidden * layers * held,
             f"{width} × {hidden:,} × {layers} layers × {held:,} tokens",
         )
-        retained, kept_layers = 1, 1
+        kept_layers = 1
     else:
         checkpoints = Term("checkpointed layer inputs", 0, "none: activation_checkpointing is off")
-        retained, kept_layers = model.moe_layers, layers
+        kept_layers = layers
     return [
         checkpoints,
-        Term(
-            "gathered experts that autograd holds",
-            width * experts * retained,
-            f"{width} × {model['n_routed_experts']} experts × {model.expert_parameters:,} × {retained} layers",
-        ),
+        _held_experts(model, training),
         Term(
             "gradients of one shard",
             width * (shard * 2 // 3 * 2 + shard // 3),
             f"{width} × (2 × w1w3 + w2) of {training.experts_per_shard} experts × {model.expert_parameters:,}",
         ),
         *(
-            Term(f"activations: {term.name}", term.value * kept_layers * held, f"({term.formula}) × {kept_layers} × {held:,} tokens")
+            Term(
+                f"activations: {term.name}",
+                term.value * kept_layers * held,
+                f"({term.formula}) × {kept_layers} × {held:,} tokens",
+            )
             for term in saved
         ),
         Term(f"temporaries: {backward.name}", backward.value * held, f"({backward.formula}) × {held:,} tokens"),
     ]
+
+
+def _held_experts(model: Model, training: Training) -> Term:
+    """Gathered experts of every layer that autograd still needs: an expert's weights are a view of its shard's, and
+    autograd keeps the view's memory from the forward to the backward pass although ZeRO-3 has released the shard.
+    """
+    experts = model["n_routed_experts"] * model.expert_parameters
+    layers = 1 if training.activation_checkpointing else model.moe_layers
+    return Term(
+        "gathered experts that autograd holds",
+        training.width * experts * layers,
+        f"{training.width} × {model['n_routed_experts']} experts × {model.expert_parameters:,} × {layers} layers",
+    )
 
 
 def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list[Term]:
@@ -171,11 +190,7 @@ def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list
         kept = int(total(saved_per_token(model, width, model.moe_layers > 0)))
     return [
         Term("kept of the layers", kept * layers * held, f"{kept:,} × {layers} layers × {held:,} tokens"),
-        *(
-            []
-            if training.activation_checkpointing
-            else [_layer(model, training, held)[1]]  # experts' weights held by autograd
-        ),
+        *([] if training.activation_checkpointing else [_held_experts(model, training)]),
         Term("output layer, gathered", width * weights, f"{width} × {vocabulary:,} × {hidden:,}"),
         Term("its gradient", (4 + width) * weights, f"(4 fp32 sum + {width}) × {vocabulary:,} × {hidden:,}"),
         Term("chunk of logits", (2 * width + 4) * chunk, f"(2 × {width} + 4) × {chunk:,} elements"),
@@ -186,7 +201,10 @@ def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list
 def _outside(cluster: Cluster) -> list[Term]:
     """Memory that PyTorch's allocator does not count."""
     if cluster.cpu:
-        return [Term("process", CPU_PROCESS, "resident size of a rank after its imports, measured")]
+        return [
+            Term("process", CPU_PROCESS, "resident size of a rank before training, measured"),
+            Term("freed memory that glibc keeps", CPU_KEPT, "MALLOC_TRIM_THRESHOLD_ of two threads, measured"),
+        ]
     several = cluster.ranks > 1
     return [
         Term("CUDA context", CONTEXT, "context, kernels and workspaces"),

@@ -4,7 +4,9 @@ from .counting import CHECKPOINT_BYTES, Model
 from .settings import Cluster, Training
 from .terms import Term
 
-RANK_STATE = 100_000  # bytes of a rank's model_states file: names and shapes
+RANK_STATE = (
+    31_000  # bytes of a rank's model_states file of a small model: names and shapes; more layers, a little more
+)
 
 
 def checkpoint_bytes(model: Model, training: Training, cluster: Cluster) -> float:

@@ -33,6 +33,7 @@ class Duration:
 
     Attributes:
         steps: optimizer steps; None where the number of rows is unknown.
+        tokens_per_gather: tokens of all ranks for which all parameters are moved once: decides ZeRO-3's throughput.
         parts: compute, network, optimizer of one step.
         step: one step in all.
         run: the whole run with its checkpoints.
@@ -41,6 +42,7 @@ class Duration:
     global_batch: int
     steps: int | None
     tokens_per_step: float
+    tokens_per_gather: float
     traffic: Term
     parts: list[Range]
     step: Range | None
@@ -49,13 +51,6 @@ class Duration:
     mtbf_s: float
     cadence_s: float
 
-    @property
-    def tokens_per_gather(self) -> float:
-        """Tokens of all ranks for which all parameters are moved once: what decides ZeRO-3's throughput."""
-        return self.tokens_per_step / self._accumulation
-
-    _accumulation: int = 1
-
     def gpu_hours(self, ranks: int) -> tuple[float, float] | None:
         return (self.run.fastest * ranks / HOURS, self.run.slowest * ranks / HOURS) if self.run else None
 
@@ -63,7 +58,7 @@ class Duration:
         """Steps between checkpoints that lose the least time, for the slowest and the fastest step."""
         if self.step is None:
             return None
-        return tuple(max(1, round(self.cadence_s / s)) for s in (self.step.slowest, self.step.fastest))  # type: ignore[return-value]
+        return max(1, round(self.cadence_s / self.step.slowest)), max(1, round(self.cadence_s / self.step.fastest))
 
 
 def young_daly(checkpoint_s: float, mtbf_s: float) -> float:
@@ -102,6 +97,7 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         batch,
         steps,
         tokens,
+        tokens / training.gradient_accumulation_steps,
         traffic,
         parts,
         step,
@@ -109,7 +105,6 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         run,
         mtbf,
         young_daly(saved, mtbf),
-        training.gradient_accumulation_steps,
     )
 
 

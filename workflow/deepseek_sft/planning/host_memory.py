@@ -8,6 +8,7 @@ from .settings import GIB, Cluster, Training
 from .terms import Term
 
 PROCESS = 3.0 * GIB  # resident size of a CUDA rank: libraries, driver mappings, NCCL's host side
+CPU_NODE = 0.3 * GIB  # torchrun 0.22, train.py 0.06; measured
 NODE = 4.0 * GIB  # torchrun, train.py, kernel memory charged to the job
 ESTIMATOR_BYTES, ESTIMATOR_FACTOR = 18, 1.5  # of DeepSpeed's own estimator
 
@@ -31,7 +32,10 @@ def host_memory(model: Model, training: Training, cluster: Cluster, device: Peak
     """
     ranks = cluster.ranks_per_node
     if cluster.cpu:
-        return [Term("ranks", ranks * device.bytes, f"{ranks} ranks × {device.bytes / GIB:,.2f} GiB")]
+        return [
+            Term("ranks", ranks * device.bytes, f"{ranks} ranks × {device.bytes / GIB:,.2f} GiB"),
+            Term("node", CPU_NODE, "torchrun and train.py, measured"),
+        ]
     base = [
         Term("processes", ranks * PROCESS, f"{ranks} ranks × {PROCESS / GIB:.0f} GiB"),
         Term("node", NODE, "launchers and kernel memory"),

@@ -147,7 +147,8 @@ def notes(plan: Plan) -> list[str]:
     cadence = plan.duration.cadence_steps()
     if cadence and not cadence[0] <= plan.training.save_every_steps <= cadence[1]:
         found.append(
-            f"train.save_every_steps: {plan.training.save_every_steps}; {cadence[0]} to {cadence[1]} lose the least time"
+            f"train.save_every_steps is {plan.training.save_every_steps}; "
+            f"{cadence[0]} to {cadence[1]} lose the least time"
         )
     longest = longest_row_that_fits(plan)
     if longest is not None and plan.samples.source == "estimated":

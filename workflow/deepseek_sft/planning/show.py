@@ -72,7 +72,9 @@ def _time(plan: Plan) -> list[str]:
     steps = "steps unknown (plan.samples)" if found.steps is None else f"{found.steps:,} steps"
     lines = [f"time      {steps} of {found.global_batch:,} rows; {found.tokens_per_gather:,.0f} tokens per gather"]
     if found.step:
-        lines.append(f"          one step {_range(found.step)}" + (f", whole run {_range(found.run)}" if found.run else ""))
+        lines.append(
+            f"          one step {_range(found.step)}" + (f", whole run {_range(found.run)}" if found.run else "")
+        )
         hours = found.gpu_hours(plan.cluster.ranks)
         if hours:
             lines.append(f"cost      {hours[0]:,.0f} to {hours[1]:,.0f} GPU hours")
@@ -121,7 +123,9 @@ def _explained(plan: Plan) -> list[str]:
 def _estimator(plan: Plan) -> list[str]:
     host = host_memory.estimator_host_bytes(plan.model, plan.training, plan.cluster)
     device = host_memory.estimator_device_bytes(plan.model, plan.training, plan.cluster)
-    return [f"  DeepSpeed's estimator: {show(host, 'B')} of host memory a node, {show(device, 'B')} a GPU for states alone"]
+    return [
+        f"  DeepSpeed's estimator: {show(host, 'B')} of host memory a node, {show(device, 'B')} a GPU for states alone"
+    ]
 
 
 def sweep_table(plan: Plan, found: list[tuple[dict[str, Any], Plan]]) -> str:
@@ -142,6 +146,8 @@ def sweep_table(plan: Plan, found: list[tuple[dict[str, Any], Plan]]) -> str:
         for settings, changed in found
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
     end = "* recommended: fewest GPU seconds a token of those that fit" if best else "none of these fits"
     return "\n".join([*lines, end])
