@@ -5,9 +5,9 @@ import dataclasses
 
 import planning_models as models
 import pytest
-from planning_plans import make, published
 from hypothesis import given
 from hypothesis import strategies as st
+from planning_plans import make, published
 
 from deepseek_sft.planning import device_memory, host_memory
 from deepseek_sft.planning.alternatives import change
@@ -58,7 +58,7 @@ STATES = ("parameters", "gradients", "fp32 master weights", "Adam moments")
 def test_logits_are_chunked_as_the_training_code_does(project):
     source = ast.parse((project / "workflow/deepseek_sft/model/loss.py").read_text())
     (value,) = (n.value for n in source.body if isinstance(n, ast.Assign) and n.targets[0].id == "MAX_LOGITS")
-    assert device_memory.MAX_LOGITS == eval(compile(ast.Expression(value), "loss.py", "eval"))
+    assert eval(compile(ast.Expression(value), "loss.py", "eval")) == device_memory.MAX_LOGITS
 
 
 @pytest.mark.parametrize("size", [1, 3, 2**31, 2**31 + 1, 10**10])
