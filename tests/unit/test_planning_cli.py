@@ -10,6 +10,7 @@ import yaml
 from planning_plans import published
 
 from deepseek_sft import config as configuration
+from deepseek_sft.errors import GateError
 from deepseek_sft.experiment import Experiment
 from deepseek_sft.planning.duration import young_daly
 
@@ -164,14 +165,36 @@ def test_operational_settings_and_learning_rate_do_not_reach_the_plans_params(pr
     assert settings() != settings(micro_batch_size=1)
 
 
-def test_rules_and_a_person_get_the_same_plan(project, plan, tmp_path):
+def test_whatever_makes_the_refined_plan_again_trains_again(project):
+    experiment = Experiment.from_config(yaml.safe_load((project / "config/config.yaml").read_text()))
+    refined = json.loads(experiment.settings("refine_plan"))
+    assert refined.keys() == {"train"}
+    assert refined["train"].items() <= json.loads(experiment.settings("train")).items()
+
+
+@pytest.mark.parametrize("rule", ["plan", "refine_plan"])
+def test_rules_and_a_person_get_the_same_plan(project, plan, rule):
     overlays = [project / "config/experiments/demo.yaml"]
     config = {}
     for path in (project / "config/config.yaml", *overlays):
         config = configuration.merge(config, yaml.safe_load(path.read_text()))
     experiment = Experiment.from_config(config)
     script = project / "workflow/scripts/plan.py"
-    options = ["--settings", experiment.settings("plan"), "--operational", experiment.operational("plan"), "--json"]
+    options = ["--settings", experiment.settings(rule), "--operational", experiment.operational(rule), "--json"]
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True)
     by_hand = json.loads(plan("--json", overlays=overlays).stdout)
-    assert json.loads(done.stdout) | {"limits": 0} == by_hand | {"limits": 0}
+    assert json.loads(done.stdout) | {"limits": 0} == by_hand | {"limits": 0}  # free space may change
+
+
+def test_a_misfit_is_refused_before_any_job(project, base):
+    config = configuration.merge(
+        yaml.safe_load((project / "config/config.yaml").read_text()), yaml.safe_load(base.read_text())
+    )
+    config |= {"plan": {"storage_tb": 100}}
+    resources = json.loads(RESOURCES.format(32))
+    Experiment.from_config(config).check_plan(resources, tokens_are_current=False)
+    config["train"]["strategy"] = "zero3"
+    with pytest.raises(GateError, match="does not fit: GPU memory per rank"):
+        Experiment.from_config(config).check_plan(resources, tokens_are_current=False)
+    config["plan"]["on_misfit"] = "warn"
+    Experiment.from_config(config).check_plan(resources, tokens_are_current=False)

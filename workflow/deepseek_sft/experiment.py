@@ -16,8 +16,11 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import files
+from . import files, receipts
 from .errors import BadInputError
+from .planning import gate
+from .planning import load as planning
+from .planning.resources import read_resources
 from .planning.settings import Training
 from .slurm import Allocation
 
@@ -135,8 +138,8 @@ class Experiment:
 
     def settings(self, rule: str) -> str:
         """Canonical JSON of the settings that decide the result of ``plan``, ``train`` or ``smoke_test``."""
-        if rule == "plan":
-            return files.canonical_json(self._planned(operational=False))
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[0])
         if rule == "train":
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
@@ -144,28 +147,46 @@ class Experiment:
 
     def operational(self, rule: str) -> str:
         """Canonical JSON of the settings of ``plan``, ``train`` or ``smoke_test`` that change no result."""
-        if rule == "plan":
-            return files.canonical_json(self._planned(operational=True))
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[1])
         section = "train" if rule == "train" else "serve"
         return files.canonical_json(configuration.operational(section, self.config))
 
-    def _planned(self, operational: bool) -> dict[str, Any]:
-        """The parts of the configuration that a plan depends on: those that only steer a run, or the others."""
+    def _planned(self, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a plan depends on, split into what makes it again when it changes, and the rest.
+
+        For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
+        """
         config = self.config
-        used = [field.name for field in dataclasses.fields(Training)]
-        steering = configuration.OPERATIONAL["train"]
-        train = {name: config["train"][name] for name in used if (name in steering) == operational}
-        if operational:
-            return {"train": train, "plan": configuration.operational("plan", config)}
-        return {
+        used = [*(field.name for field in dataclasses.fields(Training)), "ranks_per_node"]
+        steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
+        shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
+        others = {
             "accelerator": config["accelerator"],
             "results": config["results"],
             "data": {"max_length": config["data"]["max_length"]},
             "model": config["model"],
-            "train": train | {"ranks_per_node": config["train"]["ranks_per_node"]},
             "convert": {"dtype": config["convert"]["dtype"]},
-            "plan": configuration.shaping("plan", config),
+            "plan": config["plan"],
         }
+        return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
+
+    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool) -> None:
+        """Plan with what is known now, before any job starts.
+
+        Args:
+            resources: what profile and command line give to ``train``.
+            tokens_are_current: whether tokenize_data has nothing to do, so that its receipt counts.
+
+        Raises:
+            GateError: the plan does not fit, and the configuration does not say to go on.
+            BadInputError: it cannot be made.
+        """
+        receipt = Path(self.results, "receipts", "tokenize_data.json")
+        tokens = receipts.read(receipt, "tokenize_data") if tokens_are_current and receipt.exists() else None
+        plan = planning.from_config(self.config, read_resources(resources), tokens)
+        gate.check_possible(plan)
+        gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""

@@ -1,4 +1,5 @@
 # Configuration, paths and the functions that rules use. The logic lies in workflow/deepseek_sft, where it is tested.
+import json
 import subprocess
 import sys
 from shlex import quote
@@ -135,6 +136,9 @@ def check_before_start(workflow):
         rules = job_resources.rules_to_run(workflow)
         EXPERIMENT.check_external_paths(rules)
         job_resources.check_allocations(workflow, rules)
+        if rules & {"prepare_model", "train"}:
+            resources = json.loads(resources_of_training(None))
+            EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
     except StageError as error:
         raise WorkflowError(str(error))

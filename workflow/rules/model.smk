@@ -1,6 +1,4 @@
 rule prepare_model:
-    input:
-        plan=ancient(receipt("plan")),  # must fit; a new plan re-runs nothing
     output:
         receipt=receipt("prepare_model"),
     log:

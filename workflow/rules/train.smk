@@ -2,7 +2,7 @@ rule train:
     input:
         base=receipt("prepare_model"),
         tokens=receipt("tokenize_data"),
-        plan=ancient(receipt("refine_plan")),  # must fit; a new plan re-runs nothing
+        plan=receipt("refine_plan"),  # must fit; made again only when tokens or settings of train change
     output:
         receipt=receipt("train"),
     log:

@@ -20,7 +20,7 @@ import yaml
 
 from deepseek_sft import cli, config, files, receipts
 from deepseek_sft.errors import BadInputError, GateError
-from deepseek_sft.planning import alternatives, load, show
+from deepseek_sft.planning import alternatives, gate, load, show
 from deepseek_sft.planning import plan as planning
 from deepseek_sft.planning.resources import read_resources
 
@@ -63,8 +63,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration from files, or the parts of it that the workflow passes; then what the command line says."""
     if args.settings is not None:
         found = json_object("--settings", args.settings)
-        for section, values in json_object("--operational", args.operational).items():
-            found[section] = found[section] | values
+        found = config.merge(found, json_object("--operational", args.operational))
     else:
         merged: dict[str, Any] = {}
         for path in args.config:
@@ -81,23 +80,6 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def stop_unless_it_fits(plan: planning.Plan, on_misfit: str) -> None:
-    """Raises GateError where the plan does not fit, unless a warning is enough."""
-    if plan.verdict != planning.MISFIT:
-        return
-    if on_misfit == "warn":
-        cli.say(f"warning: the plan does not fit: {plan.binding}")
-        return
-    near = alternatives.nearest(plan)
-    lines = planning.profile_lines(plan)
-    fix = "; ".join(
-        [f"profile, set-resources: train: {line}" for line in lines]
-        + [f"nearest that fits: {alternatives.as_yaml(near[0])}"] * bool(near)
-        + ["or go on all the same with plan.on_misfit: warn"]
-    )
-    raise GateError(f"the plan does not fit: {plan.binding}", fix)
-
-
 def main() -> None:
     args = arguments()
     settings = read_config(args)
@@ -110,11 +92,7 @@ def main() -> None:
         tokens = receipts.read(args.tokens_receipt, "tokenize_data")
         inputs["tokens"] = receipts.input_entry(args.tokens_receipt)
     plan = load.from_config(settings, resources, tokens)
-    if not alternatives.possible(plan):
-        raise BadInputError(
-            f"train.sequence_parallel_size {plan.training.sequence_parallel_size} does not divide the "
-            f"{plan.cluster.ranks_per_node} ranks of a node and the {plan.model['num_attention_heads']} heads"
-        )
+    gate.check_possible(plan)
     if args.sweep:
         found = alternatives.sweep(plan, alternatives.parse_sweep(args.sweep))
         if args.json:
@@ -140,7 +118,7 @@ def main() -> None:
     if args.output:
         files.write_text(args.output / "plan.txt", show.text(plan, explain=True) + "\n")
         files.write_json(args.output / "plan.json", figures)
-    stop_unless_it_fits(plan, settings["plan"]["on_misfit"])
+    gate.stop_unless_it_fits(plan, settings["plan"]["on_misfit"])
     if args.receipt:
         receipts.write(
             args.receipt,
