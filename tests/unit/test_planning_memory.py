@@ -31,7 +31,7 @@ def test_published_verdicts_do_not_hang_on_one_length_of_rows(longest):
         assert (published(*settings, longest_row=longest).verdict != MISFIT) == trainable, settings
 
 
-def test_recommended_run_needs_its_published_memory_at_full_context():
+def test_recommended_run_at_full_context_comes_near_its_published_memory():
     plan = published(32, 4, "zero3_offload", 2, longest_row=32_768)
     assert plan.device_bytes / 1e9 == pytest.approx(74, rel=0.03)
 
