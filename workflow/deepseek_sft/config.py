@@ -19,7 +19,18 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
-    "train": {"save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max", "environment"},
+    "train": {
+        "save_every_steps",
+        "save_every_minutes",
+        "keep_checkpoints",
+        "log_every_steps",
+        "first_loss_max",
+        "on_not_finite",
+        "spike_factor",
+        "on_spike",
+        "hang_minutes",
+        "environment",
+    },
     "convert": {"memory", "workers", "full_check"},
     "serve": {"ready_timeout_s", "stop_grace_s"},
 }

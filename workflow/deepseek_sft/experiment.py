@@ -149,8 +149,10 @@ class Experiment:
         """Canonical JSON of the settings of ``plan``, ``train`` or ``smoke_test`` that change no result."""
         if rule in ("plan", "refine_plan"):
             return files.canonical_json(self._planned(rule)[1])
-        section = "train" if rule == "train" else "serve"
-        return files.canonical_json(configuration.operational(section, self.config))
+        if rule == "train":
+            peak = self.config["plan"]["gpu_tflops"] if self.config["accelerator"] == "cuda" else None
+            return files.canonical_json(configuration.operational("train", self.config) | {"gpu_tflops": peak})
+        return files.canonical_json(configuration.operational("serve", self.config))
 
     def _planned(self, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a plan depends on, split into what makes it again when it changes, and the rest.

@@ -15,4 +15,4 @@ rule train:
     message:
         "Training"
     shell:
-        render("train", folder="train") + stage(f"bash {RESULTS}/train/train.sbatch")
+        render("train", folder="train") + stage(f"bash {RESULTS}/train/train.sbatch --in-workflow")

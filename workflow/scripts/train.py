@@ -8,16 +8,20 @@ Node rank and hosts come from Slurm's variables; without them it trains on this 
 
 Stop: USR1 to this program, or the stop file, saves after the current step and exits with 4. SIGTERM stops at once
 with 143 and loses what came after the last checkpoint; Ctrl-C likewise with 130.
-Exit codes: 0 done, 2 bad input, 3 a gate failed (first loss, loss or gradient not finite), 4 stopped and saved,
-5 crash, 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 2 bad input, 3 a gate failed (start checks, first loss, loss or gradient not finite, spike),
+4 stopped and saved, 5 crash or hang, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli
-from deepseek_sft.training import launch, nodes, stage
+from deepseek_sft.training import early_stop
+
+early_stop.catch()  # before the slow imports: Slurm's signal would kill this process until then
+
+from deepseek_sft import cli  # noqa: E402
+from deepseek_sft.training import launch, nodes, stage  # noqa: E402
 
 
 def main() -> int:
