@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..cli import say
 from . import early_stop, run_folder, watchdog
@@ -117,6 +118,7 @@ def run_ranks(node: NodeEnvironment, start: Start) -> int:
 
     def before_exec() -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        early_stop.allow_termination()
         die_with_parent(signal.SIGTERM)
 
     with _handlers(start.run):
@@ -135,13 +137,19 @@ def run_ranks(node: NodeEnvironment, start: Start) -> int:
             raise
 
 
+def failures(run: Path, node: NodeEnvironment) -> list[dict[str, Any]]:
+    """Last words of this start's ranks, of all nodes."""
+    records = []
+    for path in attempt_folder(run, node.attempt).glob("failure-rank*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            records.append(json.loads(path.read_text()))
+    return records
+
+
 def explain_failure(run: Path, node: NodeEnvironment) -> str:
     """What is known of a crash: the first rank that left a message, its last lines, and the ranks that left none."""
     folder = attempt_folder(run, node.attempt)
-    records = []
-    for path in folder.glob("failure-rank*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            records.append(json.loads(path.read_text()))
+    records = failures(run, node)
     first_rank = node.node_rank * node.ranks_per_node
     own = set(range(first_rank, first_rank + node.ranks_per_node))
     silent = sorted(own - {record["rank"] for record in records})
@@ -177,8 +185,10 @@ def _handlers(run: Path) -> Iterator[None]:
     before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, stop)}
     before |= {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        early_stop.allow_termination()
         yield
     finally:
+        early_stop.hold_termination()
         for number, handler in before.items():
             signal.signal(number, handler)
 

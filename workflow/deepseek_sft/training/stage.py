@@ -82,7 +82,7 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
     start = launch.Start(run.folder, accelerator, run.settings.hang_minutes, stop_file)
     if node.node_rank > 0:
         if not _is_finished(run, node, stop_file):
-            _conclude(run, node, launch.run_ranks(node, start))
+            _conclude(run, node, _run_ranks(run, node, start))
         return
     say(f"run {run.run_id} in {run.folder}")
     say(run.schedule.describe())
@@ -91,7 +91,7 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
             say("finished already; nothing to train (train.run_name forces a new run)")
         else:
             _write_run(run, node, accelerator)
-            _conclude(run, node, launch.run_ranks(node, start))
+            _conclude(run, node, _run_ranks(run, node, start))
         write_receipt(run, receipt)
 
 
@@ -187,6 +187,20 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
     text = config.render(run, node, accelerator)
     files.write_text(run.folder / run_folder.CONFIG, text)
     files.write_text(run.output / run_folder.CONFIG, text)
+
+
+def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start) -> int:
+    """Run this node's ranks.
+
+    A termination after they have agreed on an end, or after a rank has crashed, is srun's for another node's exit code.
+    """
+    try:
+        return launch.run_ranks(node, start)
+    except launch.Terminated:
+        agreed = run_folder.read_status(run.folder, node.attempt, patience=0)
+        if agreed is None and not launch.failures(run.folder, node):
+            raise
+        return 1
 
 
 def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
