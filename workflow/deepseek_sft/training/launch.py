@@ -153,11 +153,12 @@ def explain_failure(run: Path, node: NodeEnvironment) -> str:
     first_rank = node.node_rank * node.ranks_per_node
     own = set(range(first_rank, first_rank + node.ranks_per_node))
     silent = sorted(own - {record["rank"] for record in records})
-    lines = []
+    lines, found = [], []
     hung = [record for record in records if "hang" in record]
     if hung and len(hung) == len(records):
         lines += watchdog.explain(hung, node.world_size, node.ranks_per_node, node.hosts)
         silent = []
+        found = watchdog.suspects(hung, node.world_size)
     if records:
         first = min(records, key=lambda record: record["time"])
         if not lines:
@@ -165,7 +166,7 @@ def explain_failure(run: Path, node: NodeEnvironment) -> str:
     if silent:
         names = ", ".join(map(str, silent))
         lines.append(f"without a last word on this node: rank {names} (killed from outside, or out of memory)")
-    shown = first["rank"] if records else silent[0] if silent else first_rank
+    shown = found[0] if found else first["rank"] if records else silent[0] if silent else first_rank
     logs = sorted((folder / f"node{shown // node.ranks_per_node}").glob(f"**/{shown % node.ranks_per_node}/stderr.log"))
     if logs:
         text = logs[-1].read_text(errors="replace").splitlines()[-TAIL_LINES:]

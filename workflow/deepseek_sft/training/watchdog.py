@@ -11,7 +11,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
 from .. import files
 
@@ -19,6 +21,7 @@ from .. import files
 # of a node as soon as one ends. The one that the others wait for shows only beside theirs.
 GRACE = 10.0
 BACKSTOP = 60.0  # after the limit: where a thread holds the interpreter's lock, only faulthandler's own thread runs
+COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")  # code through which a rank waits for others
 PLACES = ("start", "data", "forward", "backward", "update", "save")  # in the order of a step
 
 
@@ -67,58 +70,66 @@ class Watchdog:
                 return
             limit, place, step = self.limits[self._phase], self.place, self.step
         where = f"step {step} ({place})" if step else place
+        frame, waits = position()
         message = f"no progress for {limit:g} s in {where}"
         record = {
             "rank": self.rank,
             "host": socket.gethostname(),
             "time": time.time(),
             "error": f"hang: {message}",
-            "hang": {"step": step, "place": place},
+            "hang": {"step": step, "place": place, "frame": frame, "waits": waits},
         }
         print(f"hang: rank {self.rank}: {message}; its threads:", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         files.write_text(self.folder / f"failure-rank{self.rank}.json", json.dumps(record))
-        time.sleep(GRACE)
+        time.sleep(min(GRACE, limit))
         os._exit(1)
 
 
-def explain(records: list[dict], ranks: int, ranks_per_node: int, hosts: tuple[str, ...]) -> list[str]:
-    """Which ranks a hang began with: those without a word while the others waited, else those that came least far.
+def suspects(records: list[dict[str, Any]], ranks: int) -> list[int]:
+    """Ranks that a hang began with: those without a word while the others waited, else those that came least far.
 
     Args:
         records: last words of ranks that hung.
         ranks: world size.
+
+    Returns:
+        Ranks in order; empty where all stand at the same place.
+    """
+    heard = {record["rank"]: record["hang"] for record in records}
+    if len(heard) < ranks:
+        return [rank for rank in range(ranks) if rank not in heard]
+    far = {rank: (hang["step"], PLACES.index(hang["place"]), hang["waits"]) for rank, hang in heard.items()}
+    least = [rank for rank in sorted(far) if far[rank] == min(far.values())]
+    return [] if len(least) == ranks else least
+
+
+def explain(records: list[dict[str, Any]], ranks: int, ranks_per_node: int, hosts: tuple[str, ...]) -> list[str]:
+    """Lines that name the ranks a hang began with and their nodes.
+
+    Args:
         hosts: names of the nodes in order, where known.
     """
-    heard = {record["rank"]: record for record in records}
-    silent = [rank for rank in range(ranks) if rank not in heard]
-
-    def node_of(rank: int) -> str:
+    found = suspects(records, ranks)
+    by_node: dict[str, list[str]] = {}
+    for rank in found:
         index = rank // ranks_per_node
-        return hosts[index] if index < len(hosts) else f"node {index}"
-
-    def named(chosen: list[int]) -> str:
-        by_node: dict[str, list[str]] = {}
-        for rank in chosen:
-            host = heard[rank]["host"] if rank in heard else node_of(rank)
-            by_node.setdefault(host, []).append(str(rank))
-        return "; ".join(f"rank {', '.join(ranks)} on {host}" for host, ranks in by_node.items())
-
-    def far(rank: int) -> tuple[int, int]:
-        hang = heard[rank]["hang"]
-        return hang["step"], PLACES.index(hang["place"])
-
-    if silent:
-        return [f"hang: {named(silent)} said nothing while the others waited: frozen, or cut off", *_told(records)]
-    behind = min(map(far, heard))
-    last = [rank for rank in sorted(heard) if far(rank) == behind]
-    if len(last) == ranks:
-        return ["hang: all ranks stand at the same place: look at the network, and at their threads", *_told(records)]
-    return [f"hang: {named(last)} came least far; the others waited", *_told(records)]
-
-
-def _told(records: list[dict]) -> list[str]:
-    counts: dict[str, list[int]] = {}
+        by_node.setdefault(hosts[index] if index < len(hosts) else f"node {index}", []).append(str(rank))
+    named = "; ".join(f"rank {', '.join(ranks)} on {host}" for host, ranks in by_node.items())
+    if not found:
+        lines = ["hang: all ranks stand at the same place: look at the network, and at their threads"]
+    elif set(found) & {record["rank"] for record in records}:
+        lines = [f"hang: {named} came least far; the others waited"]
+    else:
+        lines = [f"hang: {named} said nothing while the others waited: frozen, or cut off"]
+    told: dict[str, list[int]] = {}
     for record in records:
-        counts.setdefault(record["error"], []).append(record["rank"])
-    return [f"  {error}: rank {', '.join(map(str, sorted(ranks)))}" for error, ranks in counts.items()]
+        told.setdefault(f"{record['error']}, at {record['hang']['frame']}", []).append(record["rank"])
+    return lines + [f"  {error}: rank {', '.join(map(str, sorted(ranks)))}" for error, ranks in told.items()]
+
+
+def position() -> tuple[str, bool]:
+    """Innermost frame of the main thread, and whether it waits for other ranks."""
+    frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+    waits = any(part in frame.filename for frame in frames for part in COLLECTIVES)
+    return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].name}", waits

@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 
 from ...cli import say
 from ...model import release
+from ...report import formatting
 from .. import flops, run_folder
 from ..schedule import Schedule
 from .expert_load import ExpertLoad
@@ -157,17 +158,9 @@ class MetricsHook(Hook):
         loss, norm = (float("nan") if line[key] is None else line[key] for key in ("loss", "grad_norm"))
         say(
             f"step {line['step']}/{steps}  loss {loss:.4f}  lr {line['learning_rate']:.3g}  grad {norm:.3g}  "
-            f"{line['tokens_per_second']:.0f} tokens/s{share}  {line['seconds']:.2f} s  {time_left(left)} left"
+            f"{line['tokens_per_second']:.0f} tokens/s{share}  {line['seconds']:.2f} s  "
+            f"{formatting.duration(left)} left"
         )
-
-
-def time_left(seconds: float) -> str:
-    """``3 d 04 h``, ``4 h 05 min``, ``5 min 06 s`` or ``7 s``."""
-    seconds = round(seconds)
-    for unit, name, smaller, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= unit:
-            return f"{seconds // unit} {name} {seconds % unit // smaller:02d} {small_name}"
-    return f"{seconds} s"
 
 
 def memory_gib() -> float:
