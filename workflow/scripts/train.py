@@ -12,6 +12,7 @@ Exit codes: 0 done, 2 bad input, 3 a gate failed (start checks, first loss, loss
 4 stopped and saved, 5 crash or hang, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
+import argparse
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
@@ -35,6 +36,14 @@ def main() -> int:
     parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
     parser.add_argument("--stop-file", type=Path, help="file whose appearance makes training save and stop")
     options = parser.parse_args()
+    try:
+        return train(options)
+    finally:
+        early_stop.ignore()
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train on this node; returns the exit code."""
     node = nodes.detect(options.accelerator, options.ranks_per_node)
     run = stage.prepare(
         options.base_receipt, options.tokens_receipt, options.settings, options.output, node, options.accelerator

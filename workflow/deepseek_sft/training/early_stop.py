@@ -15,6 +15,11 @@ def catch() -> None:
     hold_termination()
 
 
+def ignore() -> None:
+    """The program ends: USR1 is of no use any more, and must not kill it while the interpreter shuts down."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def hold_termination() -> None:
     """SIGTERM waits."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -19,7 +19,7 @@ from .nodes import NodeEnvironment, threads_per_rank
 WORKER = "deepseek_sft.training.xtuner_engine.worker"
 WORKFLOW = Path(__file__).resolve().parents[2]
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
-TAIL_LINES = 25
+TAIL_LINES, HANG_LINES = 25, 80  # shown of a rank's log; a hang's ends with all its threads
 PR_SET_PDEATHSIG = 1
 # On CPU a third of a step went into page faults, since glibc gives large tensors back to the kernel after each use; and
 # oneDNN keeps a compiled kernel for each of the ever-changing numbers of tokens per expert (1,024 of them: 0.6 GiB).
@@ -169,7 +169,7 @@ def explain_failure(run: Path, node: NodeEnvironment) -> str:
     shown = found[0] if found else first["rank"] if records else silent[0] if silent else first_rank
     logs = sorted((folder / f"node{shown // node.ranks_per_node}").glob(f"**/{shown % node.ranks_per_node}/stderr.log"))
     if logs:
-        text = logs[-1].read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        text = logs[-1].read_text(errors="replace").splitlines()[-(HANG_LINES if hung else TAIL_LINES) :]
         lines += [f"last lines of rank {shown} ({logs[-1]}):", *(f"  | {line}" for line in text)]
     return "\n".join(lines) or f"no rank left a message; logs are in {folder}"
 

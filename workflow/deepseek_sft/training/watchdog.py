@@ -7,6 +7,7 @@ its time limit. Every rank watches itself. Needs no torch.
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -20,8 +21,8 @@ from .. import files
 # Between a rank's last word and its end: all ranks hang within moments of each other, and torchrun kills the others
 # of a node as soon as one ends. The one that the others wait for shows only beside theirs.
 GRACE = 10.0
-BACKSTOP = 60.0  # after the limit: where a thread holds the interpreter's lock, only faulthandler's own thread runs
-COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")  # code through which a rank waits for others
+BACKSTOP = 60.0  # after that the kernel ends a process in which no Python thread can run
+COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # where ranks wait for others
 PLACES = ("start", "data", "forward", "backward", "update", "save")  # in the order of a step
 
 
@@ -50,7 +51,10 @@ class Watchdog:
             if phase != "step":
                 self.place = phase
             self._changed.notify()
-        faulthandler.dump_traceback_later(self.limits[phase] + GRACE + BACKSTOP, exit=True, file=sys.__stderr__)
+        # A thread that hangs may hold the interpreter's lock (torch opens files with it): faulthandler's own thread
+        # and the kernel's timer need no lock.
+        faulthandler.dump_traceback_later(self.limits[phase], file=sys.__stderr__)
+        signal.setitimer(signal.ITIMER_REAL, self.limits[phase] + GRACE + BACKSTOP)  # SIGALRM's default action
 
     def close(self) -> None:
         """Watch no longer."""
@@ -58,6 +62,7 @@ class Watchdog:
             self._closed = True
             self._changed.notify()
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _watch(self) -> None:
         with self._changed:
@@ -79,8 +84,7 @@ class Watchdog:
             "error": f"hang: {message}",
             "hang": {"step": step, "place": place, "frame": frame, "waits": waits},
         }
-        print(f"hang: rank {self.rank}: {message}; its threads:", file=sys.__stderr__, flush=True)
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        print(f"hang: rank {self.rank}: {message}, at {frame}", file=sys.__stderr__, flush=True)
         files.write_text(self.folder / f"failure-rank{self.rank}.json", json.dumps(record))
         time.sleep(min(GRACE, limit))
         os._exit(1)
@@ -131,5 +135,5 @@ def explain(records: list[dict[str, Any]], ranks: int, ranks_per_node: int, host
 def position() -> tuple[str, bool]:
     """Innermost frame of the main thread, and whether it waits for other ranks."""
     frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
-    waits = any(part in frame.filename for frame in frames for part in COLLECTIVES)
+    waits = any(part in frame.filename for frame in frames[-2:] for part in COLLECTIVES)
     return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].name}", waits
