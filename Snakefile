@@ -11,6 +11,7 @@ configfile: "config/config.yaml"
 include: "workflow/rules/common.smk"  # configuration, paths, input functions
 include: "workflow/rules/envs.smk"  # build_env
 include: "workflow/rules/data.smk"  # prepare_data, tokenize_data
+include: "workflow/rules/plan.smk"  # plan, refine_plan
 include: "workflow/rules/model.smk"  # prepare_model
 include: "workflow/rules/train.smk"  # train
 include: "workflow/rules/convert.smk"  # convert_checkpoint, verify_model

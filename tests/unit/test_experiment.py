@@ -43,6 +43,10 @@ def test_learning_rate_changes_train_alone():
     assert changed(train={"learning_rate": 1e-4}) == {"train"}
 
 
+def test_an_early_end_trains_on_when_it_moves():
+    assert changed(train={"max_hours": 3}) == {"train"}
+
+
 def test_smoke_test_settings_change_smoke_test_alone():
     assert changed(smoke_test={"min_format_rate": 0.5}) == {"smoke_test"}
 
@@ -60,6 +64,8 @@ def test_packing_changes_tokenize_data_alone():
     [
         ("train", {"save_every_steps": 7, "keep_checkpoints": 5, "log_every_steps": 3, "first_loss_max": None}),
         ("train", {"environment": {"NCCL_DEBUG": "INFO"}}),
+        ("train", {"save_every_minutes": 30, "on_not_finite": "skip", "spike_factor": 5, "on_spike": "stop"}),
+        ("train", {"hang_minutes": {"step": 5}}),
         ("convert", {"memory": "2GB", "workers": 1, "full_check": True}),
         ("serve", {"ready_timeout_s": 5, "stop_grace_s": 1}),
     ],

@@ -80,6 +80,12 @@ def test_allocation_without_a_node_is_refused():
         Allocation(nodes=0)
 
 
+def test_a_warning_signal_before_the_job_begins_is_refused():
+    with pytest.raises(BadInputError, match="told to stop as soon as it starts"):
+        Allocation(runtime=60, extra="--exclusive --signal=USR1@3600")
+    Allocation(runtime=61, extra="--exclusive --signal=USR1@3600")
+
+
 def fake_sinfo(folder: Path, answer: str, monkeypatch) -> None:
     program = folder / "sinfo"
     program.write_text(f"#!/bin/sh\n{answer}\n")

@@ -16,14 +16,20 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import files
+from . import files, receipts
 from .errors import BadInputError
+from .planning import gate
+from .planning import load as planning
+from .planning.resources import read_resources
+from .planning.settings import Training
 from .slurm import Allocation
 
 CHAIN = (
     "prepare_data",
     "tokenize_data",
+    "plan",
     "prepare_model",
+    "refine_plan",
     "train",
     "convert_checkpoint",
     "verify_model",
@@ -132,16 +138,58 @@ class Experiment:
         return shlex.join(map(str, words))
 
     def settings(self, rule: str) -> str:
-        """Canonical JSON of the settings that decide the result of ``train`` or ``smoke_test``."""
+        """Canonical JSON of the settings that decide the result of ``plan``, ``train`` or ``smoke_test``."""
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[0])
         if rule == "train":
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
         return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
 
     def operational(self, rule: str) -> str:
-        """Canonical JSON of the settings of ``train`` or ``smoke_test`` that change no result."""
-        section = "train" if rule == "train" else "serve"
-        return files.canonical_json(configuration.operational(section, self.config))
+        """Canonical JSON of the settings of ``plan``, ``train`` or ``smoke_test`` that change no result."""
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[1])
+        if rule == "train":
+            peak = self.config["plan"]["gpu_tflops"] if self.config["accelerator"] == "cuda" else None
+            return files.canonical_json(configuration.operational("train", self.config) | {"gpu_tflops": peak})
+        return files.canonical_json(configuration.operational("serve", self.config))
+
+    def _planned(self, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a plan depends on, split into what makes it again when it changes, and the rest.
+
+        For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
+        """
+        config = self.config
+        used = [*(field.name for field in dataclasses.fields(Training)), "ranks_per_node"]
+        steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
+        shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
+        others = {
+            "accelerator": config["accelerator"],
+            "results": config["results"],
+            "data": {"max_length": config["data"]["max_length"]},
+            "model": config["model"],
+            "convert": {"dtype": config["convert"]["dtype"]},
+            "plan": config["plan"],
+        }
+        return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
+
+    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool) -> None:
+        """Plan with what is known now, before any job starts.
+
+        Args:
+            resources: what profile and command line give to ``train``.
+            tokens_are_current: whether tokenize_data has nothing to do, so that its receipt counts.
+
+        Raises:
+            GateError: the plan does not fit, and the configuration does not say to go on.
+            BadInputError: it cannot be made.
+        """
+        receipt = Path(self.results, "receipts", "tokenize_data.json")
+        tokens = receipts.read(receipt, "tokenize_data") if tokens_are_current and receipt.exists() else None
+        plan = planning.from_config(self.config, read_resources(resources), tokens)
+        gate.check_possible(plan)
+        gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
@@ -182,6 +230,8 @@ class Experiment:
         named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
         named += [
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
+            ("plan", "model.base", config["model"]["base"]),
+            ("refine_plan", "model.base", config["model"]["base"]),
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
         ]
@@ -189,11 +239,12 @@ class Experiment:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named.append((rule, f"envs.{stage}.python", own["python"]))
-        return [
+        missing = [
             f"{key}: {path} does not exist{_near(path)}"
             for rule, key, path in named
             if rule in rules and path and not _matches(path)
         ]
+        return list(dict.fromkeys(missing))  # several rules read the same path
 
     def check_external_paths(self, rules: Collection[str] = CHAIN) -> None:
         """Raises BadInputError naming every missing path that ``rules`` read."""

@@ -29,8 +29,13 @@ def _attempt(wildcards: Any, attempt: int) -> int:
     return attempt
 
 
-def complete_resources(workflow: Any) -> None:
-    """Give every rule the resources that it may format into its shell command, and the plugin's combination."""
+def complete_resources(workflow: Any) -> dict[str, set[str]]:
+    """Give every rule the resources that it may format into its shell command, and the plugin's combination.
+
+    Returns:
+        Rule name → the resources that rule, profile or command line state; all others are filled in here.
+    """
+    stated = {rule.name: set(FIELDS) & set(rule.resources) for rule in workflow.rules}
     for rule in workflow.rules:
         for name, field in FIELDS.items():
             if name not in rule.resources:
@@ -39,6 +44,7 @@ def complete_resources(workflow: Any) -> None:
         rule.resources["tasks_per_gpu"] = 0
         rule.resources["mpi"] = ""
         rule.resources["attempt"] = _attempt
+    return stated
 
 
 def value(rule: Any, name: str) -> Any:

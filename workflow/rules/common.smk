@@ -1,4 +1,5 @@
 # Configuration, paths and the functions that rules use. The logic lies in workflow/deepseek_sft, where it is tested.
+import json
 import subprocess
 import sys
 from shlex import quote
@@ -9,6 +10,7 @@ from deepseek_sft import locks
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
+from deepseek_sft.files import canonical_json
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -17,6 +19,8 @@ except StageError as error:
     raise WorkflowError(str(error))
 
 RESULTS = EXPERIMENT.results
+STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
+PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
 LOGS = EXPERIMENT.logs
 SCRIPT = f"{quote(EXPERIMENT.python('workflow'))} workflow/scripts"
 
@@ -41,12 +45,16 @@ def operational(rule):
     return literal(EXPERIMENT.operational_arguments(rule))
 
 
+def operational_json(rule):
+    """The same as one JSON argument."""
+    return literal(quote(EXPERIMENT.operational(rule)))
+
+
 def render(rule, folder):
     """Shell text that writes a rule's sbatch script and settings from the resources of the very job that runs it."""
     place = f"{EXPERIMENT.render_arguments(rule)} --output {RESULTS}/{folder}"
-    steering = literal(quote(EXPERIMENT.operational(rule)))
     return (
-        f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} --operational {steering} "
+        f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} --operational {operational_json(rule)} "
         f"{job_resources.own_allocation()} && "
     )
 
@@ -67,6 +75,13 @@ def operational_of(wildcards):
 def allocation_of(wildcards):
     """Arguments that describe the allocation that another rule will get, from profile and command line."""
     return job_resources.allocation(workflow.get_rule(wildcards.stage)).arguments()
+
+
+def resources_of_training(wildcards):
+    """What profile and command line give to training, as JSON; what they leave out is not judged by the plan."""
+    train = workflow.get_rule("train")
+    stated = [name for name in PLANNED if name in STATED_RESOURCES["train"]]
+    return canonical_json({name: job_resources.value(train, name) for name in stated})
 
 
 def receipt(rule):
@@ -108,7 +123,7 @@ def lock_files(wildcards):
 
 def complete_resources(workflow):
     """Fill in what every Slurm job of ours needs, and refuse shapes that cannot work."""
-    job_resources.complete_resources(workflow)
+    STATED_RESOURCES.update(job_resources.complete_resources(workflow))
     try:
         EXPERIMENT.check_shapes(job_resources.allocations(workflow))
     except StageError as error:
@@ -121,6 +136,9 @@ def check_before_start(workflow):
         rules = job_resources.rules_to_run(workflow)
         EXPERIMENT.check_external_paths(rules)
         job_resources.check_allocations(workflow, rules)
+        if rules & {"prepare_model", "train"}:
+            resources = json.loads(resources_of_training(None))
+            EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
     except StageError as error:
         raise WorkflowError(str(error))

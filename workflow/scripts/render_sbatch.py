@@ -67,6 +67,8 @@ def main() -> None:
     )
     files.write_json(arguments.output / "settings.json", settings)
     files.write_text(arguments.output / f"{arguments.stage}.sbatch", script)
+    # A job submitted by hand whose output file cannot be made fails without a word.
+    Path(arguments.logs, arguments.stage).mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

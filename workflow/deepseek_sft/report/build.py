@@ -20,6 +20,7 @@ PURPOSE = {
     "tokenize_data": "Chats to token ids and loss masks",
     "plan": "Whether the run fits the cluster",
     "prepare_model": "Base model in BF16",
+    "refine_plan": "The plan again, with counted tokens",
     "preflight": "Nodes checked before training",
     "train": "Full-parameter fine-tuning",
     "convert_checkpoint": "Checkpoint to a Hugging Face folder",
@@ -114,7 +115,7 @@ def _view(results: Path, stage: Stage, metrics: list[dict[str, Any]], samples: i
     transcript = collect.transcript_path(results, stage)
     settings = formatting.without_secrets(mapping(receipt.get("settings")))
     inputs = mapping(receipt.get("inputs"))
-    plan = formatting.clean(str(figures.get("verdict") or "")) if stage.rule == "plan" else ""
+    plan = formatting.clean(str(figures.get("verdict") or "")) if stage.rule in ("plan", "refine_plan") else ""
     return {
         "rule": formatting.clean(stage.rule),
         "purpose": PURPOSE.get(stage.rule, ""),
