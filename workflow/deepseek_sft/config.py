@@ -21,7 +21,7 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 OPERATIONAL = {
     "train": {"save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max", "environment"},
     "convert": {"memory", "workers", "full_check"},
-    "serve": {"ready_timeout_s", "stop_grace_s"},
+    "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
 }
 
 

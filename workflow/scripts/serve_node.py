@@ -2,10 +2,11 @@
 
 The node with SLURM_NODEID 0 is the head: it offers the API. With --smoke-test it tests the API once it answers, writes
 the receipt and ends with the test's exit code; without, it prints URL and a ready request, writes endpoint.json into
-the run folder and serves until it is stopped (a signal, or a file named `stop` in the run folder).
+the run folder and serves until it is stopped (a signal, or a file named `stop` in the run folder). A lasting deployment
+asks its clients for a key; see serve.api_key_file.
 
-The first process that dies, on any node, ends all nodes with exit code 5 and is shown with its last lines. Whatever
-happens, nothing keeps running.
+The first process that dies, on any node, ends all nodes with exit code 5 (2 where its log names a cause that a further
+start would meet again) and is shown with its last lines. Whatever happens, nothing keeps running.
 """
 
 import sys
@@ -56,6 +57,7 @@ def main() -> int:
             "logprobs-max-parameters": smoke.logprobs_max_parameters,
             "time-to-ready": f"{seconds:.1f}",
             "hosts": ",".join(nodes),
+            "run-dir": arguments.run_dir,
         }
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
         benchmark = [] if smoke.benchmark else ["--no-benchmark"]
