@@ -105,12 +105,15 @@ class Deployment:
         self.wait_for(lambda: path.exists() and path.read_text() != "")
         return int(path.read_text())
 
-    def alive(self) -> list[list[str]]:
-        """Processes that this deployment started and that still run."""
+    def alive(self, node: str = "") -> list[list[str]]:
+        """Processes of this deployment that still run; where a node is given, its own, without the node program."""
         mine = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("FAKE_DIR") == str(self.folder / "fakes") and process.status() != "zombie":
+                environment = process.environ()
+                if environment.get("FAKE_DIR") != str(self.folder / "fakes") or process.status() == "zombie":
+                    continue
+                if not node or (environment["SLURMD_NODENAME"] == node and process.pid != self.programs[node].pid):
                     mine.append(process.cmdline())
             except psutil.Error:
                 continue
@@ -172,6 +175,19 @@ def test_killed_engine_ends_every_node_with_its_name_and_last_lines(deployment, 
         assert f"{node}: vllm was killed by SIGKILL" in deployment.output(each)
         assert f"{node}| fake vllm on {node}" in deployment.output(each)
     assert deployment.alive() == []
+
+
+def test_no_node_leaves_before_all_have_cleaned_up(deployment):
+    """Slurm kills the others soon after one task has failed."""
+    deployment.start(flaws=("stubborn",))
+    deployment.wait_until_serving()
+    deployment.pid_of_engine("n0")
+    deployment.wait_for((deployment.folder / "fakes" / "n1.grandchild").exists)
+    os.kill(deployment.pid_of_engine("n1"), signal.SIGKILL)
+    deployment.programs["n1"].wait(DEADLINE_S)
+    assert deployment.alive("n0") == []
+    assert not Path((deployment.folder / "fakes/n0.folder").read_text()).exists()
+    assert deployment.codes() == [5, 5]
 
 
 def test_engine_that_dies_before_it_is_ready_ends_the_wait(deployment):

@@ -8,7 +8,6 @@ import contextlib
 import http.client
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -94,8 +93,7 @@ class Node:
             outcome = {"event": "error", "problem": error.problem, "fix": error.fix, "exit_code": error.exit_code}
             raise
         finally:
-            self.watch.end(outcome, grace)
-            shutil.rmtree(folder, ignore_errors=True)
+            self.watch.end(outcome, grace, folder)
 
     def _run_head(self, folder: Path) -> int:
         settings, watch = self.settings, self.watch

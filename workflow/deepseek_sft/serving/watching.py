@@ -1,6 +1,7 @@
 """Watching one node's processes and the other nodes, and ending all of it together."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ PROGRESS_EVERY_S = 10
 TICK_S = 0.25
 OBSERVE_EVERY_S = 2.0  # shared memory; reading all maps of a node's processes takes some 10 ms
 SETTLE_S = 2.0  # after a death, time for the other nodes to report theirs: the first to be noticed may be a consequence
+PART_S = 10.0  # beyond the grace, until the other nodes have stopped everything
 SHOWN_LINES = 25
 
 
@@ -160,8 +162,11 @@ class Watch:
             time.sleep(TICK_S)
         return list(found.values())
 
-    def end(self, outcome: dict[str, Any], grace: float) -> None:
-        """Tell the others first, so that all stop at the same time; then stop what runs here."""
+    def end(self, outcome: dict[str, Any], grace: float, folder: Path) -> None:
+        """Tell the others first, so that all stop at the same time; then stop and remove what is here.
+
+        Returns when all nodes have done so: once one task has ended with a failure, Slurm soon kills the others.
+        """
         if isinstance(self.channel, control.HeadChannel):
             self.channel.broadcast(outcome)
         elif self.channel and outcome["event"] != "stop":
@@ -171,7 +176,6 @@ class Watch:
         removed = self._segments.remove()
         if removed:
             say(f"{self.name}: removed {len(removed)} segments that were left in /dev/shm")
-        if isinstance(self.channel, control.HeadChannel):
-            control.wait_for_goodbyes(self.channel, grace + 10)
+        shutil.rmtree(folder, ignore_errors=True)
         if self.channel:
-            self.channel.close()
+            self.channel.part(grace + PART_S)
