@@ -15,7 +15,7 @@ from project_copy import copy_of
 
 from deepseek_sft import receipts
 
-DEADLINE_S = 300  # generous: only a hang reaches it
+DEADLINE_S = 180  # generous: only a hang reaches it
 PROGRAMS = "vllm|VLLM|ray|serve_node|smoke_test"
 
 
@@ -49,22 +49,28 @@ class Site:
         )
         prompts = folder / "held_out.jsonl"
         prompts.write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}))
+        self.envs: dict[str, object] = {}
         self.smoke_test = {"prompts": str(prompts), "max_tokens": 16, "benchmark": False}
 
     def command(self, *arguments: str, **serve: object) -> list[str]:
         """Command line of snakemake on the login node with changes of section ``serve``."""
         overlay = self.clone / "overlay.yaml"
-        overlay.write_text(yaml.safe_dump({"serve": serve, "smoke_test": self.smoke_test}))
+        sections = {"serve": serve, "smoke_test": self.smoke_test, "envs": self.envs}
+        overlay.write_text(yaml.safe_dump(sections))
         words = ["env", f"PYTHONPATH={self.clone}/cluster/fastpoll", str(self.project / ".envs/workflow/bin/snakemake")]
         words += ["--configfile", "config/experiments/demo.yaml", "overlay.yaml", "--profile", "profiles/demo"]
         return self.cluster.command("exec", *words, *arguments)
 
     def start(self, *arguments: str, **serve: object) -> subprocess.Popen:
         """Start snakemake in the copy; its output goes to the file ``snakemake.log`` there."""
+        return self.run(self.command(*arguments, **serve))
+
+    def run(self, command: list[str]) -> subprocess.Popen:
+        """Start a command in the copy; its output goes to the file ``snakemake.log`` there."""
         store = (self.project / ".envs" / "workflow").resolve().parent
         with open(self.clone / "snakemake.log", "wb") as output:
             return subprocess.Popen(
-                self.command(*arguments, **serve),
+                command,
                 cwd=self.clone,
                 env=self.cluster.environment | {"ENVS_CACHE": os.environ.get("ENVS_CACHE", str(store))},
                 stdin=subprocess.DEVNULL,
