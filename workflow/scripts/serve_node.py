@@ -17,7 +17,9 @@ import _bootstrap  # noqa: F401
 from deepseek_sft import cli, receipts
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings as settings_file
+from deepseek_sft.serving import versions
 from deepseek_sft.serving.commands import Programs
+from deepseek_sft.serving.listing import listing
 from deepseek_sft.serving.node import Node
 
 
@@ -25,17 +27,25 @@ def main() -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--model-receipt", type=Path, required=True, help="receipt of verify_model: the model to serve")
     parser.add_argument("--settings", type=Path, required=True, help="serve/settings.json, rendered from the config")
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this deployment, shared by the nodes")
+    parser.add_argument("--run-dir", type=Path, help="folder of this deployment, shared by the nodes")
+    parser.add_argument(
+        "--show-commands", type=int, metavar="NODES", help="start nothing: print what NODES nodes would run"
+    )
     parser.add_argument("--smoke-test", type=Path, help="test the API, write this receipt, and end")
     parser.add_argument(
         "--transcript", type=Path, help="the test's transcript [transcript.jsonl beside the run folder]"
     )
     arguments = parser.parse_args()
+    if not (arguments.run_dir or arguments.show_commands):
+        parser.error("--run-dir is required")
 
     settings = settings_file.read(arguments.settings)
     model = receipts.read(arguments.model_receipt, "verify_model")["result"].get("model")
     if not model or not Path(model, "config.json").is_file():
         raise BadInputError(f"{arguments.model_receipt} names no model folder with a config.json under `model`")
+    if arguments.show_commands:
+        print(listing(settings, arguments.show_commands, model, versions.installed()), end="")
+        return 0
     transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
 
     def smoke_test(url: str, seconds: float, nodes: list[str]) -> list[str]:
