@@ -31,9 +31,9 @@ def test_smoke_test_through_ray_passes_and_its_receipt_names_hosts_and_processes
     receipt = json.loads((site.results / "receipts/smoke_test.json").read_text())
     assert receipt["hosts"] == ["node1", "node2"]
     nodes = receipt["figures"]["nodes"]
-    assert [node["address"] for node in nodes] == ["10.77.0.101", "10.77.0.102"]
-    for node in nodes:
-        names = [process["name"] for process in node["processes"]]
+    assert [entry["address"] for entry in nodes.values()] == ["10.77.0.101", "10.77.0.102"]
+    for entry in nodes.values():
+        names = [process.split()[0] for process in entry["processes"]]
         assert "ray" in names
         assert any("RayWorkerProc" in name for name in names), names
     assert "Ray counts 2 of 2 nodes: 10.77.0.101, 10.77.0.102" in site.node_log("job-*", "node1")

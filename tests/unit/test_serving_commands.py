@@ -118,6 +118,7 @@ def test_engine_start_waits_as_long_as_our_own_deadline():
         ({"port": 70000}, "port is 70000"),
         ({"engine_args": {"--node_rank": 3}}, "engine_args.node-rank is decided by"),
         ({"engine_args": {"api-key": "x"}}, "engine_args.api-key is decided by serve.api_key_file"),
+        ({"environment": {"VLLM_API_KEY": "x"}}, "environment.VLLM_API_KEY would stand in the results"),
         ({"engine_args": {"ssl-keyfile": "x"}}, "engine_args.ssl-keyfile is not supported"),
         ({"smoke_test": {"min_format_rate": 2}}, "smoke_test.min_format_rate"),
         ({"smoke_test": {"prompt": "x"}}, "smoke_test.prompt is unknown"),

@@ -70,6 +70,11 @@ def report(node: str = "n1", exits: str = "ended with exit code 1", exceptions=(
     [
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", "out of GPU memory", 2),
         ("ValueError: No available memory for the cache blocks.", "out of memory for the KV cache", 2),
+        (
+            "ValueError: (0.01 GiB KV cache is needed, which is larger than the available KV cache memory (0.0 GiB).",
+            "out of memory for the KV cache",
+            2,
+        ),
         ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "out of host memory", 2),
         ("OSError: [Errno 98] Address already in use", "a port was taken", 5),
         ("RuntimeError: DeepSeekR1 reasoning parser could not locate think start/end tokens", "the tokenizer lacks", 2),

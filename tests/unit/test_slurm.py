@@ -45,7 +45,7 @@ CASES = {
     "smoke_test.cpu-1": (
         "smoke_test",
         CPU_NODE,
-        SERVED | {"accelerator": "cpu", "python": ".envs/serve-cpu/bin/python"},
+        SERVED | {"python": ".envs/serve-cpu/bin/python"},
     ),
     "serve.bf16-4x8": ("serve", dataclasses.replace(SERVING, nodes=4, runtime=10080), SERVED),
     "smoke_test.local": ("smoke_test", Allocation(), CONTEXT | {"environment": {}}),

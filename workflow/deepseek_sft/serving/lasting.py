@@ -66,11 +66,18 @@ class Endpoint:
         return cls(**{field.name: value[field.name] for field in dataclasses.fields(cls)})
 
 
-def who_serves(run_dir: Path) -> list[dict[str, Any]]:
-    """Node, rank, address, interface and processes of every node, in the order of ranks, as the nodes wrote them."""
+def who_serves(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Node → address, interface, processes (``name pid``), in the order of ranks, as the nodes wrote them."""
     entries = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.glob("*.json")]
-    nodes = [entry for entry in entries if "rank" in entry]
-    return sorted(nodes, key=lambda entry: entry["rank"])
+    nodes = sorted((entry for entry in entries if "rank" in entry), key=lambda entry: entry["rank"])
+    return {
+        entry["node"]: {
+            "address": entry["address"],
+            "interface": entry["interface"],
+            "processes": [f"{process['name']} {process['pid']}" for process in entry["processes"]],
+        }
+        for entry in nodes
+    }
 
 
 def how_to_stop(run_dir: Path) -> str:

@@ -8,13 +8,8 @@ from .settings import ServeSettings
 
 TEMPORARY = Path("/tmp/serve-XXXXXXXX")
 # Words instead of the numbers that are chosen when it starts.
-API_PORT, MASTER_PORT, GCS_PORT, AGENT_PORT, CLIENT_PORT = (
-    "PORT",
-    "MASTER_PORT",
-    "GCS_PORT",
-    "AGENT_PORT",
-    "CLIENT_PORT",
-)
+RAY_PORTS = {"gcs_port": "GCS_PORT", "agent_port": "AGENT_PORT", "client_port": "CLIENT_PORT"}
+API_PORTS = {"host": "HOST", "port": "PORT", "master_port": "MASTER_PORT"}
 
 
 def listing(settings: ServeSettings, nodes: int, model: str, version: versions.Version | None) -> str:
@@ -29,21 +24,17 @@ def listing(settings: ServeSettings, nodes: int, model: str, version: versions.V
     parts = []
     for rank in range(min(nodes, 2)):
         place = commands.Place(rank, nodes, f"ADDRESS_{rank}", f"INTERFACE_{rank}", "ADDRESS_0")
-        ray = (GCS_PORT, "SECRET") if settings.backend == "ray" else None
-        environment = commands.environment({}, settings, place, TEMPORARY, ray=ray, api_key="SECRET")
+        ray = (RAY_PORTS["gcs_port"], "SECRET") if settings.backend == "ray" else None
+        key = "SECRET" if rank == 0 else ""
+        environment = commands.environment({}, settings, place, TEMPORARY, ray=ray, api_key=key)
         lines = [f"# node {rank}{' (head)' if rank == 0 else ''}" + (f" of {nodes}" if nodes > 1 else "")]
         lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
         if ray:
-            lines.append(_joined(commands.ray_command("ray", settings, place, **_ray_ports())))
+            lines.append(_joined(commands.ray_command("ray", settings, place, folder=TEMPORARY, **RAY_PORTS)))
         if rank == 0 or not ray:
-            ports = {"host": "HOST", "port": API_PORT, "master_port": MASTER_PORT}
-            lines.append(_joined(commands.serve_command("vllm", model, settings, place, version=version, **ports)))
+            lines.append(_joined(commands.serve_command("vllm", model, settings, place, version=version, **API_PORTS)))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
-
-
-def _ray_ports() -> dict:
-    return {"gcs_port": GCS_PORT, "agent_port": AGENT_PORT, "client_port": CLIENT_PORT, "folder": TEMPORARY}
 
 
 def _joined(words: list[str]) -> str:

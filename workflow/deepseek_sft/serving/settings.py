@@ -159,6 +159,11 @@ def _check_values(settings: ServeSettings, where: str) -> None:
             raise BadInputError(f"{where}: smoke_test.{name} is {getattr(smoke, name)}, expected more than 0")
     if not 0 <= smoke.min_format_rate <= 1:
         raise BadInputError(f"{where}: smoke_test.min_format_rate is {smoke.min_format_rate}, expected 0 to 1")
+    if "VLLM_API_KEY" in settings.environment:
+        raise BadInputError(
+            f"{where}: environment.VLLM_API_KEY would stand in the results for all to read",
+            "put the key into a file of mode 0600 and set serve.api_key_file",
+        )
     for flag in settings.engine_args:
         if flag in UNSUPPORTED_FLAGS:
             raise BadInputError(
