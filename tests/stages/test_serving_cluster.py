@@ -55,6 +55,10 @@ def test_lasting_deployment_answers_whoever_has_the_key_and_ends_when_a_node_doe
     assert (message["reasoning"].strip(), message["content"].strip()) == (REASONING, ANSWER)
     refused = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{endpoint['url']}/models"]
     assert site.cluster.exec(*refused).stdout == "401"
+    key = (site.results / "serve/api_key").read_text().strip()
+    shown = [path for path in site.clone.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+    assert shown == [site.results / "serve/api_key"]
+    assert key not in "".join(site.cluster.node(node, "ps", "-eo", "args").stdout for node in NOTHING)
 
     # A long request is being answered when the second node's engine is killed.
     endless = endpoint["curl"].replace('"messages"', '"ignore_eos": true, "max_tokens": 480, "messages"')
