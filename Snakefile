@@ -15,7 +15,7 @@ include: "workflow/rules/plan.smk"  # plan, refine_plan
 include: "workflow/rules/model.smk"  # prepare_model
 include: "workflow/rules/train.smk"  # train
 include: "workflow/rules/convert.smk"  # convert_checkpoint, verify_model
-include: "workflow/rules/serve.smk"  # smoke_test
+include: "workflow/rules/serve.smk"  # smoke_test, serve
 include: "workflow/rules/report.smk"  # build_report
 include: "workflow/rules/render.smk"  # render_sbatch
 

@@ -32,7 +32,7 @@ OPERATIONAL = {
         "environment",
     },
     "convert": {"memory", "workers", "full_check"},
-    "serve": {"ready_timeout_s", "stop_grace_s"},
+    "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
 }
 
 

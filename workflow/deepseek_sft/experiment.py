@@ -138,7 +138,7 @@ class Experiment:
         return shlex.join(map(str, words))
 
     def settings(self, rule: str) -> str:
-        """Canonical JSON of the settings that decide the result of ``plan``, ``train`` or ``smoke_test``."""
+        """Canonical JSON of the settings that decide the result of ``plan``, ``train``, ``smoke_test`` or ``serve``."""
         if rule in ("plan", "refine_plan"):
             return files.canonical_json(self._planned(rule)[0])
         if rule == "train":
@@ -147,7 +147,7 @@ class Experiment:
         return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
 
     def operational(self, rule: str) -> str:
-        """Canonical JSON of the settings of ``plan``, ``train`` or ``smoke_test`` that change no result."""
+        """Canonical JSON of the settings of ``plan``, ``train``, ``smoke_test`` or ``serve`` that change no result."""
         if rule in ("plan", "refine_plan"):
             return files.canonical_json(self._planned(rule)[1])
         if rule == "train":
@@ -235,7 +235,7 @@ class Experiment:
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
         ]
-        for rule, stage in (("train", "train"), ("smoke_test", "serve")):
+        for rule, stage in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named.append((rule, f"envs.{stage}.python", own["python"]))
@@ -256,7 +256,7 @@ class Experiment:
 
     def check_shapes(self, allocations: dict[str, Allocation]) -> None:
         """Raises BadInputError where training's or serving's parallel sizes do not fit the profile's nodes and GPUs."""
-        train, serve = allocations.get("train"), allocations.get("smoke_test")
+        train = allocations.get("train")
         problems = []
         if self.config["accelerator"] == "cuda" and train and (gpus := train.gpus_per_node()):
             size = self.config["train"]["sequence_parallel_size"]
@@ -266,19 +266,21 @@ class Experiment:
                     f"train.sequence_parallel_size: {size} does not divide the {gpus} GPUs of a node "
                     f"(profile, set-resources: train: gres: {train.gres}); allowed: {allowed}"
                 )
-        if serve:
+        for rule in ("smoke_test", "serve"):
+            if not (serve := allocations.get(rule)):
+                continue
             ranks = self.config["serve"]["tensor_parallel_size"] * self.config["serve"]["pipeline_parallel_size"]
             per_node = serve.gpus_per_node() if self.config["accelerator"] == "cuda" else None
             if ranks % serve.nodes:
                 problems.append(
                     f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} cannot be spread evenly over the "
-                    f"{serve.nodes} nodes of the profile (set-resources: smoke_test: nodes)"
+                    f"{serve.nodes} nodes of the profile (set-resources: {rule}: nodes)"
                 )
             elif per_node and ranks // serve.nodes > per_node:
                 problems.append(
                     f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} needs "
                     f"{ranks // serve.nodes} GPUs on each of {serve.nodes} nodes; "
-                    f"the profile gives {per_node} (set-resources: smoke_test: gres)"
+                    f"the profile gives {per_node} (set-resources: {rule}: gres)"
                 )
         if problems:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))

@@ -58,14 +58,22 @@ def allocation(rule: Any) -> Allocation:
     return Allocation(**{field: value(rule, name) for name, field in FIELDS.items()})
 
 
+def deployment(workflow: Any) -> Allocation:
+    """The allocation of a lasting deployment: the smoke test's, and what the profile sets for ``serve`` otherwise."""
+    test, serve = workflow.get_rule("smoke_test"), workflow.get_rule("serve")
+    own = workflow.resource_settings.overwrite_resources.get("serve", {})
+    return Allocation(**{field: value(serve if name in own else test, name) for name, field in FIELDS.items()})
+
+
 def own_allocation() -> str:
     """Arguments of render_sbatch.py, as shell text in which Snakemake fills in the resources of the job it runs in."""
     return " ".join(f"{option(field)}={{resources.{name}:q}}" for name, field in FIELDS.items())
 
 
 def allocations(workflow: Any) -> dict[str, Allocation]:
-    """Rule name → allocation, for the rules that run as jobs."""
-    return {rule.name: allocation(rule) for rule in workflow.rules if not workflow.is_local(rule)}
+    """Rule name → allocation, for the rules that run as jobs or submit one."""
+    jobs = {rule.name: allocation(rule) for rule in workflow.rules if not workflow.is_local(rule)}
+    return jobs | {"serve": deployment(workflow)}
 
 
 def rules_to_run(workflow: Any) -> set[str]:

@@ -50,13 +50,20 @@ def operational_json(rule):
     return literal(quote(EXPERIMENT.operational(rule)))
 
 
-def render(rule, folder):
-    """Shell text that writes a rule's sbatch script and settings from the resources of the very job that runs it."""
+def render(rule, folder, allocation=job_resources.own_allocation()):
+    """Shell text that writes a rule's sbatch script and settings, by default from the resources of the very job."""
     place = f"{EXPERIMENT.render_arguments(rule)} --output {RESULTS}/{folder}"
     return (
-        f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} --operational {operational_json(rule)} "
-        f"{job_resources.own_allocation()} && "
+        f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} "
+        f"--operational {operational_json(rule)} {allocation} && "
     )
+
+
+def deploy():
+    """Shell text that submits the lasting deployment and tells on the terminal where it is reached."""
+    rendering = render("serve", folder="serve/deployment", allocation="{params.allocation}")
+    # tee ignores Ctrl-C: serve.py has yet to say that it cancelled the job
+    return f"({rendering}{SCRIPT}/serve.py --results {RESULTS} --logs {LOGS}) 2>&1 | tee -i {{log}}"
 
 
 def render_place(wildcards):
@@ -74,6 +81,8 @@ def operational_of(wildcards):
 
 def allocation_of(wildcards):
     """Arguments that describe the allocation that another rule will get, from profile and command line."""
+    if wildcards.stage == "serve":
+        return allocation_of_deployment(wildcards)
     return job_resources.allocation(workflow.get_rule(wildcards.stage)).arguments()
 
 
@@ -82,6 +91,11 @@ def resources_of_training(wildcards):
     train = workflow.get_rule("train")
     stated = [name for name in PLANNED if name in STATED_RESOURCES["train"]]
     return canonical_json({name: job_resources.value(train, name) for name in stated})
+
+
+def allocation_of_deployment(wildcards):
+    """The same for the job that target `serve` submits."""
+    return job_resources.deployment(workflow).arguments()
 
 
 def receipt(rule):
@@ -109,7 +123,7 @@ def build_environments(rules):
 
     Their markers are no inputs: Snakemake drops all jobs behind an `ancient()` input that is made anew in the same run.
     """
-    for name, environment in (("train", "train"), ("smoke_test", "serve")):
+    for name, environment in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
         if name in rules and EXPERIMENT.environment_markers(environment):
             command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_env.py"]
             if subprocess.run([*command, EXPERIMENT.environment_name(environment)]).returncode:

@@ -14,7 +14,7 @@ from deepseek_sft import cli, files, slurm
 from deepseek_sft.errors import BadInputError
 
 PROJECT = Path(__file__).resolve().parents[2]
-STAGES = ("train", "smoke_test")
+STAGES = ("train", "smoke_test", "serve")
 
 
 def settings_from(text: str) -> dict:

@@ -1,6 +1,7 @@
 """Watching one node's processes and the other nodes, and ending all of it together."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from typing import Any
 
 from ..cli import say
 from ..errors import BadInputError, CrashError, StoppedError
-from . import control, network, processes
+from . import control, network, processes, reading_logs
 from .failures import NodeFailure, StopRequest
+from .shared_memory import Segments
 
 PROGRESS_EVERY_S = 10
 TICK_S = 0.25
+OBSERVE_EVERY_S = 2.0  # shared memory; reading all maps of a node's processes takes some 10 ms
 SETTLE_S = 2.0  # after a death, time for the other nodes to report theirs: the first to be noticed may be a consequence
+PART_S = 10.0  # beyond the grace, until the other nodes have stopped everything
 SHOWN_LINES = 25
 
 
@@ -25,6 +29,9 @@ class Watch:
         children: processes started here.
         finished: names of those that may end on their own.
         channel: connection to the other nodes, None with one node.
+        log: output of this node's processes.
+        log_start: byte offset in it at which this start begins.
+        on_ready: called on a worker once the head says that the API answers.
     """
 
     def __init__(self, run_dir: Path):
@@ -33,12 +40,15 @@ class Watch:
         self.nodes = int(os.environ.get("SLURM_NNODES", "1"))
         self.name = network.node_name()
         self.log = run_dir / f"{self.name}.log"
-        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        self.log_start = self.log.stat().st_size if self.log.exists() else 0
         self.children: list[processes.Child] = []
         self.finished: set[str] = set()
         self.channel: control.HeadChannel | control.WorkerChannel | None = None
         self.start_message: control.Message | None = None  # on a worker, once the head sent it
+        self.on_ready: Callable[[], None] = lambda: None
         self._signal: int | None = None
+        self._segments = Segments()
+        self._observed = 0.0
 
     def catch_signals(self) -> None:
         """Let TERM, INT and USR1 (Slurm's warning before the time limit) end the deployment in order."""
@@ -75,7 +85,7 @@ class Watch:
                 if not give_up:
                     return
                 what = waiting_for() if waiting_for else "waiting"
-                lines = "".join(f"\n  {self.name}| {line}" for line in processes.last_lines(self.log, SHOWN_LINES))
+                lines = "".join(f"\n  {self.name}| {line}" for line in reading_logs.last_lines(self.log, SHOWN_LINES))
                 raise CrashError(f"{self.name}: gave up after {seconds:g} s {what}{lines}", fix)
             if waiting_for and now - said >= PROGRESS_EVERY_S:
                 said = now
@@ -89,6 +99,9 @@ class Watch:
             self._on_message(message)
         if self._signal is not None:
             raise StoppedError(f"{self.name}: stopped by {signal.Signals(self._signal).name}")
+        if time.monotonic() - self._observed > OBSERVE_EVERY_S:
+            self._observed = time.monotonic()
+            self._segments.observe()
         dead = [child for child in self.children if child.name not in self.finished and child.exit_code() is not None]
         if dead:
             raise NodeFailure([self.report(child) for child in dead])
@@ -101,6 +114,8 @@ class Watch:
     def _on_message(self, message: control.Message) -> None:
         if message["event"] == "start":
             self.start_message = message
+        if message["event"] == "ready":
+            self.on_ready()
         if message["event"] == "failure":
             raise NodeFailure(message["reports"])
         if message["event"] == "error":
@@ -126,8 +141,8 @@ class Watch:
             "process": child.name,
             "exit": processes.describe_exit(child.exit_code()),
             "log": str(self.log),
-            "exceptions": processes.exceptions(self.log, self._log_start),
-            "lines": processes.last_lines(self.log, SHOWN_LINES),
+            "exceptions": reading_logs.exceptions(self.log, self.log_start),
+            "lines": reading_logs.last_lines(self.log, SHOWN_LINES),
         }
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -147,14 +162,20 @@ class Watch:
             time.sleep(TICK_S)
         return list(found.values())
 
-    def end(self, outcome: dict[str, Any], grace: float) -> None:
-        """Tell the others first, so that all stop at the same time; then stop what runs here."""
+    def end(self, outcome: dict[str, Any], grace: float, folder: Path) -> None:
+        """Tell the others first, so that all stop at the same time; then stop and remove what is here.
+
+        Returns when all nodes have done so: once one task has ended with a failure, Slurm soon kills the others.
+        """
         if isinstance(self.channel, control.HeadChannel):
             self.channel.broadcast(outcome)
         elif self.channel and outcome["event"] != "stop":
             self.channel.send(outcome)
+        self._segments.observe()
         processes.stop(self.children, grace)
-        if isinstance(self.channel, control.HeadChannel):
-            control.wait_for_goodbyes(self.channel, grace + 10)
+        removed = self._segments.remove()
+        if removed:
+            say(f"{self.name}: removed {len(removed)} segments that were left in /dev/shm")
+        shutil.rmtree(folder, ignore_errors=True)
         if self.channel:
-            self.channel.close()
+            self.channel.part(grace + PART_S)
