@@ -31,10 +31,12 @@ CONTEXT = {
     "accelerator": "cuda",
     "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN"},
     "ranks_per_node": None,
+    "preflight": True,
 }
 CASES = {
     "train.slurm": ("train", CLUSTER, CONTEXT | {"activate": "module load cuda/12.6"}),
-    "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2}),
+    "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2, "preflight": False}),
+    "preflight.slurm": ("preflight", CLUSTER, CONTEXT),
     "smoke_test.slurm": ("smoke_test", CLUSTER, CONTEXT | {"python": ".envs/serve-cuda/bin/python"}),
     "smoke_test.local": ("smoke_test", Allocation(), CONTEXT | {"environment": {}}),
 }
