@@ -18,7 +18,7 @@ import yaml
 from . import config as configuration
 from . import files, receipts
 from .errors import BadInputError
-from .planning import gate
+from .planning import duration, gate
 from .planning import load as planning
 from .planning.resources import read_resources
 from .planning.settings import Training
@@ -138,7 +138,9 @@ class Experiment:
         return shlex.join(map(str, words))
 
     def settings(self, rule: str) -> str:
-        """Canonical JSON of the settings that decide the result of ``plan``, ``train``, ``smoke_test`` or ``serve``."""
+        """Canonical JSON of the settings that decide the result of plan, preflight, train, smoke_test or serve."""
+        if rule == "preflight":
+            return files.canonical_json(self.preflight_settings())
         if rule in ("plan", "refine_plan"):
             return files.canonical_json(self._planned(rule)[0])
         if rule == "train":
@@ -147,13 +149,23 @@ class Experiment:
         return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
 
     def operational(self, rule: str) -> str:
-        """Canonical JSON of the settings of ``plan``, ``train``, ``smoke_test`` or ``serve`` that change no result."""
+        """Canonical JSON of the settings of the same rules that change no result."""
+        if rule == "preflight":
+            return files.canonical_json({key: self.config["train"][key] for key in ("environment", "ranks_per_node")})
         if rule in ("plan", "refine_plan"):
             return files.canonical_json(self._planned(rule)[1])
         if rule == "train":
             peak = self.config["plan"]["gpu_tflops"] if self.config["accelerator"] == "cuda" else None
             return files.canonical_json(configuration.operational("train", self.config) | {"gpu_tflops": peak})
         return files.canonical_json(configuration.operational("serve", self.config))
+
+    def preflight_settings(self) -> dict[str, Any]:
+        """Settings of preflight; the floor of the bandwidth follows from the network that the plan assumes."""
+        chosen = {key: value for key, value in self.config["preflight"].items() if key != "in_training"}
+        if chosen["all_reduce_min_gb_per_second"] is None and self.config["accelerator"] == "cuda":
+            least = duration.NETWORK_SHARE[0] * self.config["plan"]["node_gb_per_second"]
+            chosen["all_reduce_min_gb_per_second"] = round(least, 3)
+        return chosen
 
     def _planned(self, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a plan depends on, split into what makes it again when it changes, and the rest.
@@ -193,11 +205,13 @@ class Experiment:
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
-        stage = "train" if rule == "train" else "serve"
+        stage = "train" if rule in ("train", "preflight") else "serve"
         words = [
             *("--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]),
             *("--python", self.python(stage), f"--activate={self.activate(stage)}"),
         ]
+        if rule == "train" and self.config["preflight"]["in_training"]:
+            words += ["--preflight", files.canonical_json(self.preflight_settings())]
         return shlex.join(words)
 
     def tokenizer(self) -> str:
@@ -235,7 +249,8 @@ class Experiment:
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
         ]
-        for rule, stage in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
+        stages = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
+        for rule, stage in stages:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named.append((rule, f"envs.{stage}.python", own["python"]))

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
@@ -98,6 +99,11 @@ def allocation_of_deployment(wildcards):
     return job_resources.deployment(workflow).arguments()
 
 
+def preflight_is_asked():
+    """A param that differs at each start: the nodes of yesterday say nothing about those of today."""
+    return str(time.time())
+
+
 def receipt(rule):
     """The receipt of a rule: its only declared output, since Snakemake deletes outputs of failed jobs."""
     return f"{RESULTS}/receipts/{rule}.json"
@@ -123,7 +129,8 @@ def build_environments(rules):
 
     Their markers are no inputs: Snakemake drops all jobs behind an `ancient()` input that is made anew in the same run.
     """
-    for name, environment in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
+    users = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
+    for name, environment in users:
         if name in rules and EXPERIMENT.environment_markers(environment):
             command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_env.py"]
             if subprocess.run([*command, EXPERIMENT.environment_name(environment)]).returncode:
