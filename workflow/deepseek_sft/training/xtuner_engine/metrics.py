@@ -159,7 +159,7 @@ class MetricsHook(Hook):
         say(
             f"step {line['step']}/{steps}  loss {loss:.4f}  lr {line['learning_rate']:.3g}  grad {norm:.3g}  "
             f"{line['tokens_per_second']:.0f} tokens/s{share}  {line['seconds']:.2f} s  "
-            f"{formatting.duration(left)} left"
+            + (f"{formatting.duration(left)} left" if left else "done")
         )
 
 
