@@ -15,7 +15,7 @@ from project_copy import copy_of
 
 from deepseek_sft import receipts
 
-DEADLINE_S = 180  # generous: only a hang reaches it
+DEADLINE_S = 600  # generous: only a hang reaches it
 PROGRAMS = "vllm|VLLM|ray|serve_node|smoke_test"
 
 

@@ -17,7 +17,7 @@ import pytest
 import serving_fakes
 
 from deepseek_sft import receipts
-from deepseek_sft.serving import control
+from deepseek_sft.serving import control, watching
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60  # generous: only a hang reaches it
@@ -188,6 +188,21 @@ def test_no_node_leaves_before_all_have_cleaned_up(deployment):
     assert deployment.alive("n0") == []
     assert not Path((deployment.folder / "fakes/n0.folder").read_text()).exists()
     assert deployment.codes() == [5, 5]
+
+
+def test_lost_worker_ends_every_node_even_if_the_engine_goes_on_as_if_nothing_had_happened(deployment):
+    deployment.start(flaws=("worker",))
+    deployment.wait_until_serving()
+    deployment.pid_of_engine("n1")
+    worker = int((deployment.folder / "fakes/n1.worker").read_text())
+    entry = deployment.run_dir / "n1.json"  # once it names the worker, it is watched
+    deployment.wait_for(lambda: str(worker) in entry.read_text())
+    time.sleep(watching.OBSERVE_EVERY_S + 0.5)
+    os.kill(worker, signal.SIGKILL)
+    assert deployment.codes() == [5, 5]
+    assert f"n1: VLLM::Worker_TP0 (pid {worker}) has gone" in deployment.output("n0")
+    assert "n1| fake vllm on n1" in deployment.output("n0")
+    assert deployment.alive() == []
 
 
 def test_engine_that_dies_before_it_is_ready_ends_the_wait(deployment):
