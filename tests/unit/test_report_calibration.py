@@ -50,9 +50,8 @@ def test_time_outside_its_range_is_measured_from_the_nearer_end():
 
 def test_what_is_missing_or_broken_is_left_out():
     assert compared({}, {}) == {}
-    assert (
-        compared({"checkpoint_bytes": "x", "rank_memory": 3}, {"checkpoint_bytes": None, "peak_memory_gib": True}) == {}
-    )
+    odd = {"checkpoint_bytes": "x", "rank_memory": 3, "host_memory_bytes": 5, "host_memory": {"node_bytes": "?"}}
+    assert compared(odd, {"checkpoint_bytes": None, "peak_memory_gib": True}) == {}
 
 
 def test_report_shows_plan_beside_measurement(tmp_path):

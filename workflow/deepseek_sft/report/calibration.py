@@ -7,11 +7,8 @@ from . import formatting
 from .collect import Stage, mapping
 
 GIB = 1 << 30
-NOT_MEASURED = (
-    "allocator slack_bytes",
-    "CUDA context_bytes",
-    "NCCL buffers_bytes",
-)  # PyTorch's peak counts none of these
+# PyTorch's peak counts none of these.
+NOT_MEASURED = ("allocator slack_bytes", "CUDA context_bytes", "NCCL buffers_bytes")
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,12 @@ def compare(plan: Stage, train: Stage, metrics: list[dict[str, Any]]) -> list[Co
     on_cpu = "process_bytes" in parts
     ranks = _ratio(planned.get("ranks"), planned.get("nodes"))
     peak = _times(run.get("peak_memory_gib"), GIB)
-    resident = max(
-        (line["host_memory_gib"] for line in metrics if _is_number(line.get("host_memory_gib"))), default=None
-    )
-    resident_bytes = peak if on_cpu else _times(resident, GIB)
+    resident = [line["host_memory_gib"] for line in metrics if _is_number(line.get("host_memory_gib"))]
+    resident_bytes = peak if on_cpu else _times(max(resident, default=None), GIB)
     allocated = planned.get("rank_memory_bytes")
     if not on_cpu and _is_number(allocated):
-        allocated -= sum(parts.get(name, 0) for name in NOT_MEASURED)
-    node = host_parts.get("node_bytes", 0)
+        allocated -= sum(parts[name] for name in NOT_MEASURED if _is_number(parts.get(name)))
+    node = host_parts["node_bytes"] if _is_number(host_parts.get("node_bytes")) else 0
     host = planned.get("host_memory_bytes")
     rows = [
         ("one checkpoint", "B", planned.get("checkpoint_bytes"), run.get("checkpoint_bytes"), "sum of its files"),
@@ -95,7 +90,7 @@ def compare(plan: Stage, train: Stage, metrics: list[dict[str, Any]]) -> list[Co
             "s",
             _range(planned, "run_fastest_s", "run_slowest_s"),
             run.get("wall_seconds"),
-            "all its starts",
+            "all starts",
         ),
     ]
     return [
