@@ -221,6 +221,15 @@ def test_taken_port_is_refused(service):
         Service(service[1], "again", "attempt-1")
 
 
+def test_every_node_is_called_by_several_others_and_few_call_all():
+    for nodes in (1, 2, 5, 8):
+        assert network.partners(nodes, 0) == list(range(1, nodes))
+    called = [rank for caller in range(512) for rank in network.partners(512, caller)]
+    assert len(called) < 512 * 20
+    assert min(called.count(rank) for rank in range(512)) >= 17
+    assert all(0 in network.partners(512, rank) for rank in range(1, 512))
+
+
 def test_node_of_another_job_on_the_port_is_told(service, tmp_path):
     found = network.reach(["me", "127.0.0.1"], 0, service[1], "attempt-2", Folder(tmp_path), 0.1)
     assert found == {"127.0.0.1": "it answers for attempt-1"}

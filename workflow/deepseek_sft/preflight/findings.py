@@ -14,7 +14,7 @@ CHECKS = {
     "software": "the same Python and packages on all nodes",
     "model": "the same base model and tokens seen from all nodes",
     "clock": "clocks that agree",
-    "ports": "the port of the rendezvous, free on every node and reachable from all others",
+    "ports": "the port of the rendezvous, free on every node and reachable from the others",
     "gpus": "count, model, driver, memory, ECC errors and foreign processes of the GPUs",
     "infiniband": "as many active InfiniBand ports as the other nodes have",
     "all_reduce": "sum over all ranks: right, and fast enough",

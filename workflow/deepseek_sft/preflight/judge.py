@@ -67,7 +67,7 @@ def problems(
 
 
 def _unreachable(heard: list[dict[str, Any]], silent: set[str]) -> list[Problem]:
-    """Nodes that most others cannot reach are to blame, then nodes that cannot reach most others, then the rest."""
+    """Nodes that most of their callers cannot reach are to blame; of what is left, the callers."""
     failed = {
         (report["host"], to): error
         for report in heard
@@ -75,12 +75,12 @@ def _unreachable(heard: list[dict[str, Any]], silent: set[str]) -> list[Problem]
         if error is not None and to not in silent
     }
     names = [report["host"] for report in heard]
-    most = max(1, (len(names) - 1) / 2)
     found: list[Problem] = []
     deaf: set[str] = set()
     for host in names:
         callers = [caller for caller, to in failed if to == host]
-        if len(callers) >= most:
+        asked = [report["host"] for report in heard if host in report["reached"]]
+        if callers and len(callers) >= len(asked) / 2:
             deaf.add(host)
             error = Counter(failed[caller, host] for caller in callers).most_common(1)[0][0]
             text = f"its port cannot be reached from {_names(callers)}: {error}"

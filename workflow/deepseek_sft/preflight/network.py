@@ -19,16 +19,30 @@ APPEAR_S = (
 )
 CLOCK_ASKS = 5
 THREADS = 16
+ALL_PAIRS = 8  # up to this many nodes everyone calls everyone
+
+
+def partners(nodes: int, rank: int) -> list[int]:
+    """Nodes that a node calls: all others of few, else those a power of two away in both directions and the first.
+
+    Each node is called from 2 log₂(nodes) others, which is enough to tell who is deaf, and the number of connections
+    stays far below nodes², which overflows tables of neighbours (1,024 entries by Linux's default) in larger jobs.
+    """
+    if nodes <= ALL_PAIRS:
+        return [other for other in range(nodes) if other != rank]
+    steps = [1 << power for power in range((nodes - 1).bit_length())]
+    chosen = {(rank + sign * step) % nodes for step in steps for sign in (1, -1)} | {0}
+    return sorted(chosen - {rank})
 
 
 def reach(hosts: list[str], rank: int, port: int, attempt: str, folder: Folder, patience: float) -> dict:
-    """Which other nodes answer on the port: host → None, or why it does not answer.
+    """Which of its partners answer on the port: host → None, or why it does not answer.
 
     Args:
         patience: longest wait in seconds for a node that may still be starting.
     """
     patience = min(patience, START_S)
-    others = [(number, host) for number, host in enumerate(hosts) if number != rank]
+    others = [(number, hosts[number]) for number in partners(len(hosts), rank)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda other: _reach(*other, port, attempt, folder, patience), others)
     return {host: error for (_, host), error in zip(others, found, strict=True)}

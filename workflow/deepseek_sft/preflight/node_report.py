@@ -111,7 +111,7 @@ def _ports(place: Place, settings: Settings, folder: Folder, taken: str | None, 
     if taken is not None:
         return Finding("ports", False, taken, "taken")
     # Whose fault a broken connection is only all reports together can say.
-    detail = f"port {node.main_port}: {len(place.hosts) - 1 - failed} of {len(place.hosts) - 1} other nodes reached"
+    detail = f"port {node.main_port}: {len(report['reached']) - failed} of {len(report['reached'])} nodes reached"
     return Finding("ports", True, detail, f"{node.main_port}")
 
 
