@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from ... import files
-from ...checkpoint import dequantize, number_formats
+from ...checkpoint import number_formats
 from ...checkpoint.byte_ranges import OpenFiles
-from ...checkpoint.number_formats import WIDTHS
 from ...checkpoint.safetensors_files import INDEX_NAME, StoredTensor, read_header
+from ...checkpoint.sources import Source
 from ...cli import say
 from ...errors import GateError
+from ...model.release import SCALE_SUFFIX
 from ...model.training_model import TrainingModel
 
 NAME = "start_checks.json"
@@ -71,13 +72,6 @@ class StoredTensors(dict[str, StoredTensor]):
 
     def _lacks(self, name: str) -> StoredTensor:
         raise GateError(f"the base {self.folder} has no tensor {name}", "run prepare_model again")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The base's tensors, as the readers of the conversion want them."""
-
-    tensors: StoredTensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +168,7 @@ def compare_weights(model: TrainingModel, base: Path, rank: int) -> tuple[list[s
     Returns:
         problems, number of elements compared, their checksum.
     """
-    opened, source = OpenFiles(), Source(StoredTensors(base))
+    opened, tensors = OpenFiles(), StoredTensors(base)
     parameters = dict(model.named_parameters())
     chosen = random.Random(rank)
     names = sorted(parameters)
@@ -189,7 +183,7 @@ def compare_weights(model: TrainingModel, base: Path, rank: int) -> tuple[list[s
         start = chosen.randint(0, values.numel() - count)
         got = values[start : start + count].detach().float().cpu().numpy()
         shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
-        wanted = np.concatenate([_read(opened, source, *part) for part in _parts(name, shape, first + start, count)])
+        wanted = np.concatenate([_read(opened, tensors, *part) for part in _parts(name, shape, first + start, count)])
         if not np.array_equal(got, wanted):
             index = first + start + int(np.flatnonzero(got != wanted)[0])
             problems.append(f"{name}: element {index} differs from the base")
@@ -198,7 +192,7 @@ def compare_weights(model: TrainingModel, base: Path, rank: int) -> tuple[list[s
     for layer, router in zip(_moe_layers(model), model.routers(), strict=True):
         name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
         bias = router.e_score_correction_bias.detach().cpu().numpy()
-        if not np.array_equal(bias, _read(opened, source, name, 0, bias.size)):
+        if not np.array_equal(bias, _read(opened, tensors, name, 0, bias.size)):
             problems.append(f"{name} differs from the base")
         compared += bias.size
     return problems, compared, checksum
@@ -236,18 +230,17 @@ def _parts(name: str, shape: tuple[int, ...], start: int, count: int) -> list[tu
     return parts
 
 
-def _read(opened: OpenFiles, source: "Source", name: str, start: int, count: int) -> np.ndarray:
+def _read(opened: OpenFiles, tensors: StoredTensors, name: str, start: int, count: int) -> np.ndarray:
     """Elements of a tensor of the base as float32, rounded to BF16 where it is stored in FP8."""
-    stored = source.tensors[name]
-    dtype = stored.spec.dtype
-    if dtype == "F8_E4M3":
-        columns = stored.spec.shape[1]
-        low, high = start // columns * columns, -(-(start + count) // columns) * columns
-        rows = dequantize.dequantized_rows(opened, source, name, low, high - low)
-        return number_formats.bf16_to_float32(number_formats.float32_to_bf16(rows[start - low : start - low + count]))
-    width = WIDTHS[dtype]
-    bits = opened.read(stored.file, stored.offset + start * np.dtype(width).itemsize, width, count)
-    return bits.view(np.float32) if dtype == "F32" else number_formats.bf16_to_float32(bits)
+    stored = tensors[name]
+    if stored.spec.dtype != "F8_E4M3":
+        source = Source(stored, 0, stored.spec.shape)
+        return number_formats.to_float32(source.read(opened, start, count), source.dtype)
+    columns = stored.spec.shape[1]
+    low, high = start // columns * columns, -(-(start + count) // columns) * columns
+    source = Source(stored, 0, stored.spec.shape, factors=tensors[name + SCALE_SUFFIX])
+    rows = source.read(opened, low, high - low)[start - low : start - low + count]
+    return number_formats.bf16_to_float32(number_formats.float32_to_bf16(rows))
 
 
 def _moe_layers(model: TrainingModel) -> list[int]:
