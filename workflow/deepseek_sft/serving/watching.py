@@ -206,7 +206,7 @@ class Watch:
         if removed:
             say(f"{self.name}: removed {len(removed)} segments that were left in /dev/shm")
         shutil.rmtree(folder, ignore_errors=True)
-        # Nothing is left to stop: Slurm's TERM after the first node's exit must not turn this node's exit code into 143.
+        # Nothing is left to stop: Slurm's TERM after the first node's exit must not make this one's exit code 143.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if self.channel:
