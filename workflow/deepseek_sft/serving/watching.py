@@ -17,6 +17,7 @@ from .failures import NodeFailure, StopRequest
 from .shared_memory import Segments
 
 PROGRESS_EVERY_S = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK_S = 0.25
 OBSERVE_EVERY_S = 2.0  # all descendants; reading their maps takes some 10 ms
 LOST_S = 5.0  # time for a program to end by itself, with its own words, after a process of its engine is gone
@@ -57,7 +58,7 @@ class Watch:
 
     def catch_signals(self) -> None:
         """Let TERM, INT and USR1 (Slurm's warning before the time limit) end the deployment in order."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def start(
@@ -205,5 +206,8 @@ class Watch:
         if removed:
             say(f"{self.name}: removed {len(removed)} segments that were left in /dev/shm")
         shutil.rmtree(folder, ignore_errors=True)
+        # Nothing is left to stop: Slurm's TERM after the first node's exit must not make this one's exit code 143.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         if self.channel:
             self.channel.part(grace + PART_S)
