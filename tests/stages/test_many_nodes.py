@@ -68,7 +68,8 @@ def test_32_nodes_are_checked_and_every_one_of_256_ranks_starts_once(
     cluster.environment["PYTHONPATH"] = str(project / "tests" / "stand_ins")
     allocation = ["salloc", "--quiet", f"--nodes={NODES}", f"--gres=gpu:{RANKS}", "--mem=2000", "--cpus-per-task=8"]
     done = cluster.exec(*allocation, "bash", str(results / "train" / "train.sbatch"), check=False, timeout=500)
-    assert done.returncode == 4, done.stdout[-3000:] + done.stderr[-3000:]  # stopped and saved, as the stand-in says
+    # 4: stopped and saved, as the stand-in says; 143 where srun ends the last nodes because the first has left already.
+    assert done.returncode in (4, 143), done.stdout[-3000:] + done.stderr[-3000:]
 
     hosts = {f"node{number + 1}" for number in range(NODES)}
     figures = json.loads((results / "receipts" / "train_preflight.json").read_text())["figures"]
@@ -77,7 +78,7 @@ def test_32_nodes_are_checked_and_every_one_of_256_ranks_starts_once(
         assert figures["checks"][check]["passed"] is True, check
 
     (folder,) = (results / "train" / "runs").iterdir()
-    lines = [line for file in (folder / "ranks").iterdir() for line in file.read_text().splitlines()]
+    lines = [line for file in (folder / "ranks").glob("*.txt") for line in file.read_text().splitlines()]
     reports = [(line.split()[0], dict(word.split("=") for word in line.split()[1:])) for line in lines]
     assert sorted(int(report["RANK"]) for _, report in reports) == list(range(NODES * RANKS))
     assert {host for host, _ in reports} == hosts
