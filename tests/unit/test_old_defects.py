@@ -14,7 +14,7 @@ import synthetic_zero3
 from training_helpers import settings
 
 from deepseek_sft import slurm
-from deepseek_sft.checkpoint import base_model, convert, zero3
+from deepseek_sft.checkpoint import base_model, convert, zero
 from deepseek_sft.checkpoint.safetensors_files import read_header
 from deepseek_sft.data import messages
 from deepseek_sft.slurm import Allocation
@@ -44,7 +44,7 @@ def test_a_converted_model_is_bf16_and_keeps_what_fp16_cannot_hold(tmp_path, pro
     parameters = {key: values for key, values in fused.items() if key not in buffers}
     groups = synthetic_zero3.split_groups(parameters, 3000)
     folder = synthetic_zero3.write_checkpoint(tmp_path / "step_7", groups, 2, buffers)
-    opened = zero3.open_checkpoint(folder), base_model.open_model(base)
+    opened = zero.open_checkpoint(folder), base_model.open_model(base)
     convert.run(convert.prepare(*opened, tmp_path / "model", convert.Options(workers=1)))
     dtypes = {t.spec.dtype for path in (tmp_path / "model").glob("*.safetensors") for t in read_header(path).values()}
     assert dtypes == {"BF16", "F32"}  # F32: the routers' biases, as in the release
@@ -89,6 +89,7 @@ def test_every_program_that_a_script_starts_exists_and_is_given_to_python(name, 
         "accelerator": "cuda",
         "environment": {},
         "ranks_per_node": None,
+        "preflight": True,
     }
     script = slurm.render(name, Allocation(nodes=2, gres="gpu:8"), context)
     assert PROGRAM.search(script)

@@ -193,11 +193,10 @@ def test_no_node_leaves_before_all_have_cleaned_up(deployment):
 def test_lost_worker_ends_every_node_even_if_the_engine_goes_on_as_if_nothing_had_happened(deployment):
     deployment.start(flaws=("worker",))
     deployment.wait_until_serving()
-    deployment.pid_of_engine("n1")
-    worker = int((deployment.folder / "fakes/n1.worker").read_text())
-    entry = deployment.run_dir / "n1.json"  # once it names the worker, it is watched
-    deployment.wait_for(lambda: str(worker) in entry.read_text())
-    time.sleep(watching.OBSERVE_EVERY_S + 0.5)
+    written = deployment.folder / "fakes/n1.worker"
+    deployment.wait_for(lambda: written.exists() and written.read_text() != "")
+    worker = int(written.read_text())
+    time.sleep(3 * watching.OBSERVE_EVERY_S)  # by then it is watched
     os.kill(worker, signal.SIGKILL)
     assert deployment.codes() == [5, 5]
     assert f"n1: VLLM::Worker_TP0 (pid {worker}) has gone" in deployment.output("n0")

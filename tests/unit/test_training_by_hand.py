@@ -40,6 +40,7 @@ def by_hand(tmp_path):
         "accelerator": "cpu",
         "environment": {},
         "ranks_per_node": 1,
+        "preflight": False,
     }
     script = tmp_path / "train.sbatch"
     script.write_text(slurm.render("train", Allocation(), context))
