@@ -14,23 +14,13 @@ import jsonschema
 import yaml
 
 from .errors import BadInputError
+from .training.settings import STEERING
 
 SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
 
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
-    "train": {
-        "save_every_steps",
-        "save_every_minutes",
-        "keep_checkpoints",
-        "log_every_steps",
-        "first_loss_max",
-        "on_not_finite",
-        "spike_factor",
-        "on_spike",
-        "hang_minutes",
-        "environment",
-    },
+    "train": {*STEERING, "environment"},
     "convert": {"memory", "workers", "full_check"},
     "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
 }

@@ -49,21 +49,11 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
-def json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise BadInputError(f"{option} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInputError(f"{option} is not a JSON object")
-    return value
-
-
 def read_config(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration from files, or the parts of it that the workflow passes; then what the command line says."""
     if args.settings is not None:
-        found = json_object("--settings", args.settings)
-        found = config.merge(found, json_object("--operational", args.operational))
+        found = cli.json_object("--settings", args.settings)
+        found = config.merge(found, cli.json_object("--operational", args.operational))
     else:
         merged: dict[str, Any] = {}
         for path in args.config:
@@ -83,7 +73,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = arguments()
     settings = read_config(args)
-    resources = read_resources(json_object("--resources", args.resources))
+    resources = read_resources(cli.json_object("--resources", args.resources))
     if args.receipt:
         args.receipt.unlink(missing_ok=True)
     inputs = {}

@@ -5,27 +5,14 @@ allocation cannot differ. The written file also works by hand: `sbatch results/<
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, slurm
-from deepseek_sft.errors import BadInputError
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = ("preflight", "train", "smoke_test", "serve")
-
-
-def settings_from(text: str, option: str = "--settings") -> dict:
-    """Parse a JSON object given on the command line."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise BadInputError(f"{option} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInputError(f"{option} is not a JSON object")
-    return value
 
 
 def main() -> None:
@@ -47,7 +34,9 @@ def main() -> None:
         )
     arguments = parser.parse_args()
 
-    settings = settings_from(arguments.settings) | settings_from(arguments.operational)
+    settings = cli.json_object("--settings", arguments.settings) | cli.json_object(
+        "--operational", arguments.operational
+    )
     allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
     environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "train") else {}
     ranks_per_node = settings.pop("ranks_per_node", None)
@@ -69,7 +58,7 @@ def main() -> None:
     )
     files.write_json(arguments.output / "settings.json", settings)
     if arguments.preflight is not None:
-        files.write_json(arguments.output / "preflight.json", settings_from(arguments.preflight, "--preflight"))
+        files.write_json(arguments.output / "preflight.json", cli.json_object("--preflight", arguments.preflight))
     files.write_text(arguments.output / f"{arguments.stage}.sbatch", script)
     # A job submitted by hand whose output file cannot be made fails without a word.
     Path(arguments.logs, arguments.stage).mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from ..errors import BadInputError
 # Part of the run id: raise it when a change of the training code changes what the same settings train.
 CODE_VERSION = 1
 
-# Not part of the run id: the same run goes on when they change.
-OPERATIONAL = (
+# Changing them re-runs nothing.
+STEERING = (
     "save_every_steps",
     "save_every_minutes",
     "keep_checkpoints",
@@ -22,9 +22,9 @@ OPERATIONAL = (
     "spike_factor",
     "on_spike",
     "hang_minutes",
-    "gpu_tflops",
-    "max_hours",
 )
+# Not part of the run id: the same run goes on when they change.
+OPERATIONAL = (*STEERING, "gpu_tflops", "max_hours")
 PHASES = ("start", "step", "save")  # each with a limit in hang_minutes
 CHOICES = {
     "engine": ("xtuner",),
