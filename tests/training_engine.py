@@ -4,6 +4,8 @@ For programs run by the train environment's Python under torchrun; they install 
 """
 
 import gc
+import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,9 @@ from training_helpers import settings as make_settings
 from xtuner.parallel.sequence import setup_distributed
 
 from deepseek_sft.training import nodes, schedule, stage
-from deepseek_sft.training.xtuner_engine import config, data, loop
+from deepseek_sft.training.health import StepHealth
+from deepseek_sft.training.xtuner_engine import config, data, loop, phases, step_guard
+from deepseek_sft.training.xtuner_engine.balance_bias import BalanceBiasHook
 
 
 class Engine:
@@ -22,10 +26,11 @@ class Engine:
 
     Args:
         base, tokens: model folder and token dataset.
+        zero: changes to DeepSpeed's ``zero_optimization``.
         changes: settings that differ from ``training_helpers.SETTINGS``.
     """
 
-    def __init__(self, base: Path, tokens: Path, **changes: Any):
+    def __init__(self, base: Path, tokens: Path, zero: dict[str, Any] | None = None, **changes: Any):
         import deepspeed
         from mmengine.config import Config
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -44,6 +49,7 @@ class Engine:
             key: strategy[key]
             for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         }
+        deepspeed_config["zero_optimization"] |= zero or {}
         self._keep = HfDeepSpeedConfig(deepspeed_config)
         model = DeepseekSFT(**{key: value for key, value in rendered.model.to_dict().items() if key != "type"})
         options = rendered.optim_wrapper.to_dict()["optimizer"]
@@ -51,6 +57,9 @@ class Engine:
         optimizer = kinds[options.pop("type")](model.parameters(), **options)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
         self.engine.train()
+        guard = step_guard.StepGuard(self.engine, StepHealth("stop", None, "warn"))
+        clock = phases.PhaseClock(self.engine.device)
+        self.tools = loop.StepTools(guard, loop.Requests([]), clock, types.SimpleNamespace(place=""))
         self.steps_done = 0
 
     @property
@@ -73,7 +82,12 @@ class Engine:
 
     def step(self) -> float:
         """Train one step; its loss."""
-        result = loop.train_step(self.engine, self.batches(self.steps_done), self.steps_done + 1, [])
+        result = loop.train_step(
+            self.engine, self.batches(self.steps_done), self.steps_done + 1, self.tools, time.monotonic()
+        )
+        if self.model.balance_bias is not None:
+            runner = types.SimpleNamespace(model=types.SimpleNamespace(model=self.engine))
+            BalanceBiasHook().after_train_iter(runner, self.steps_done, outputs=result)
         self.steps_done += 1
         return result.loss
 

@@ -47,8 +47,8 @@ def probe_model(base: Path) -> dict:
 
     from deepseek_sft.model import loss as loss_module
     from deepseek_sft.model.attention import SDPA, Packing
-    from deepseek_sft.model.experts import AuxiliaryLoss
     from deepseek_sft.model.loading import release_names
+    from deepseek_sft.model.router import AuxiliaryLoss
     from deepseek_sft.model.training_model import build
 
     figures = {}

@@ -2,8 +2,9 @@
 
 Against the base: names, shapes, dtypes, config, tokenizer; all values finite; untouched tensors equal; no weight moved
 further than AdamW can move it (with --train-receipt, or --learning-rate and --steps), or than 100 % of a tensor's norm
-(without).
-Against the checkpoint, if given: equal bit for bit, in samples of every tensor or, with --full, everywhere.
+(without). Router biases equal the base's, unless the run moved them (--balance-bias-speed): then by no more than that.
+Against the checkpoint, if given: equal bit for bit, in samples of every tensor or, with --full, everywhere. An FP8
+model is compared code by code and factor by factor, and its dequantised values with the master weights.
 Exit code 3 and the names of all failing tensors and files if a check fails; the receipt holds every file's sha256.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
-from deepseek_sft.checkpoint import base_model, memory, verify, zero3
+from deepseek_sft.checkpoint import base_model, memory, verify, zero
 from deepseek_sft.checkpoint.weight_checks import ChangeBound
 from deepseek_sft.errors import BadInputError
 
@@ -21,14 +22,15 @@ from deepseek_sft.errors import BadInputError
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="converted model folder")
-    parser.add_argument("--base", type=Path, required=True, help="BF16 model folder that training started from")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder it was converted from")
+    parser.add_argument("--base", type=Path, required=True, help="model folder that training started from")
+    parser.add_argument("--checkpoint", "--against", type=Path, help="checkpoint folder it was converted from")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
-    parser.add_argument("--train-receipt", type=Path, help="take the four settings below from this receipt of train")
+    parser.add_argument("--train-receipt", type=Path, help="take the five settings below from this receipt of train")
     parser.add_argument("--learning-rate", type=float, help="highest learning rate of the run")
     parser.add_argument("--steps", type=int, help="optimiser steps of the run")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW; a larger value loosens the bound")
     parser.add_argument("--adam-betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
+    parser.add_argument("--balance-bias-speed", type=float, default=0.0, help="by which a router's bias moves a step")
     parser.add_argument("--full", action="store_true", help="compare every value with the checkpoint, not samples")
     parser.add_argument("--workers", type=int, default=8, help="files checked at the same time")
     args = parser.parse_args()
@@ -36,6 +38,7 @@ def arguments() -> argparse.Namespace:
         train = receipts.read(args.train_receipt, "train")
         for name in ("learning_rate", "weight_decay", "adam_betas"):
             setattr(args, name, train["settings"][name])
+        args.balance_bias_speed = train["settings"].get("balance_bias_speed", 0.0)
         args.steps = train["figures"]["steps"]
     return args
 
@@ -48,9 +51,10 @@ def main() -> None:
         raise BadInputError(f"model folder {args.model} does not exist", "convert a checkpoint first")
     bound = None
     if args.steps is not None:
-        bound = ChangeBound.of(args.learning_rate, args.steps, args.weight_decay, tuple(args.adam_betas))
+        betas = tuple(args.adam_betas)
+        bound = ChangeBound.of(args.learning_rate, args.steps, args.weight_decay, betas, args.balance_bias_speed)
     base = base_model.open_model(args.base)
-    checkpoint = zero3.open_checkpoint(args.checkpoint) if args.checkpoint else None
+    checkpoint = zero.open_checkpoint(args.checkpoint) if args.checkpoint else None
     result = verify.verify(args.model, base, checkpoint, bound, args.full, max(1, args.workers))
     for name, check in result.checks.items():
         cli.say(f"FAILED  {name}" if check.failures else f"passed  {name}: {check.detail}")
@@ -58,7 +62,8 @@ def main() -> None:
     inputs = {"base": {"path": str(args.base), "fingerprint": base.fingerprint}}
     if checkpoint:
         inputs["checkpoint"] = {"path": str(args.checkpoint), "fingerprint": checkpoint.fingerprint}
-    settings = {name: getattr(args, name) for name in ("learning_rate", "steps", "weight_decay", "adam_betas", "full")}
+    names = ("learning_rate", "steps", "weight_decay", "adam_betas", "balance_bias_speed", "full")
+    settings = {name: getattr(args, name) for name in names}
     checks = {n: {"passed": not check.failures, "detail": check.detail} for n, check in result.checks.items()}
     receipts.write(
         args.receipt,

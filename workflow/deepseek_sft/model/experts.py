@@ -8,9 +8,8 @@ from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from .expert_products import ExpertProducts
-from .router import AddGradient, AuxiliaryLoss, Router
+from .router import AddGradient, Router
 
-__all__ = ["AuxiliaryLoss", "ExpertShard", "MixtureOfExperts", "Router"]
 ROWS_AT_ONCE = 2048  # tokens summed in fp32 at once
 
 

@@ -15,6 +15,7 @@ from ...model.balance_bias import BalanceBias
 from ...model.router import AuxiliaryLoss
 from ...model.training_model import TrainingModel, build
 from .data import NO_LOSS, MicroBatch
+from .expert_load import ExpertLoad
 
 
 class DeepseekSFT(SupervisedFinetune):
@@ -47,6 +48,7 @@ class DeepseekSFT(SupervisedFinetune):
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight
         self.balance_bias = BalanceBias(llm.routers(), balance_bias_speed) if balance_bias_speed > 0 else None
+        self.expert_load: ExpertLoad | None = None  # counts, once training begins
 
     def build_llm_from_cfg(
         self, llm: TrainingModel, use_varlen_attn: bool, max_position_embeddings: None
@@ -68,6 +70,8 @@ class DeepseekSFT(SupervisedFinetune):
                 router.auxiliary = auxiliary
         if self.balance_bias is not None:
             self.balance_bias.begin(self._part(batch.valid))
+        if self.expert_load is not None:
+            self.expert_load.valid = self._part(batch.valid)
         hidden = self.llm.model(
             input_ids=self._part(batch.input_ids), position_ids=self._part(batch.position_ids), packing=packing
         ).last_hidden_state
