@@ -34,7 +34,7 @@ def cluster(nodes: int, **changes) -> Cluster:
 
 
 def training(size: int, strategy: str, micro_batch: int) -> Training:
-    return Training(strategy, size, micro_batch, 4 * size, 1, None, 8, "bfloat16", True, 100, 2)
+    return Training(strategy, size, micro_batch, 4 * size, 1, None, 8, "bfloat16", True, 100, 2, stock_experts=True)
 
 
 def make(config: dict, chosen: Training, where: Cluster, longest_row: int = LONGEST_ROW) -> planning.Plan:

@@ -69,7 +69,7 @@ def test_recommended_run_prints_as_its_golden_file(project, plan, base):
 def test_sweep_recommends_the_published_run_and_marks_what_does_not_fit(plan, base):
     sweep = ["nodes=32", "sequence_parallel=1,4,8", "micro_batch=1,2", "strategy=zero3,zero3_offload"]
     overlay = base.with_name("disk.yaml")
-    overlay.write_text("plan: {storage_tb: 100, mean_length: 8000}")
+    overlay.write_text("plan: {storage_tb: 100, mean_length: 8000, stock_experts: true}")
     done = plan("--resources", RESOURCES.format(32), "--sweep", *sweep, overlays=[base, overlay])
     assert done.returncode == 0, done.stderr
     (best,) = [line.split() for line in done.stdout.splitlines() if " * " in line]
@@ -92,7 +92,7 @@ def test_profile_that_gives_too_little_memory_is_told_the_line_to_write(plan, ba
     little = '{"nodes": 32, "gres": "gpu:8", "mem_mb": 200000}'
     done = plan("--resources", little, overlays=[base, overlay])
     assert done.returncode == 3
-    assert "mem_mb: 506000" in done.stdout and "mem_mb: 506000" in done.stderr
+    assert "mem_mb: 575000" in done.stdout and "mem_mb: 575000" in done.stderr
 
 
 def test_misfit_warns_where_the_configuration_says_so(project, plan, base):

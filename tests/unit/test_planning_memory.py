@@ -16,6 +16,13 @@ from deepseek_sft.planning.settings import GIB
 from deepseek_sft.planning.terms import total
 
 
+def with_training(plan, **changes):
+    """The same plan with other training settings."""
+    return make(
+        models.DEEPSEEK_V3, dataclasses.replace(plan.training, **changes), plan.cluster, plan.samples.longest_row
+    )
+
+
 @pytest.mark.parametrize("row", models.PUBLISHED, ids=str)
 def test_published_row_gets_its_published_verdict(row):
     *settings, trainable = row
@@ -38,18 +45,21 @@ def test_recommended_run_at_full_context_comes_near_its_published_memory():
 
 def test_host_memory_lies_below_deepspeeds_estimate_and_above_the_states():
     for nodes in (16, 32):
-        plan = published(nodes, 8, "zero3_offload", 1)
+        plan = with_training(published(nodes, 8, "zero3_offload", 1), gradient_accumulation_dtype="bfloat16")
         estimate = host_memory.estimator_host_bytes(plan.model, plan.training, plan.cluster)
         assert estimate / 1e9 == pytest.approx(671.026 * 18 * 1.5 / nodes, rel=1e-4)
         assert 20 * plan.model.trained / nodes < total(plan.host) < estimate
+        summed = with_training(plan, gradient_accumulation_dtype="float32")
+        assert 2 * plan.model.trained / nodes < total(summed.host) - total(plan.host) < 4 * plan.model.trained / nodes
 
 
-def test_states_on_the_gpu_agree_with_deepspeeds_estimate_but_for_the_fp32_gradients():
-    plan = published(32, 4, "zero3", 1)
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1), ("bfloat16", 16 / 18)])
+def test_states_on_the_gpu_are_deepspeeds_estimate_with_gradients_in_their_dtype(dtype, share):
+    plan = with_training(published(32, 4, "zero3", 1), gradient_accumulation_dtype=dtype)
     states = total(term for term in plan.peaks[0].terms if term.name.split(",")[0] in STATES)
     largest = 4 * 129_280 * 7168
     estimate = host_memory.estimator_device_bytes(plan.model, plan.training, plan.cluster) - largest
-    assert states / estimate == pytest.approx(16 / 18, rel=1e-3)
+    assert states / estimate == pytest.approx(share, rel=1e-3)
 
 
 STATES = ("parameters", "gradients", "fp32 master weights", "Adam moments")
@@ -103,8 +113,7 @@ def test_longest_row_that_fits_is_the_last_one_that_does(size, strategy, micro_b
 
 
 def test_without_checkpointing_every_layer_is_held():
-    plan = published(32, 8, "zero3_offload", 1)
-    whole = make(models.DEEPSEEK_V3, dataclasses.replace(plan.training, activation_checkpointing=False), plan.cluster)
+    whole = with_training(published(32, 8, "zero3_offload", 1), activation_checkpointing=False)
     assert whole.device_bytes > 1000 * GIB
 
 
@@ -112,3 +121,24 @@ def test_every_component_is_a_size_with_a_formula():
     plan = published(32, 4, "zero3", 2)
     for term in [*plan.host, *plan.disk, *(term for peak in plan.peaks for term in peak.terms)]:
         assert term.value >= 0 and term.formula, term
+
+
+def test_this_workflows_experts_need_less_than_stock_ones():
+    stock = published(32, 4, "zero3", 1)
+    assert with_training(stock, stock_experts=False).device_bytes < stock.device_bytes - 20 * GIB
+
+
+def test_what_stays_on_the_gpu_is_planned_there_and_what_is_offloaded_on_the_host():
+    both = published(32, 8, "zero3_offload", 1)
+    partition = both.model.partition(both.cluster.ranks, 8)
+    for offload, on_gpu in (("optimizer", 2), ("parameters", 16)):  # parameters; fp32 gradients, weights and moments
+        plan = with_training(both, offload=offload)
+        assert plan.device_bytes - both.device_bytes == pytest.approx(1.05 * on_gpu * partition, rel=1e-6)
+        assert total(plan.host) < total(both.host)
+
+
+def test_a_layer_that_is_kept_gathered_takes_its_memory_and_saves_its_traffic():
+    plan = published(32, 8, "zero3_offload", 1)
+    kept = with_training(plan, keep_layer_gathered=True)
+    assert kept.device_bytes - plan.device_bytes == pytest.approx(1.05 * 23e9, rel=0.01)
+    assert kept.duration.traffic.value / plan.duration.traffic.value == pytest.approx(3 / 4)

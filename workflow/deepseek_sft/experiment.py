@@ -173,7 +173,7 @@ class Experiment:
         For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
         """
         config = self.config
-        used = [*(field.name for field in dataclasses.fields(Training)), "ranks_per_node"]
+        used = [*Training.train_keys(), "ranks_per_node"]
         steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
         shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
         others = {

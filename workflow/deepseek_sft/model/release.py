@@ -148,6 +148,12 @@ def layer_specs(config: dict[str, Any], layer: int) -> dict[str, TensorSpec]:
     return specs
 
 
+def largest_layer(config: dict[str, Any]) -> int:
+    """Elements of the largest layer."""
+    layers = range(config["num_hidden_layers"])
+    return max(sum(spec.elements for spec in layer_specs(config, layer).values()) for layer in layers)
+
+
 def tensor_specs(config: dict[str, Any]) -> dict[str, TensorSpec]:
     """Every tensor of the BF16 release without the multi-token-prediction layer, in the release's order."""
     vocabulary, hidden = config["vocab_size"], config["hidden_size"]

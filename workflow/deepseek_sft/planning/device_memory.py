@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from ..model import release
 from .counting import Model
 from .settings import GIB, Cluster, Samples, Training
 from .terms import Term, total
@@ -39,9 +40,10 @@ def tokens_per_rank(training: Training, samples: Samples) -> int:
     return training.micro_batch_size * math.ceil(samples.longest_row / training.sequence_parallel_size)
 
 
-def saved_per_token(model: Model, width: int, moe: bool) -> list[Term]:
+def saved_per_token(model: Model, training: Training, moe: bool) -> list[Term]:
     """Bytes per token that autograd keeps of one layer from its (recomputed) forward pass to its backward pass."""
-    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    width, hidden, heads = training.width, model["hidden_size"], model["num_attention_heads"]
+    inside = 4 if training.stock_experts else 2  # ours computes SwiGLU again from its two inputs
     query, value = model["qk_nope_head_dim"] + model["qk_rope_head_dim"], model["v_head_dim"]
     q_rank, kv_rank = model.config.get("q_lora_rank") or 0, model["kv_lora_rank"]
     norm = (4 + 2 * width) * hidden
@@ -65,18 +67,20 @@ def saved_per_token(model: Model, width: int, moe: bool) -> list[Term]:
         *terms,
         Term("router input", 4 * hidden, f"4 × {hidden:,} (fp32)"),
         Term("dispatched inputs", width * chosen * hidden, f"{width} × {chosen} experts × {hidden:,}"),
-        Term("inside experts", 4 * width * chosen * size, f"4 × {width} × {chosen} experts × {size:,}"),
+        Term("inside experts", inside * width * chosen * size, f"{inside} × {width} × {chosen} experts × {size:,}"),
         Term("expert outputs", width * chosen * hidden, f"{width} × {chosen} experts × {hidden:,}"),
         Term("shared experts", 4 * width * shared * size, f"4 × {width} × {shared} × {size:,}"),
     ]
 
 
-def backward_per_token(model: Model, width: int, moe: bool) -> Term:
+def backward_per_token(model: Model, training: Training, moe: bool) -> Term:
     """Bytes per token of the largest temporaries while a layer's backward pass begins."""
-    hidden = model["hidden_size"]
+    width, hidden = training.width, model["hidden_size"]
     if not moe:
         return Term("gradients in the MLP", 3 * width * model["intermediate_size"], f"3 × {width} × intermediate size")
     chosen = model["num_experts_per_tok"]
+    if not training.stock_experts:
+        return Term("gradients of expert outputs", width * chosen * hidden, f"{width} × {chosen} experts × {hidden:,}")
     return Term(
         "fp32 gradients of weighted outputs",
         (3 * 4 * chosen + 4) * hidden,
@@ -92,7 +96,7 @@ def peaks(model: Model, training: Training, samples: Samples, cluster: Cluster) 
         ("backward pass of a layer", always + _layer(model, training, held)),
         ("loss", always + _loss(model, training, cluster, held)),
     ]
-    if not training.offload or cluster.cpu:
+    if not training.offloads_optimizer or cluster.cpu:
         partition = model.partition(cluster.ranks, training.experts_per_shard)
         size = min(SUB_GROUP, partition)
         step = Term("fp32 gradients of a sub-group", 4 * size, f"4 × min({SUB_GROUP:,}, {partition:,}) elements")
@@ -109,12 +113,16 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
     width = training.width
     partition = model.partition(cluster.ranks, training.experts_per_shard)
     split = f"{partition:,} elements of {model.trained:,} on {cluster.ranks} ranks"
-    states = [
-        Term("parameters, partitioned", width * partition, f"{width} × {split}"),
-        Term("gradients, partitioned", width * partition, f"{width} × {split}"),
-        Term("fp32 master weights", 4 * partition, f"4 × {split}"),
-        Term("Adam moments", 8 * partition, f"8 × {split}"),
-    ]
+    states = []
+    if cluster.cpu or not training.offloads_parameters:
+        states += [Term("parameters, partitioned", width * partition, f"{width} × {split}")]
+    if cluster.cpu or not training.offloads_optimizer:
+        summed = training.gradient_width
+        states += [
+            Term("gradients, partitioned", summed * partition, f"{summed} × {split}"),
+            Term("fp32 master weights", 4 * partition, f"4 × {split}"),
+            Term("Adam moments", 8 * partition, f"8 × {split}"),
+        ]
     scattered = min(REDUCE_BUCKET, model.trained)
     bucket = (scattered if cluster.cpu else REDUCE_BUCKET) + scattered  # untouched pages take no memory on CPU
     live = min(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, model.trained)
@@ -126,7 +134,10 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
             f"{width} × {bucket:,} (twice reduce_bucket_size at most)",
         ),
     ]
-    return buffers if training.offload and not cluster.cpu else states + buffers
+    if training.keep_layer_gathered and training.activation_checkpointing:
+        layer = release.largest_layer(model.config)
+        buffers.append(Term("layer that is kept gathered", width * layer, f"{width} × {layer:,}"))
+    return states + buffers
 
 
 def _layer(model: Model, training: Training, held: int) -> list[Term]:
@@ -134,8 +145,9 @@ def _layer(model: Model, training: Training, held: int) -> list[Term]:
     width, hidden, layers = training.width, model["hidden_size"], model.layers
     shard = training.experts_per_shard * model.expert_parameters
     moe = model.moe_layers > 0
-    saved = saved_per_token(model, width, moe)
-    backward = backward_per_token(model, width, moe)
+    saved = saved_per_token(model, training, moe)
+    backward = backward_per_token(model, training, moe)
+    stacked = 2 if training.stock_experts else 1
     if training.activation_checkpointing:
         checkpoints = Term(
             "checkpointed layer inputs",
@@ -148,11 +160,11 @@ def _layer(model: Model, training: Training, held: int) -> list[Term]:
         kept_layers = layers
     return [
         checkpoints,
-        _held_experts(model, training),
+        *_held_experts(model, training),
         Term(
             "gradients of one shard",
-            width * (shard * 2 // 3 * 2 + shard // 3),
-            f"{width} × (2 × w1w3 + w2) of {training.experts_per_shard} experts × {model.expert_parameters:,}",
+            width * (shard * 2 // 3 * stacked + shard // 3),
+            f"{width} × ({stacked} × w1w3 + w2) of {training.experts_per_shard} experts × {model.expert_parameters:,}",
         ),
         *(
             Term(
@@ -166,17 +178,22 @@ def _layer(model: Model, training: Training, held: int) -> list[Term]:
     ]
 
 
-def _held_experts(model: Model, training: Training) -> Term:
-    """Gathered experts of every layer that autograd still needs: an expert's weights are a view of its shard's, and
-    autograd keeps the view's memory from the forward to the backward pass although ZeRO-3 has released the shard.
+def _held_experts(model: Model, training: Training) -> list[Term]:
+    """Gathered experts of every layer that autograd holds in stock xtuner: an expert's weights are a view of its
+    shard's, and autograd keeps the view's memory from the forward to the backward pass although ZeRO-3 has released
+    the shard. Ours keeps the parameters themselves (model/expert_products.py).
     """
+    if not training.stock_experts:
+        return []
     experts = model["n_routed_experts"] * model.expert_parameters
     layers = 1 if training.activation_checkpointing else model.moe_layers
-    return Term(
-        "gathered experts that autograd holds",
-        training.width * experts * layers,
-        f"{training.width} × {model['n_routed_experts']} experts × {model.expert_parameters:,} × {layers} layers",
-    )
+    return [
+        Term(
+            "gathered experts that autograd holds",
+            training.width * experts * layers,
+            f"{training.width} × {model['n_routed_experts']} experts × {model.expert_parameters:,} × {layers} layers",
+        )
+    ]
 
 
 def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list[Term]:
@@ -187,10 +204,10 @@ def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list
     chunk = min(rows, held) * vocabulary
     layers, kept = model.layers, width * hidden
     if not training.activation_checkpointing:
-        kept = int(total(saved_per_token(model, width, model.moe_layers > 0)))
+        kept = int(total(saved_per_token(model, training, model.moe_layers > 0)))
     return [
         Term("kept of the layers", kept * layers * held, f"{kept:,} × {layers} layers × {held:,} tokens"),
-        *([] if training.activation_checkpointing else [_held_experts(model, training)]),
+        *([] if training.activation_checkpointing else _held_experts(model, training)),
         Term("output layer, gathered", width * weights, f"{width} × {vocabulary:,} × {hidden:,}"),
         Term("its gradient", (4 + width) * weights, f"(4 fp32 sum + {width}) × {vocabulary:,} × {hidden:,}"),
         Term("chunk of logits", (2 * width + 4) * chunk, f"(2 × {width} + 4) × {chunk:,} elements"),

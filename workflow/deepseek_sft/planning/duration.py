@@ -109,13 +109,14 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
 
 
 def _traffic(model: Model, training: Training) -> Term:
-    gathers = 4 if training.activation_checkpointing else 3
+    again = training.activation_checkpointing and not training.keep_layer_gathered
+    gathers = 4 if again else 3
     each = training.width * model.trained
     return Term(
         "ZeRO-3 traffic per rank and micro batch",
         gathers * each,
         f"{gathers} × {training.width} × {model.trained:,}: gathered for forward, "
-        + ("recomputation, " if gathers == 4 else "")
+        + ("recomputation, " if again else "")
         + "backward; gradients scattered",
     )
 
@@ -148,7 +149,7 @@ def _parts(
         f"{training.gradient_accumulation_steps} micro batches × {traffic.value / 1e12:.3f} TB × {crossing:.4f} "
         f"/ ({link} × {NETWORK_SHARE[1]:.0%} to {NETWORK_SHARE[0]:.0%}); fastest with three moves",
     )
-    if not training.offload:
+    if not training.offloads_optimizer:
         return [compute, network]
     touched = ADAM_BYTES * model.trained / cluster.nodes
     seconds = touched / (cluster.memory_gb_per_second * 1e9)

@@ -40,30 +40,32 @@ def host_memory(model: Model, training: Training, cluster: Cluster, device: Peak
         Term("processes", ranks * PROCESS, f"{ranks} ranks × {PROCESS / GIB:.0f} GiB"),
         Term("node", NODE, "launchers and kernel memory"),
     ]
-    if not training.offload:
-        return base
     partition = model.partition(cluster.ranks, training.experts_per_shard)
     groups = sub_groups(partition)
     each = f"{ranks} ranks × {{}} × {partition:,} elements"
     rounded = f"{each}, {len(groups)} sub-groups, each pinned buffer rounded up to a power of two"
-    width = training.width
-    return [
+    width, summed = training.width, training.gradient_width
+    optimizer = [
         Term("fp32 master weights", ranks * 4 * partition, each.format(4)),
         Term("Adam moments", ranks * 8 * partition, each.format(8)),
         Term("fp32 gradients, pinned", ranks * sum(pinned(4 * size) for size in groups), rounded.format(4)),
-        Term("parameters, pinned", ranks * sum(pinned(width * size) for size in groups), rounded.format(width)),
         Term(
             "gradients, pinned",
-            ranks * pinned(width * partition),
-            f"{each.format(width)}, one buffer rounded up to a power of two",
+            ranks * pinned(summed * partition),
+            f"{each.format(summed)}, one buffer rounded up to a power of two",
         ),
+    ]
+    parameters = Term("parameters, pinned", ranks * sum(pinned(width * n) for n in groups), rounded.format(width))
+    return [
+        *(optimizer if training.offloads_optimizer else []),
+        *([parameters] if training.offloads_parameters else []),
         *base,
     ]
 
 
 def estimator_host_bytes(model: Model, training: Training, cluster: Cluster) -> float:
     """Host bytes per node that DeepSpeed's estimate_zero3_model_states_mem_needs gives (stage3.py, zero_init)."""
-    if training.offload:
+    if training.offloads_optimizer:
         return model.trained * ESTIMATOR_BYTES / cluster.nodes * ESTIMATOR_FACTOR
     return _largest_layer(model) * 4 * cluster.ranks_per_node * ESTIMATOR_FACTOR
 
@@ -71,7 +73,7 @@ def estimator_host_bytes(model: Model, training: Training, cluster: Cluster) -> 
 def estimator_device_bytes(model: Model, training: Training, cluster: Cluster) -> float:
     """Device bytes per rank that the estimator gives: model states and the largest layer, no activations."""
     largest = 4 * _largest_layer(model)
-    return largest if training.offload else largest + int(ESTIMATOR_BYTES * model.trained / cluster.ranks)
+    return largest if training.offloads_optimizer else largest + int(ESTIMATOR_BYTES * model.trained / cluster.ranks)
 
 
 def _largest_layer(model: Model) -> int:

@@ -46,5 +46,5 @@ def from_config(
     """
     samples = Samples.counted(tokens) if tokens else Samples.estimated(config)
     cluster = Cluster.from_config(config, resources, free_bytes(config["results"]))
-    training = Training.from_config(config["train"])
+    training = Training.from_config(config["train"], config["plan"])
     return planning.make(model_of(config), training, samples, cluster, config["convert"]["dtype"])

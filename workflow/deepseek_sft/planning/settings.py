@@ -12,7 +12,11 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Training:
-    """The part of the configuration's ``train`` section that decides memory, disk and time."""
+    """The part of the configuration's ``train`` section that decides memory, disk and time.
+
+    Attributes:
+        stock_experts: of the ``plan`` section: expert layers hold as much as stock xtuner's.
+    """
 
     strategy: str
     sequence_parallel_size: int
@@ -25,19 +29,40 @@ class Training:
     activation_checkpointing: bool
     save_every_steps: int
     keep_checkpoints: int
+    offload: str = "both"
+    gradient_accumulation_dtype: str = "float32"
+    keep_layer_gathered: bool = False
+    stock_experts: bool = False
 
     @classmethod
-    def from_config(cls, train: dict[str, Any]) -> "Training":
-        return cls(**{field.name: train[field.name] for field in dataclasses.fields(cls)})
+    def from_config(cls, train: dict[str, Any], plan: dict[str, Any]) -> "Training":
+        return cls(**{key: train[key] for key in cls.train_keys()}, stock_experts=plan["stock_experts"])
+
+    @classmethod
+    def train_keys(cls) -> list[str]:
+        """Keys of the ``train`` section that a plan depends on."""
+        return [field.name for field in dataclasses.fields(cls) if field.name != "stock_experts"]
 
     @property
-    def offload(self) -> bool:
-        return self.strategy == "zero3_offload"
+    def offloads_optimizer(self) -> bool:
+        """Whether master weights, Adam's moments and gradients are in host memory."""
+        return self.strategy == "zero3_offload" and self.offload != "parameters"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether partitioned parameters are in host memory."""
+        return self.strategy == "zero3_offload" and self.offload != "optimizer"
 
     @property
     def width(self) -> int:
         """Bytes of one element of parameters and activations."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of one element of a rank's gradients, as they are held until the optimizer step."""
+        several = self.gradient_accumulation_steps > 1
+        return DTYPE_BYTES[self.gradient_accumulation_dtype] if several else self.width
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,7 @@ def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[
     }
     if settings.keep_layer_gathered:
         # A layer is used twice within this many elements: recomputed, then run backward.
-        shape = release.read_config(base)
-        elements = 2 * max(
-            sum(spec.elements for spec in release.layer_specs(shape, layer).values())
-            for layer in range(shape["num_hidden_layers"])
-        )
+        elements = 2 * release.largest_layer(release.read_config(base))
         section |= {"stage3_max_reuse_distance": elements, "stage3_max_live_parameters": elements}
     if settings.strategy == "zero3_offload":
         place = {"device": "cpu", "pin_memory": accelerator == "cuda"}
