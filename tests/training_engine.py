@@ -61,6 +61,7 @@ class Engine:
         clock = phases.PhaseClock(self.engine.device)
         self.tools = loop.StepTools(guard, loop.Requests([]), clock, types.SimpleNamespace(place=""))
         self.steps_done = 0
+        self.result: loop.StepResult | None = None  # of the last step
 
     @property
     def model(self) -> torch.nn.Module:
@@ -89,6 +90,7 @@ class Engine:
             runner = types.SimpleNamespace(model=types.SimpleNamespace(model=self.engine))
             BalanceBiasHook().after_train_iter(runner, self.steps_done, outputs=result)
         self.steps_done += 1
+        self.result = result
         return result.loss
 
     def first_moments(self) -> dict[str, torch.Tensor]:

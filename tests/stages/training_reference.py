@@ -1,19 +1,15 @@
-"""Run by the train environment's Python: the plain loop that training is compared with; no code of ours computes.
+"""The plain loop that ``training_spread_probe.py`` compares training with; no code of ours computes.
 
-Usage: training_reference.py INPUTS OUTPUT
 transformers' DeepseekV3ForCausalLM, each sample on its own, mean over all trained tokens of a step's rows, torch's
-AdamW; in fp32, and in bf16 with fp32 master weights. Writes OUTPUT/reference.json (losses) and, in the layout of the
-fused experts, OUTPUT/reference.pt (gradients of the first step).
+AdamW; in fp32, and in bf16 with fp32 master weights.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SHARD = 4  # experts per shard of training_helpers.SETTINGS
 
 
@@ -41,15 +37,20 @@ def mean_loss(model, samples: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.
     return total / trained
 
 
-def train(base: Path, rows, *, batch: int, steps: int, dtype: torch.dtype, rate: float, clip: float):
-    """Losses of ``steps`` steps, and the model after the first backward pass and at the end."""
+def load(base: Path, dtype: torch.dtype):
+    """The model of ``base`` with its correction biases in fp32, which transformers loads in the model's dtype."""
     from transformers import DeepseekV3ForCausalLM
 
     model = DeepseekV3ForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager").train()
-    for module in model.modules():  # transformers loads the correction bias in the model's dtype
+    for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):
             module.e_score_correction_bias = module.e_score_correction_bias.float()
     exact_biases(model, base)
+    return model
+
+
+def train(model, rows, *, batch: int, steps: int, rate: float, clip: float):
+    """Losses of ``steps`` steps, and the gradients of the first."""
     masters = [parameter.detach().float().clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
     losses, first = [], None
@@ -81,15 +82,32 @@ def exact_biases(model, base: Path) -> None:
                 names[name].copy_(opened.get_tensor(name))
 
 
-def main(inputs: Path, output: Path) -> None:
+def balance(model, rows, *, batch: int, speed: float) -> list[list[float]]:
+    """Correction bias of every router after one step of the balance rule: down above the mean load, up below it."""
+    loads: dict = {}
+
+    def count(router, inputs, outputs) -> None:
+        load = torch.bincount(outputs[0].flatten(), minlength=router.n_routed_experts)
+        loads[router] = loads.get(router, 0) + load
+
+    routers = [module for module in model.modules() if hasattr(module, "e_score_correction_bias")]
+    handles = [router.register_forward_hook(count) for router in routers]
+    with torch.no_grad():
+        mean_loss(model, samples_of_step(rows, 0, batch))
+    for handle in handles:
+        handle.remove()
+    moves = [speed * torch.sign(load.double().mean() - load).float() for load in loads.values()]
+    return [(r.e_score_correction_bias + move).tolist() for r, move in zip(routers, moves, strict=True)]
+
+
+def float32(inputs: Path, output: Path) -> None:
+    """Writes ``reference-float32.json``, and ``reference.pt``: gradients of the first step as fused experts lie."""
     from deepseek_sft.data.tokens import TokenDataset
     from deepseek_sft.model.loading import release_names
 
-    torch.set_num_threads(1)
-    base, rows = inputs / "base", TokenDataset(str(inputs / "tokens"))
-    losses, first = train(base, rows, batch=16, steps=20, dtype=torch.float32, rate=1e-3, clip=1e6)
-    rounded, _ = train(base, rows, batch=4, steps=50, dtype=torch.bfloat16, rate=1e-3, clip=1.0)
-    (output / "reference.json").write_text(json.dumps({"float32": losses, "bfloat16": rounded}))
+    rows, model = TokenDataset(str(inputs / "tokens")), load(inputs / "base", torch.float32)
+    biases = balance(model, rows, batch=4, speed=0.01)
+    losses, first = train(model, rows, batch=16, steps=20, rate=1e-3, clip=1e6)
     fused = {}
     for name in first:
         if ".mlp.experts." not in name:
@@ -102,7 +120,16 @@ def main(inputs: Path, output: Path) -> None:
             if whole not in fused:
                 fused[whole] = torch.cat([first[part].flatten() for part in release_names(whole, SHARD)])
     torch.save(fused, output / "reference.pt")
+    (output / "reference-float32.json").write_text(json.dumps({"losses": losses, "biases": biases}))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+def bfloat16(inputs: Path, output: Path) -> None:
+    """Writes ``reference-bfloat16.json``."""
+    from deepseek_sft.data.tokens import TokenDataset
+
+    rows, model = TokenDataset(str(inputs / "tokens")), load(inputs / "base", torch.bfloat16)
+    losses, _ = train(model, rows, batch=4, steps=50, rate=5e-4, clip=1.0)
+    (output / "reference-bfloat16.json").write_text(json.dumps({"losses": losses}))
+
+
+LOOPS = (float32, bfloat16)

@@ -1,48 +1,44 @@
-"""Run by torchrun in the train environment: the same steps, spread over ranks in different ways; rank 0 writes JSON.
+"""Run by the train environment's Python, ``tests`` on its path: the same steps, spread over ranks in different ways, beside a plain loop.
 
 Usage: training_spread_probe.py INPUTS CASES OUTPUT
-CASES is JSON: name → {"settings": {…}, "steps": N, "moments": bool, "inputs": name}. Moments are compared with
-OUTPUT/reference.pt where it is there.
+CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool}. Writes OUTPUT/<name>.json for each,
+and the references (``training_reference.py``).
 """
 
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import training_ranks
+import training_reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def main(inputs: Path, cases: dict, output: Path) -> None:
-    from deepseek_sft.training.xtuner_engine import compat
-
-    compat.install("cpu")
-    import deepspeed
+def run_cases(inputs: Path, cases: dict, output: Path) -> None:
+    """On each rank of a group: all cases of its world size, one after another."""
     import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    deepspeed.logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo", verbose=False)
     from training_engine import engine
 
     for name, case in cases.items():
         begin = time.monotonic()
-        with engine(inputs / "base", inputs / case.get("tokens", "tokens"), **case["settings"]) as run:
-            figures: dict = {"losses": [run.step() for _ in range(case.get("steps", 1))]}
-            if case.get("moments"):
-                figures["moments"] = differences(run.first_moments(), output / "reference.pt")
-            if run.model.balance_bias is not None:
-                figures["biases"] = torch.stack([r.e_score_correction_bias for r in run.model.llm.routers()]).tolist()
+        with engine(inputs / "base", inputs / "tokens", **case["settings"]) as run:
+            figures: dict = {"losses": [], "biases": []}
+            for step in range(case["steps"]):
+                figures["losses"].append(run.step())
+                if step == 0 and case.get("moments"):
+                    figures["moments"] = differences(run.first_moments(), output / "reference.pt")
+                if run.model.balance_bias is not None:
+                    biases = [router.e_score_correction_bias.tolist() for router in run.model.llm.routers()]
+                    figures["biases"].append(biases)
             everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, (run.model.llm.bytes_read, figures.get("biases")))
-            figures["bytes_read"] = [entry[0] for entry in everyone]
-            figures["biases_equal"] = all(entry[1] == everyone[0][1] for entry in everyone)
+            dist.all_gather_object(everyone, (run.model.llm.bytes_read, figures["biases"]))
+        figures["bytes_read"] = [entry[0] for entry in everyone]
+        figures["biases_equal"] = all(entry[1] == everyone[0][1] for entry in everyone)
+        figures["seconds"] = round(time.monotonic() - begin, 2)
         if dist.get_rank() == 0:
-            figures["seconds"] = time.monotonic() - begin
             (output / f"{name}.json").write_text(json.dumps(figures))
-    dist.barrier()
 
 
 def differences(moments: dict[str, torch.Tensor], reference: Path) -> dict[str, float]:
@@ -53,6 +49,13 @@ def differences(moments: dict[str, torch.Tensor], reference: Path) -> dict[str, 
         name: ((moment.flatten() / 0.1 - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)).item()
         for name, moment in moments.items()
     }
+
+
+def main(inputs: Path, cases: dict, output: Path) -> None:
+    training_ranks.import_libraries()
+    training_ranks.together([partial(loop, inputs, output) for loop in training_reference.LOOPS])
+    for size, chosen in cases.items():
+        training_ranks.group(int(size), run_cases, output / f"meeting-{size}", inputs, chosen, output)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,22 @@ def test_an_impossible_place_is_refused(accelerator, change, message):
         nodes.detect(accelerator, None, SLURM | change)
 
 
+@pytest.mark.parametrize(
+    ("changes", "longest", "message"),
+    [
+        ({"sequence_parallel_size": 8}, 100, "does not divide the base's 4 attention heads"),
+        ({"sequence_parallel_size": 4}, 100, "does not divide the 6 ranks of a node"),
+        ({"experts_per_shard": 3}, 100, "does not divide the base's 8 routed experts"),
+        ({}, 4097, "the longest row has 4097 tokens, the base has 4096 positions"),
+    ],
+)
+def test_settings_that_the_base_or_the_node_cannot_take_are_refused_on_gpus_too(changes, longest, message):
+    base = {"num_attention_heads": 4, "n_routed_experts": 8, "max_position_embeddings": 4096}
+    node = nodes.detect("cuda", None, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"})
+    with pytest.raises(BadInputError, match=message):
+        stage._check(settings(**changes), base, {"longest": longest}, node)
+
+
 def test_scontrol_expands_ranges(tmp_path, monkeypatch):
     tool = tmp_path / "scontrol"
     tool.write_text('#!/bin/sh\n[ "$3" = "n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')

@@ -45,9 +45,7 @@ def main() -> int:
 def train(options: argparse.Namespace) -> int:
     """Train on this node; returns the exit code."""
     node = nodes.detect(options.accelerator, options.ranks_per_node)
-    run = stage.prepare(
-        options.base_receipt, options.tokens_receipt, options.settings, options.output, node, options.accelerator
-    )
+    run = stage.prepare(options.base_receipt, options.tokens_receipt, options.settings, options.output, node)
     try:
         stage.train(run, node, options.accelerator, options.stop_file, options.receipt)
     except launch.Terminated as end:

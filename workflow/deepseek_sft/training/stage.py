@@ -45,9 +45,7 @@ class Run:
         return checkpoint.step >= self.schedule.steps or timed_out
 
 
-def prepare(
-    base_receipt: Path, tokens_receipt: Path, settings_file: Path, output: Path, node: NodeEnvironment, accelerator: str
-) -> Run:
+def prepare(base_receipt: Path, tokens_receipt: Path, settings_file: Path, output: Path, node: NodeEnvironment) -> Run:
     """Read and check everything that can be checked before a process starts.
 
     Raises:
@@ -58,7 +56,7 @@ def prepare(
     base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
     statistics = _read_statistics(tokens_folder)
     config = release.read_config(base_folder)
-    _check(chosen, config, statistics, node, accelerator)
+    _check(chosen, config, statistics, node)
     run_id = settings.run_id(chosen, base, tokens)
     inputs = {
         "base": receipts.input_entry(base_receipt),
@@ -218,9 +216,7 @@ def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
         say(f"warning: torchrun ended with {exit_code} after the last step was saved")
 
 
-def _check(
-    chosen: Settings, config: dict[str, Any], statistics: dict[str, Any], node: NodeEnvironment, accelerator: str
-) -> None:
+def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any], node: NodeEnvironment) -> None:
     if config["n_routed_experts"] % chosen.experts_per_shard:
         raise BadInputError(
             f"train.experts_per_shard {chosen.experts_per_shard} does not divide the base's "
