@@ -217,7 +217,7 @@ def test_interrupted_dequantising_goes_on_to_the_same_bytes(fp8, tmp_path, monke
         dequantized(fp8[0], tmp_path / "out")
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
-    assert dequantized(fp8[0], tmp_path / "out").kept == 2
+    assert dequantized(fp8[0], tmp_path / "out").kept >= 2
     assert small_models.contents(tmp_path / "out") == small_models.contents(tmp_path / "whole")
 
 
