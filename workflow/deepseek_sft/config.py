@@ -20,7 +20,7 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
     "train": {"save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max", "environment"},
-    "convert": {"memory", "workers", "full_check"},
+    "convert": {"memory", "swap", "workers", "full_check"},
     "serve": {"ready_timeout_s", "stop_grace_s"},
 }
 

@@ -125,7 +125,10 @@ class Experiment:
         words = {
             # --replace: a folder made from other inputs gives way once the new one is complete
             "prepare_model": ["--replace"],
-            "convert_checkpoint": ["--replace", "--memory", convert["memory"], "--workers", convert["workers"]],
+            "convert_checkpoint": [
+                *("--replace", "--memory", convert["memory"]),
+                *("--swap", "auto" if convert["swap"] else "off", "--workers", convert["workers"]),
+            ],
             "verify_model": ["--full"] if convert["full_check"] else [],
         }[rule]
         return shlex.join(map(str, words))

@@ -16,7 +16,7 @@ rule convert_checkpoint:
         script(
             f"convert_checkpoint.py --checkpoint {path_from('train', 'checkpoint')} "
             f"--base {path_from('prepare_model', 'base')} "
-            f"{{params.arguments}} {operational('convert_checkpoint')} --receipt {{output.receipt}}"
+            f"{{params.arguments}} {operational('convert_checkpoint')} --nodes {{resources.nodes}} --receipt {{output.receipt}}"
         )
 
 
