@@ -144,6 +144,8 @@ class DescriptorUnpickler(pickle.Unpickler):
     def tensor(self, storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> StoredTensor:
         item = ITEM_SIZES[storage.dtype]
         elements = math.prod(shape)
+        if not elements:  # ZeRO-3 leaves an empty tensor for every parameter, in every rank's file
+            return StoredTensor(self.archive.path, 0, TensorSpec(tuple(shape), storage.dtype))
         expected, contiguous = 1, True
         for size, step in zip(reversed(shape), reversed(stride), strict=True):
             contiguous &= size == 1 or step == expected or elements == 0
