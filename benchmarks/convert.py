@@ -156,7 +156,8 @@ def memory_part(folder: Path, sizes: list[float]) -> bool:
         read, written = run.read / fp32, run.written / size_of(place / "model")
         print(
             f"memory    {fp32 / 1e9:.2f} GB of FP32: peak {run.peak / 2**20:.0f} MiB (bar {peak_bar() / 2**20:.0f}); "
-            f"read {read:.3f} × ({run.disk / fp32:.3f} × from disk), wrote {written:.3f} × (bar {BYTES_BAR}); {run.seconds:.1f} s",
+            f"read {read:.3f} × ({run.disk / fp32:.3f} × from disk), wrote {written:.3f} × "
+            f"(bar {BYTES_BAR}); {run.seconds:.1f} s",
             flush=True,
         )
         met &= run.peak <= peak_bar() and max(read, written) <= BYTES_BAR
@@ -202,7 +203,8 @@ def copy_part(folder: Path, size: float, rounds: int) -> bool:
     copied, converted = (statistics.median(values) for values in zip(*pairs, strict=True))
     print(
         f"copy      {fp32 / 1e9:.2f} GB of FP32, median of {rounds}: plain copy {fp32 / copied / 1e6:.0f} MB/s, "
-        f"conversion {fp32 / converted / 1e6:.0f} MB/s, its start included: ratio {copied / converted:.2f} (bar {COPY_BAR})"
+        f"conversion {fp32 / converted / 1e6:.0f} MB/s, its start included; "
+        f"ratio {copied / converted:.2f} (bar {COPY_BAR})"
     )
     return copied / converted >= COPY_BAR
 
