@@ -27,7 +27,7 @@ sys.path[:0] = [str(PROJECT / "workflow"), str(PROJECT / "tests")]
 
 import large_zero3  # noqa: E402
 
-from deepseek_sft.checkpoint import memory, zero3  # noqa: E402
+from deepseek_sft.checkpoint import memory, zero  # noqa: E402
 from deepseek_sft.model import tiny  # noqa: E402
 
 MEMORY_BAR = 256 << 20  # plus twice the work item (16 MiB of FP32) of every thread
@@ -168,7 +168,7 @@ def memory_part(folder: Path, sizes: list[float]) -> bool:
 def plain_copy(checkpoint: Path, output: Path) -> float:
     """Seconds to read the FP32 weights from end to end and write half as many bytes, synced."""
     ranges: dict[Path, list[list[int]]] = {}
-    for parameter in zero3.open_checkpoint(checkpoint).parameters.values():
+    for parameter in zero.open_checkpoint(checkpoint).parameters.values():
         for path, offset, length in parameter.pieces(0, parameter.elements):
             places = ranges.setdefault(path, [])
             if places and places[-1][1] == offset:

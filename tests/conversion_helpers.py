@@ -3,7 +3,7 @@
 import large_zero3
 import small_models
 
-from deepseek_sft.checkpoint import base_model, convert, zero3
+from deepseek_sft.checkpoint import base_model, convert, zero
 
 RANKS = 5
 
@@ -17,6 +17,6 @@ def write_inputs(folder):
 
 def convert_all(inputs, output, **options):
     """Convert ``inputs/step``; (conversion, result of ``convert.run``)."""
-    opened = zero3.open_checkpoint(inputs / "step"), base_model.open_model(inputs / "base")
+    opened = zero.open_checkpoint(inputs / "step"), base_model.open_model(inputs / "base")
     conversion = convert.prepare(*opened, output, convert.Options(largest_shard=20_000, workers=2, **options))
     return conversion, convert.run(conversion)

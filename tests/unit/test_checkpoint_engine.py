@@ -20,7 +20,7 @@ from deepseek_sft.checkpoint import (
     conversion_plan,
     convert,
     shard_writer,
-    zero3,
+    zero,
 )
 from deepseek_sft.checkpoint.byte_ranges import OpenFiles
 from deepseek_sft.errors import BadInputError
@@ -58,7 +58,7 @@ def test_every_record_of_master_weights_is_checked_and_read_once(tmp_path, input
 
 
 def flip_bit_of_a_weight(checkpoint, rank):
-    opened = zero3.open_checkpoint(checkpoint)
+    opened = zero.open_checkpoint(checkpoint)
     parameter = opened.parameters["llm.model.layers.1.mlp.experts.0.w2"]
     path, offset, _ = list(parameter.pieces(0, parameter.elements))[rank]
     with open(path, "r+b") as stream:
@@ -180,7 +180,7 @@ def test_time_range_follows_from_the_slowest_part_and_from_all_in_turn():
 
 
 def test_plan_tells_sizes_and_shares_and_leaves_no_file(tmp_path, inputs):
-    opened = zero3.open_checkpoint(inputs / "step"), base_model.open_model(inputs / "base")
+    opened = zero.open_checkpoint(inputs / "step"), base_model.open_model(inputs / "base")
     conversion = convert.prepare(*opened, tmp_path / "model", convert.Options(largest_shard=20_000))
     plan = conversion_plan.describe(conversion, shares=3)
     assert plan["bytes_to_write"] == sum(plan["bytes_of_each_share"]) == sum(s.size for s in conversion.shards)

@@ -6,9 +6,9 @@ from typing import Any
 
 from . import bandwidth
 from .convert import Conversion
+from .partitioned import Partitioned
 from .parts import Part, share
 from .sizes import show_size
-from .zero3 import Partitioned
 
 MOST_PROBED = 64  # parameters
 

@@ -17,7 +17,7 @@ from .. import cli, files
 from ..errors import BadInputError, CrashError
 from .parts import Part, share
 from .progress_folder import Finished, ProgressFolder, difference
-from .safetensors_files import INDEX_NAME, Shard, index_of
+from .safetensors_files import INDEX_NAME, SINGLE_FILE, Shard, index_of
 from .shard_writer import Item, Produce, items, write_shards
 from .sizes import show_size
 
@@ -197,7 +197,7 @@ def _complete(plan: Plan, folder: ProgressFolder, progress: Progress) -> None:
             raise checked.error
         progress.figures = checked.figures
     plan.finish(folder.incomplete)
-    if len(plan.shards) > 1:
+    if [shard.name for shard in plan.shards] != [SINGLE_FILE]:
         files.write_json(folder.incomplete / INDEX_NAME, index_of(plan.shards))
     origin = {"format": FORMAT, "identity": plan.identity, "non_finite": progress.non_finite}
     files.write_json(folder.incomplete / ORIGIN, origin)
