@@ -67,7 +67,7 @@ def _read_rate(ranges: Sequence[tuple[Path, int, int]], workers: int) -> float |
     return total / (time.monotonic() - started)
 
 
-def _write_rate(folder: Path) -> float | None:
+def _write_rate(folder: Path, largest: int) -> float | None:
     """A file without a name, synced."""
     while not folder.is_dir():
         folder = folder.parent
@@ -75,7 +75,7 @@ def _write_rate(folder: Path) -> float | None:
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as stream:
             started, written = time.monotonic(), 0
-            while written < MOST_WRITTEN and time.monotonic() - started < SECONDS:
+            while written < largest and time.monotonic() - started < SECONDS:
                 written += stream.write(data.data)
             os.fdatasync(stream.fileno())
             return written / (time.monotonic() - started)
@@ -97,12 +97,15 @@ def _convert_rate(workers: int) -> float:
     return rounds * values.nbytes / (time.monotonic() - started)
 
 
-def measure(ranges: Sequence[tuple[Path, int, int]], folder: Path, workers: int) -> Bandwidth:
+def measure(ranges: Sequence[tuple[Path, int, int]], folder: Path, bytes_to_write: int, workers: int) -> Bandwidth:
     """Measure in about five seconds, with a few threads.
 
     Args:
         ranges: (file, first byte, bytes) of what will be read, a few of many.
         folder: where the output will be, or any folder above it.
+        bytes_to_write: size of the output; the probe does not write more (but one block).
         workers: threads that the conversion will use.
     """
-    return Bandwidth(_read_rate(ranges, workers), _write_rate(folder), _convert_rate(workers))
+    return Bandwidth(
+        _read_rate(ranges, workers), _write_rate(folder, min(MOST_WRITTEN, bytes_to_write)), _convert_rate(workers)
+    )

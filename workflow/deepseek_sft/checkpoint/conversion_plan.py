@@ -31,7 +31,9 @@ def describe(conversion: Conversion, shares: int) -> dict[str, Any]:
     Args:
         shares: nodes that write at the same time. They are taken to be as fast as this one, together.
     """
-    speed = bandwidth.measure(_probed_ranges(conversion), conversion.plan.output, conversion.buffers.workers)
+    speed = bandwidth.measure(
+        _probed_ranges(conversion), conversion.plan.output, conversion.bytes_to_write, conversion.buffers.workers
+    )
     sizes = [sum(s.size for s in share(conversion.shards, Part(k, shares))) for k in range(1, shares + 1)]
     largest = max(sizes) / sum(sizes)
     bytes_to_read, bytes_to_write = conversion.bytes_to_read, conversion.bytes_to_write
