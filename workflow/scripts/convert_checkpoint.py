@@ -16,6 +16,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
@@ -92,12 +93,16 @@ def main() -> None:
         cli.say(conversion_plan.summary(plan))
         print(conversion_plan.text(plan))
         return
+    started = time.monotonic()
     if args.nodes > 1:
         parts.run_on_nodes(args.nodes, len(os.sched_getaffinity(0)), [*sys.argv, "--nodes=1", "--part=slurm"])
     progress, bytes_read, seconds = convert.run(conversion)
     _tell(args, conversion, progress, seconds)
     if options.part:
         return
+    if args.nodes > 1:  # what the nodes did, this process only knows by its result
+        seconds = time.monotonic() - started
+        bytes_read, progress.written = conversion.bytes_to_read, conversion.bytes_to_write
     figures = {
         "parameters": conversion.parameters,
         "tensors": len(conversion.sources),
