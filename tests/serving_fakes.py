@@ -147,6 +147,27 @@ def fake_server(*flaws: str, reasoning_field: str = "reasoning") -> Iterator[Fak
         server.server_close()
 
 
+def write_model(folder: Path) -> None:
+    """A folder that passes for a model: config, two files of weights with their index, tokenizer, chat template."""
+    folder.mkdir(parents=True)
+    special = ["<s>", "</s>", "<think>", "</think>", "a", "b", "c"]
+    weights = {}
+    for number in (1, 2):
+        name = f"tensor{number}"
+        header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+        file = folder / f"model-{number}.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        weights[name] = file.name
+    contents = {
+        "config.json": {"vocab_size": len(special), "eos_token_id": 1, "max_position_embeddings": CONTEXT},
+        "model.safetensors.index.json": {"weight_map": weights},
+        "tokenizer.json": {"added_tokens": [{"id": i, "content": word} for i, word in enumerate(special)]},
+        "tokenizer_config.json": {"eos_token": "</s>", "chat_template": "{{ messages }}"},
+    }
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value))
+
+
 def play_vllm(arguments: list[str]) -> None:
     """Be ``vllm serve`` on one node."""
     folder, node = Path(os.environ["FAKE_DIR"]), os.environ["SLURMD_NODENAME"]
@@ -160,6 +181,9 @@ def play_vllm(arguments: list[str]) -> None:
         code = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
         child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
         (folder / f"{node}.grandchild").write_text(str(child.pid))
+    if "worker" in flaws:  # has a process with a title as vLLM's workers have, and does not care what becomes of it
+        worker = subprocess.Popen(["VLLM::Worker_TP0", "600"], executable="/bin/sleep")
+        (folder / f"{node}.worker").write_text(str(worker.pid))
     (folder / f"{node}.folder").write_text(os.environ["TMPDIR"])
     (folder / f"{node}.pid").write_text(str(os.getpid()))
     if "--headless" in arguments or "never-ready" in flaws:

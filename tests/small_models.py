@@ -91,11 +91,12 @@ BLOCKS_SHAPE = {
 
 
 def nearest_fp8(values):
-    """E4M3 codes of the values nearest to ``values``."""
+    """E4M3 codes of the values nearest to ``values``; of two equally near the even code."""
     codes = np.argsort(number_formats.E4M3_VALUES[:0x7F]).astype(np.uint8)
     magnitudes = number_formats.E4M3_VALUES[codes]
     middle = (magnitudes[1:] + magnitudes[:-1]) / 2
-    found = codes[np.searchsorted(middle, np.abs(values))]
+    low, high = (codes[np.searchsorted(middle, np.abs(values), side)] for side in ("left", "right"))
+    found = np.where(low % 2 == 0, low, high)  # they differ, by one, where a value lies in the middle of two
     return (found | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
 
 

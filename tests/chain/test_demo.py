@@ -6,7 +6,6 @@ A copy of the working tree is used, so that nothing that was built or run here b
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -15,28 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from project_copy import copy_of
 
 pytestmark = [pytest.mark.chain, pytest.mark.cluster]
 
 CONFIG = ["--configfile", "config/experiments/demo.yaml"]
-
-
-def copy_of(project: Path, folder: Path) -> Path:
-    """A copy of the files git knows or would add: what a clone of the next commit holds."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=project,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    clone = folder / "clone"
-    for name in filter(None, listed.stdout.split("\0")):
-        source, target = project / name, clone / name
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
-    return clone
 
 
 class Demo:

@@ -77,15 +77,6 @@ def test_ray_command_by_role():
     assert ray(WORKER) == f"ray start --block --address=10.0.0.1:6380 --node-ip-address=10.0.0.2 {rest}"
 
 
-def test_flags_follow_the_installed_version():
-    old = {"enable-reasoning": True, "disable-log-requests": True}
-    assert "--enable-reasoning" in serve(ALONE, version=(0, 8, 5))
-    for version in ((0, 9, 0), (0, 32, 0), None):
-        assert "--enable-reasoning" not in serve(ALONE, version=version, engine_args=old)
-    assert "--disable-log-requests" in serve(ALONE, version=(0, 10, 0), engine_args=old)
-    assert "--disable-log-requests" not in serve(ALONE, version=(0, 10, 1), engine_args=old)
-
-
 def test_engine_args_values_become_words():
     flags = {"a": True, "b": False, "c": None, "d": 1.5, "e": {"mode": 2, "backend": "eager"}, "f": ["x", "y"]}
     expected = ["--a", "--no-b", "--d", "1.5", "--e", '{"mode":2,"backend":"eager"}', "--f", "x", "y"]
@@ -97,8 +88,10 @@ def test_no_reasoning_parser_flag_without_a_parser():
 
 
 def test_settings_environment_wins_and_key_stays_off_the_command_line():
-    given = settings.parse({"api_key": "secret", "environment": {"VLLM_HOST_IP": "1.2.3.4", "OMP_NUM_THREADS": 1}})
-    found = commands.environment({"HOME": "/home/x"}, given, HEAD, Path("/tmp/serve-x"), (6380, "token"))
+    given = settings.parse({"environment": {"VLLM_HOST_IP": "1.2.3.4", "OMP_NUM_THREADS": 1}})
+    found = commands.environment(
+        {"HOME": "/home/x"}, given, HEAD, Path("/tmp/serve-x"), ray=(6380, "token"), api_key="secret"
+    )
     assert found["VLLM_HOST_IP"] == "1.2.3.4"
     assert found["OMP_NUM_THREADS"] == "1"
     assert found["VLLM_API_KEY"] == "secret"
@@ -124,6 +117,9 @@ def test_engine_start_waits_as_long_as_our_own_deadline():
         ({"backend": "mpi"}, "expected one of native, ray"),
         ({"port": 70000}, "port is 70000"),
         ({"engine_args": {"--node_rank": 3}}, "engine_args.node-rank is decided by"),
+        ({"engine_args": {"api-key": "x"}}, "engine_args.api-key is decided by serve.api_key_file"),
+        ({"environment": {"VLLM_API_KEY": "x"}}, "environment.VLLM_API_KEY would stand in the results"),
+        ({"engine_args": {"ssl-keyfile": "x"}}, "engine_args.ssl-keyfile is not supported"),
         ({"smoke_test": {"min_format_rate": 2}}, "smoke_test.min_format_rate"),
         ({"smoke_test": {"prompt": "x"}}, "smoke_test.prompt is unknown"),
         ([], "expected an object"),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 import serving_fakes
 
 from deepseek_sft import receipts
-from deepseek_sft.serving import control, network, processes
+from deepseek_sft.serving import control, watching
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60  # generous: only a hang reaches it
@@ -41,20 +42,22 @@ class Deployment:
     def start(self, *, smoke_test: bool = False, flaws: tuple[str, ...] = (), settings: dict | None = None) -> None:
         fakes = self.folder / "fakes"
         bin_folder = self.folder / "bin"
-        for each in (fakes, bin_folder, self.folder / "model"):
+        for each in (fakes, bin_folder):
             each.mkdir(parents=True)
+        if not (self.folder / "model").exists():
+            serving_fakes.write_model(self.folder / "model")
         for flaw in flaws:
             (fakes / flaw).touch()
         vllm = bin_folder / "vllm"
         vllm.write_text(f'#!/bin/sh\nexec {sys.executable} {serving_fakes.__file__} "$@"\n')
         vllm.chmod(0o755)
-        (self.folder / "model" / "config.json").write_text("{}")
         model = {"model": str(self.folder / "model")}
         receipts.write(
             self.folder / "verify_model.json", "verify_model", inputs={}, settings={}, result=model, figures={}
         )
         value = {
             "pipeline_parallel_size": self.nodes,
+            "max_model_len": serving_fakes.CONTEXT,
             "served_model_name": serving_fakes.MODEL,
             "network_interface": "lo",
             "ready_timeout_s": DEADLINE_S,
@@ -102,12 +105,15 @@ class Deployment:
         self.wait_for(lambda: path.exists() and path.read_text() != "")
         return int(path.read_text())
 
-    def alive(self) -> list[list[str]]:
-        """Processes that this deployment started and that still run."""
+    def alive(self, node: str = "") -> list[list[str]]:
+        """Processes of this deployment that still run; where a node is given, its own, without the node program."""
         mine = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("FAKE_DIR") == str(self.folder / "fakes") and process.status() != "zombie":
+                environment = process.environ()
+                if environment.get("FAKE_DIR") != str(self.folder / "fakes") or process.status() == "zombie":
+                    continue
+                if not node or (environment["SLURMD_NODENAME"] == node and process.pid != self.programs[node].pid):
                     mine.append(process.cmdline())
             except psutil.Error:
                 continue
@@ -131,6 +137,10 @@ def test_smoke_test_over_two_nodes_leaves_a_receipt_and_nothing_else(deployment)
     receipt = receipts.read(deployment.receipt, "smoke_test")
     assert receipt["hosts"] == ["n0", "n1"]
     assert receipt["figures"]["time_to_ready_s"] > 0
+    nodes = receipt["figures"]["nodes"]
+    assert [(node, entry["address"]) for node, entry in nodes.items()] == [("n0", "127.0.0.1"), ("n1", "127.0.0.1")]
+    for node, entry in nodes.items():
+        assert f"vllm {deployment.pid_of_engine(node)}" in entry["processes"]
     assert (deployment.folder / "serve" / "transcript.jsonl").exists()
     places = [json.loads((deployment.run_dir / f"n{rank}.json").read_text()) for rank in (0, 1)]
     assert [place["pid"] for place in places] == [deployment.programs[node].pid for node in ("n0", "n1")]
@@ -164,6 +174,33 @@ def test_killed_engine_ends_every_node_with_its_name_and_last_lines(deployment, 
     for each in deployment.programs:
         assert f"{node}: vllm was killed by SIGKILL" in deployment.output(each)
         assert f"{node}| fake vllm on {node}" in deployment.output(each)
+    assert deployment.alive() == []
+
+
+def test_no_node_leaves_before_all_have_cleaned_up(deployment):
+    """Slurm kills the others soon after one task has failed."""
+    deployment.start(flaws=("stubborn",))
+    deployment.wait_until_serving()
+    deployment.pid_of_engine("n0")
+    deployment.wait_for((deployment.folder / "fakes" / "n1.grandchild").exists)
+    os.kill(deployment.pid_of_engine("n1"), signal.SIGKILL)
+    deployment.programs["n1"].wait(DEADLINE_S)
+    assert deployment.alive("n0") == []
+    assert not Path((deployment.folder / "fakes/n0.folder").read_text()).exists()
+    assert deployment.codes() == [5, 5]
+
+
+def test_lost_worker_ends_every_node_even_if_the_engine_goes_on_as_if_nothing_had_happened(deployment):
+    deployment.start(flaws=("worker",))
+    deployment.wait_until_serving()
+    written = deployment.folder / "fakes/n1.worker"
+    deployment.wait_for(lambda: written.exists() and written.read_text() != "")
+    worker = int(written.read_text())
+    time.sleep(3 * watching.OBSERVE_EVERY_S)  # by then it is watched
+    os.kill(worker, signal.SIGKILL)
+    assert deployment.codes() == [5, 5]
+    assert f"n1: VLLM::Worker_TP0 (pid {worker}) has gone" in deployment.output("n0")
+    assert "n1| fake vllm on n1" in deployment.output("n0")
     assert deployment.alive() == []
 
 
@@ -229,7 +266,7 @@ def test_unhealthy_engine_ends_a_lasting_deployment(deployment, monkeypatch):
 
     made = node.Node.__new__(node.Node)
     made.watch, made.run_dir = Clock(deployment.folder), deployment.folder
-    made.settings = node.ServeSettings()
+    made.settings, made.api_key_file = node.ServeSettings(), deployment.folder / "api_key"
     with serving_fakes.fake_server("health") as server, pytest.raises(node.CrashError, match="three times"):
         made._stay("http://x", "127.0.0.1", server.server_port)
 
@@ -245,7 +282,54 @@ def test_deadline_says_what_it_was_waiting_for(deployment):
 def test_refused_flag_is_bad_input_and_shown(deployment):
     deployment.start(flaws=("bad-flag",))
     assert deployment.codes()[0] == 2
-    assert "unrecognized arguments: --bad-flag; see serve.engine_args" in deployment.output("n0")
+    assert ": vLLM does not accept its command line (" in deployment.output("n0")
+    assert "unrecognized arguments: --bad-flag" in deployment.output("n0")
+    assert "see serve.engine_args" in deployment.output("n0")
+
+
+def test_model_folder_that_cannot_be_served_is_told_by_every_node_before_anything_starts(deployment):
+    serving_fakes.write_model(deployment.folder / "model")
+    (deployment.folder / "model" / "model-2.safetensors").unlink()
+    deployment.start()
+    assert deployment.codes() == [2, 2]
+    for node in deployment.programs:
+        assert "model-2.safetensors is missing" in deployment.output(node)
+        assert "Traceback" not in deployment.output(node)
+    assert not list((deployment.folder / "fakes").glob("*.pid"))
+
+
+def test_taken_port_is_told_before_the_engine_starts(deployment):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        deployment.start(settings={"port": port, "host": "127.0.0.1"})
+        assert deployment.codes() == [2, 2]
+    assert f"n0: port {port} of 127.0.0.1 is taken by another program" in deployment.output("n1")
+    assert not list((deployment.folder / "fakes").glob("*.pid"))
+
+
+def test_port_and_address_are_for_lasting_deployments_only(deployment):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        deployment.start(smoke_test=True, settings={"port": port, "host": "0.0.0.0"})
+        assert deployment.codes() == [0, 0], deployment.output("n0")
+    assert "0.0.0.0" not in (deployment.run_dir / "n0.log").read_text()
+
+
+def test_key_guards_a_lasting_deployment_and_is_shown_nowhere(deployment):
+    deployment.start()
+    deployment.wait_until_serving()
+    file = deployment.run_dir.parent / "api_key"
+    key = file.read_text().strip()
+    assert file.stat().st_mode & 0o077 == 0
+    engine = psutil.Process(deployment.pid_of_engine("n0"))
+    assert engine.environ()["VLLM_API_KEY"] == key
+    command_lines = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or ()]
+    assert not any(key in word for word in command_lines)
+    (deployment.run_dir / "stop").touch()
+    assert deployment.codes() == [0, 0]
+    for path in deployment.folder.rglob("*"):
+        if path.is_file() and path != file:
+            assert key not in path.read_text(errors="replace"), path
 
 
 @pytest.mark.parametrize("deployment", [1], indirect=True)
@@ -255,102 +339,3 @@ def test_ranks_that_do_not_fit_the_nodes_start_nothing(deployment):
     assert deployment.codes() == [2, 2]
     assert "3 processes do not spread evenly over 2 nodes" in deployment.output("n0")
     assert "Traceback" not in deployment.output("n0")
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
-
-
-def test_rendezvous_of_an_earlier_start_is_ignored(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    channel = control.HeadChannel("127.0.0.1", tmp_path)
-    try:
-        assert control.read_rendezvous(tmp_path)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert control.read_rendezvous(tmp_path) is None
-    finally:
-        channel.close()
-
-
-def test_stranger_without_the_token_is_not_let_in(tmp_path):
-    channel = control.HeadChannel("127.0.0.1", tmp_path)
-    try:
-        found = control.read_rendezvous(tmp_path)
-        assert (tmp_path / control.RENDEZVOUS).stat().st_mode & 0o077 == 0
-        stranger = control.join_head(found | {"token": "guess"}, {"node": "evil"})
-        stranger.send({"event": "failure", "reports": []})
-        time.sleep(0.1)
-        assert channel.poll() == []
-        assert channel.hellos == {}
-    finally:
-        channel.close()
-
-
-def test_message_sent_right_after_the_hello_is_not_lost(tmp_path):
-    channel = control.HeadChannel("127.0.0.1", tmp_path)
-    try:
-        worker = control.join_head(control.read_rendezvous(tmp_path), {"node": "n1"})
-        worker.send({"event": "failure", "reports": [1]})
-        worker.close()
-        time.sleep(0.1)
-        assert channel.poll() == [{"event": "failure", "reports": [1]}]
-        assert list(channel.hellos) == channel.gone == ["n1"]
-    finally:
-        channel.close()
-
-
-def test_free_ports_are_distinct_and_free():
-    ports = network.free_ports("127.0.0.1", 5)
-    assert len(set(ports)) == 5
-    assert not any(network.is_open("127.0.0.1", port) for port in ports)
-
-
-def test_shared_memory_left_by_the_engine_is_removed_and_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
-    (tmp_path / "psm_before").touch()
-    before = processes.shared_memory_names()
-    for name in ("psm_new", "abc-1-cpushm_3", "somebody_elses"):
-        (tmp_path / name).touch()
-    with open(tmp_path / "psm_used", "w"):
-        removed = processes.remove_shared_memory(before)
-    assert removed == ["abc-1-cpushm_3", "psm_new"]
-    assert {path.name for path in tmp_path.iterdir()} == {"psm_before", "somebody_elses", "psm_used"}
-
-
-def test_phase_is_the_last_milestone_in_the_log(tmp_path):
-    log = tmp_path / "n0.log"
-    reader = processes.PhaseReader(log)
-    assert reader.update() == "starting Python"
-    log.write_text("Starting to load model x...\nLoading safetensors checkpoint shards:  10% Completed | 1/10\r")
-    assert reader.update() == "loading weights, 10 %"
-    with open(log, "a") as stream:
-        stream.write("Loading safetensors checkpoint shards: 100% Completed | 10/10\nnothing\n")
-    assert reader.update() == "loading weights, 100 %"
-    with open(log, "a") as stream:
-        stream.write("Loading weights took 3 seconds\nCapturing CUDA graphs (mixed): 50%|\n")
-    assert reader.update() == "capturing CUDA graphs, 50 %"
-
-
-def test_last_lines_show_the_last_state_of_a_progress_bar(tmp_path):
-    log = tmp_path / "n0.log"
-    log.write_text("a\n\nb 10%\rb 20%\rb 30%\nlast\n")
-    assert processes.last_lines(log, 2) == ["b 30%", "last"]
-
-
-def test_first_exceptions_are_found_behind_the_logs_prefixes(tmp_path):
-    log = tmp_path / "n0.log"
-    log.write_text("ValueError: of an earlier start\n")
-    start = log.stat().st_size
-    with open(log, "a") as stream:
-        stream.write("WARNING fd limit errors like `OSError: [Errno 24]` may come\n")
-        stream.write("(EngineCore pid=7) ERROR 11-24 05:18:18 [core.py:1510] RuntimeError: open shm failed\n")
-        stream.write("\x1b[36m(Worker pid=8)\x1b[0m torch.OutOfMemoryError: CUDA out of memory\n")
-        stream.write(
-            "(EngineCore pid=7) ERROR 11-24 [ray_executor_v2.py:522] RayWorkerProc rank=[1] died unexpectedly\n"
-        )
-        stream.write("RuntimeError: open shm failed\nRuntimeError: See root cause above.\n")
-    assert processes.exceptions(log, start) == [
-        "RuntimeError: open shm failed",
-        "torch.OutOfMemoryError: CUDA out of memory",
-        "RayWorkerProc rank=[1] died unexpectedly",
-        "RuntimeError: See root cause above.",
-    ]

@@ -16,14 +16,20 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import files
+from . import files, receipts
 from .errors import BadInputError
+from .planning import duration, gate
+from .planning import load as planning
+from .planning.resources import read_resources
+from .planning.settings import Training
 from .slurm import Allocation
 
 CHAIN = (
     "prepare_data",
     "tokenize_data",
+    "plan",
     "prepare_model",
+    "refine_plan",
     "train",
     "convert_checkpoint",
     "verify_model",
@@ -102,6 +108,7 @@ class Experiment:
                 *("--max-length", data["max_length"]),
                 *("--history-reasoning", data["history_reasoning"]),
                 *("--on-too-long", data["on_too_long"]),
+                *(["--pack"] if data["pack"] else []),
             ]
         elif rule == "prepare_model":
             tiny = self.config["model"]["tiny"]
@@ -134,24 +141,80 @@ class Experiment:
         return shlex.join(map(str, words))
 
     def settings(self, rule: str) -> str:
-        """Canonical JSON of the settings that decide the result of ``train`` or ``smoke_test``."""
+        """Canonical JSON of the settings that decide the result of plan, preflight, train, smoke_test or serve."""
+        if rule == "preflight":
+            return files.canonical_json(self.preflight_settings())
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[0])
         if rule == "train":
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
         return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
 
     def operational(self, rule: str) -> str:
-        """Canonical JSON of the settings of ``train`` or ``smoke_test`` that change no result."""
-        section = "train" if rule == "train" else "serve"
-        return files.canonical_json(configuration.operational(section, self.config))
+        """Canonical JSON of the settings of the same rules that change no result."""
+        if rule == "preflight":
+            return files.canonical_json({key: self.config["train"][key] for key in ("environment", "ranks_per_node")})
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[1])
+        if rule == "train":
+            peak = self.config["plan"]["gpu_tflops"] if self.config["accelerator"] == "cuda" else None
+            return files.canonical_json(configuration.operational("train", self.config) | {"gpu_tflops": peak})
+        return files.canonical_json(configuration.operational("serve", self.config))
+
+    def preflight_settings(self) -> dict[str, Any]:
+        """Settings of preflight; the floor of the bandwidth follows from the network that the plan assumes."""
+        chosen = {key: value for key, value in self.config["preflight"].items() if key != "in_training"}
+        if chosen["all_reduce_min_gb_per_second"] is None and self.config["accelerator"] == "cuda":
+            least = duration.NETWORK_SHARE[0] * self.config["plan"]["node_gb_per_second"]
+            chosen["all_reduce_min_gb_per_second"] = round(least, 3)
+        return chosen
+
+    def _planned(self, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a plan depends on, split into what makes it again when it changes, and the rest.
+
+        For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
+        """
+        config = self.config
+        used = [*(field.name for field in dataclasses.fields(Training)), "ranks_per_node"]
+        steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
+        shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
+        others = {
+            "accelerator": config["accelerator"],
+            "results": config["results"],
+            "data": {"max_length": config["data"]["max_length"]},
+            "model": config["model"],
+            "convert": {"dtype": config["convert"]["dtype"]},
+            "plan": config["plan"],
+        }
+        return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
+
+    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool) -> None:
+        """Plan with what is known now, before any job starts.
+
+        Args:
+            resources: what profile and command line give to ``train``.
+            tokens_are_current: whether tokenize_data has nothing to do, so that its receipt counts.
+
+        Raises:
+            GateError: the plan does not fit, and the configuration does not say to go on.
+            BadInputError: it cannot be made.
+        """
+        receipt = Path(self.results, "receipts", "tokenize_data.json")
+        tokens = receipts.read(receipt, "tokenize_data") if tokens_are_current and receipt.exists() else None
+        plan = planning.from_config(self.config, read_resources(resources), tokens)
+        gate.check_possible(plan)
+        gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
-        stage = "train" if rule == "train" else "serve"
+        stage = "train" if rule in ("train", "preflight") else "serve"
         words = [
             *("--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]),
             *("--python", self.python(stage), f"--activate={self.activate(stage)}"),
         ]
+        if rule == "train" and self.config["preflight"]["in_training"]:
+            words += ["--preflight", files.canonical_json(self.preflight_settings())]
         return shlex.join(words)
 
     def tokenizer(self) -> str:
@@ -184,18 +247,22 @@ class Experiment:
         named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
         named += [
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
+            ("plan", "model.base", config["model"]["base"]),
+            ("refine_plan", "model.base", config["model"]["base"]),
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
         ]
-        for rule, stage in (("train", "train"), ("smoke_test", "serve")):
+        stages = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
+        for rule, stage in stages:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named.append((rule, f"envs.{stage}.python", own["python"]))
-        return [
+        missing = [
             f"{key}: {path} does not exist{_near(path)}"
             for rule, key, path in named
             if rule in rules and path and not _matches(path)
         ]
+        return list(dict.fromkeys(missing))  # several rules read the same path
 
     def check_external_paths(self, rules: Collection[str] = CHAIN) -> None:
         """Raises BadInputError naming every missing path that ``rules`` read."""
@@ -207,7 +274,7 @@ class Experiment:
 
     def check_shapes(self, allocations: dict[str, Allocation]) -> None:
         """Raises BadInputError where training's or serving's parallel sizes do not fit the profile's nodes and GPUs."""
-        train, serve = allocations.get("train"), allocations.get("smoke_test")
+        train = allocations.get("train")
         problems = []
         if self.config["accelerator"] == "cuda" and train and (gpus := train.gpus_per_node()):
             size = self.config["train"]["sequence_parallel_size"]
@@ -217,19 +284,21 @@ class Experiment:
                     f"train.sequence_parallel_size: {size} does not divide the {gpus} GPUs of a node "
                     f"(profile, set-resources: train: gres: {train.gres}); allowed: {allowed}"
                 )
-        if serve:
+        for rule in ("smoke_test", "serve"):
+            if not (serve := allocations.get(rule)):
+                continue
             ranks = self.config["serve"]["tensor_parallel_size"] * self.config["serve"]["pipeline_parallel_size"]
             per_node = serve.gpus_per_node() if self.config["accelerator"] == "cuda" else None
             if ranks % serve.nodes:
                 problems.append(
                     f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} cannot be spread evenly over the "
-                    f"{serve.nodes} nodes of the profile (set-resources: smoke_test: nodes)"
+                    f"{serve.nodes} nodes of the profile (set-resources: {rule}: nodes)"
                 )
             elif per_node and ranks // serve.nodes > per_node:
                 problems.append(
                     f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} needs "
                     f"{ranks // serve.nodes} GPUs on each of {serve.nodes} nodes; "
-                    f"the profile gives {per_node} (set-resources: smoke_test: gres)"
+                    f"the profile gives {per_node} (set-resources: {rule}: gres)"
                 )
         if problems:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))

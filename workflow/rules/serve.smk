@@ -1,3 +1,7 @@
+localrules:
+    serve,
+
+
 rule smoke_test:
     input:
         model=receipt("verify_model"),
@@ -14,3 +18,18 @@ rule smoke_test:
         "Serving the model and testing its API"
     shell:
         render("smoke_test", folder="serve") + stage(f"bash {RESULTS}/serve/smoke_test.sbatch")
+
+
+# Submits a job that stays; it has no output, so asking for it always looks at what is running and acts.
+rule serve:
+    input:
+        test=receipt("smoke_test"),
+    log:
+        f"{LOGS}/serve.log",
+    params:
+        settings=EXPERIMENT.settings("serve"),
+        allocation=allocation_of_deployment,
+    message:
+        "Deploying the model for good"
+    shell:
+        deploy()

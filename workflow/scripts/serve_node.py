@@ -2,10 +2,11 @@
 
 The node with SLURM_NODEID 0 is the head: it offers the API. With --smoke-test it tests the API once it answers, writes
 the receipt and ends with the test's exit code; without, it prints URL and a ready request, writes endpoint.json into
-the run folder and serves until it is stopped (a signal, or a file named `stop` in the run folder).
+the run folder and serves until it is stopped (a signal, or a file named `stop` in the run folder). A lasting deployment
+asks its clients for a key; see serve.api_key_file.
 
-The first process that dies, on any node, ends all nodes with exit code 5 and is shown with its last lines. Whatever
-happens, nothing keeps running.
+The first process that dies, on any node, ends all nodes with exit code 5 (2 where its log names a cause that a further
+start would meet again) and is shown with its last lines. Whatever happens, nothing keeps running.
 """
 
 import sys
@@ -16,7 +17,9 @@ import _bootstrap  # noqa: F401
 from deepseek_sft import cli, receipts
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings as settings_file
+from deepseek_sft.serving import versions
 from deepseek_sft.serving.commands import Programs
+from deepseek_sft.serving.listing import listing
 from deepseek_sft.serving.node import Node
 
 
@@ -24,17 +27,25 @@ def main() -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--model-receipt", type=Path, required=True, help="receipt of verify_model: the model to serve")
     parser.add_argument("--settings", type=Path, required=True, help="serve/settings.json, rendered from the config")
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this deployment, shared by the nodes")
+    parser.add_argument("--run-dir", type=Path, help="folder of this deployment, shared by the nodes")
+    parser.add_argument(
+        "--show-commands", type=int, metavar="NODES", help="start nothing: print what NODES nodes would run"
+    )
     parser.add_argument("--smoke-test", type=Path, help="test the API, write this receipt, and end")
     parser.add_argument(
         "--transcript", type=Path, help="the test's transcript [transcript.jsonl beside the run folder]"
     )
     arguments = parser.parse_args()
+    if not (arguments.run_dir or arguments.show_commands):
+        parser.error("--run-dir is required")
 
     settings = settings_file.read(arguments.settings)
     model = receipts.read(arguments.model_receipt, "verify_model")["result"].get("model")
     if not model or not Path(model, "config.json").is_file():
         raise BadInputError(f"{arguments.model_receipt} names no model folder with a config.json under `model`")
+    if arguments.show_commands:
+        print(listing(settings, arguments.show_commands, model, versions.installed()), end="")
+        return 0
     transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
 
     def smoke_test(url: str, seconds: float, nodes: list[str]) -> list[str]:
@@ -56,6 +67,7 @@ def main() -> int:
             "logprobs-max-parameters": smoke.logprobs_max_parameters,
             "time-to-ready": f"{seconds:.1f}",
             "hosts": ",".join(nodes),
+            "run-dir": arguments.run_dir,
         }
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
         benchmark = [] if smoke.benchmark else ["--no-benchmark"]

@@ -16,7 +16,7 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.serving import smoke
+from deepseek_sft.serving import lasting, smoke
 from deepseek_sft.serving.settings import SmokeSettings
 
 
@@ -50,6 +50,9 @@ def main() -> None:
     )
     parser.add_argument("--no-benchmark", action="store_true", help="do not measure tokens per second")
     parser.add_argument("--time-to-ready", type=float, help="seconds the server took to start, for the receipt")
+    parser.add_argument(
+        "--run-dir", type=Path, help="folder of the deployment: its nodes and processes, for the receipt"
+    )
     parser.add_argument("--hosts", help="nodes that serve, separated by commas, for the receipt")
     arguments = parser.parse_args()
 
@@ -88,6 +91,7 @@ def main() -> None:
         settings={"model": arguments.model, "reasoning_parser": parser_name, "temperature": 0} | vars(settings),
         result={"transcript": str(arguments.transcript)},
         figures={"checks": report.checks, "skipped": report.skipped, "time_to_ready_s": arguments.time_to_ready}
+        | ({"nodes": lasting.who_serves(arguments.run_dir)} if arguments.run_dir else {})
         | report.figures,
         hosts=arguments.hosts.split(",") if arguments.hosts else None,
     )

@@ -1,15 +1,14 @@
 """Command lines and environments of vLLM and Ray, by backend and role."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
+from . import versions
 from .settings import ServeSettings
 
 RAY_OBJECT_STORE_BYTES = 256 << 20  # vLLM moves tensors itself; Ray's default would take 30 % of the node's memory
@@ -56,15 +55,6 @@ class Programs:
         return cls(found["vllm"], found["ray"] or "ray", python)
 
 
-def vllm_version() -> tuple[int, ...] | None:
-    """Installed release of vLLM as numbers, None where it is not installed."""
-    try:
-        text = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return tuple(int(number) for number in re.match(r"[\d.]+", text).group().strip(".").split("."))
-
-
 def serve_command(
     vllm: str,
     model: Path | str,
@@ -74,7 +64,7 @@ def serve_command(
     host: str,
     port: int,
     master_port: int,
-    version: tuple[int, ...] | None = None,
+    version: versions.Version | None = None,
 ) -> list[str]:
     """``vllm serve`` for this node: the API server on the head, a headless engine elsewhere.
 
@@ -83,6 +73,9 @@ def serve_command(
         host, port: where the API listens; used on the head only.
         master_port: port of the head for vLLM's process group (native backend over several nodes).
         version: installed vLLM; None means current.
+
+    Raises:
+        BadInputError: the installed vLLM cannot be started that way.
     """
     flags: dict[str, Any] = {
         "served-model-name": settings.served_model_name,
@@ -109,20 +102,7 @@ def serve_command(
     else:
         flags["headless"] = True
     flags |= settings.engine_args
-    return [vllm, "serve", str(model), *as_arguments(for_version(flags, version))]
-
-
-def for_version(flags: dict[str, Any], version: tuple[int, ...] | None) -> dict[str, Any]:
-    """The flags as the installed vLLM knows them: those it dropped left out, those it needs added."""
-    flags = dict(flags)
-    if version is not None and version < (0, 9):
-        if flags.get("reasoning-parser"):
-            flags["enable-reasoning"] = True
-    else:
-        flags.pop("enable-reasoning", None)  # implied by the parser since 0.9, then removed
-    if version is None or version >= (0, 10, 1):
-        flags.pop("disable-log-requests", None)  # the default since, the flag is gone
-    return flags
+    return [vllm, "serve", str(model), *as_arguments(versions.adapt(flags, version))]
 
 
 def as_arguments(flags: dict[str, Any]) -> list[str]:
@@ -179,7 +159,13 @@ def ray_command(
 
 
 def environment(
-    inherited: dict[str, str], settings: ServeSettings, place: Place, folder: Path, ray: tuple[int, str] | None = None
+    inherited: dict[str, str],
+    settings: ServeSettings,
+    place: Place,
+    folder: Path,
+    *,
+    ray: tuple[int, str] | None = None,
+    api_key: str = "",
 ) -> dict[str, str]:
     """Environment of this node's serving processes; the settings' ``environment`` wins.
 
@@ -187,6 +173,7 @@ def environment(
         inherited: this process's environment.
         folder: node-local folder for sockets and temporary files.
         ray: with backend ray, its port on the head and a secret; without one, whoever reaches that port could run code.
+        api_key: what clients must send; empty lets everyone in.
     """
     ours = {
         # One address and one interface for all traffic; otherwise each library picks its own.
@@ -209,6 +196,7 @@ def environment(
         gcs_port, token = ray
         ours |= {"RAY_ADDRESS": f"{place.head}:{gcs_port}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
         ours["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # all nodes stop together: nothing is to be moved elsewhere
-    if settings.api_key:
-        ours["VLLM_API_KEY"] = settings.api_key  # a flag would show it to every user of the node
+    if api_key:
+        # A flag would show it to every user of the node. The second name is what `vllm bench` and OpenAI's client read.
+        ours |= {"VLLM_API_KEY": api_key, "OPENAI_API_KEY": api_key}
     return inherited | ours | settings.environment

@@ -82,6 +82,7 @@ class HeadChannel:
         self.peers: dict[str, Connection] = {}
         self.hellos: dict[str, Message] = {}
         self.gone: list[str] = []  # nodes whose connection ended, in order
+        self._done: set[str] = set()  # nodes that have stopped everything
         self._strangers: list[Connection] = []
         self._token = secrets.token_hex(16)
         self._listener = socket.create_server((address, 0), backlog=128)
@@ -115,7 +116,11 @@ class HeadChannel:
                 if not stranger.node:
                     stranger.close()
         for node, peer in list(self.peers.items()):
-            messages += peer.receive()
+            for message in peer.receive():
+                if message["event"] == "done":
+                    self._done.add(node)
+                else:
+                    messages.append(message)
             if peer.closed:
                 del self.peers[node]
                 self.gone.append(node)
@@ -125,6 +130,14 @@ class HeadChannel:
         """Send to every node that is still there."""
         for peer in self.peers.values():
             peer.send(message)
+
+    def part(self, seconds: float) -> None:
+        """Wait until the other nodes have stopped what they run; then let them go."""
+        deadline = time.monotonic() + seconds
+        while set(self.peers) - self._done and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(0.05)
+        self.close()
 
     def close(self) -> None:
         for connection in [*self.peers.values(), *self._strangers]:
@@ -150,6 +163,15 @@ class WorkerChannel:
 
     def send(self, message: Message) -> None:
         self._connection.send(message)
+
+    def part(self, seconds: float) -> None:
+        """Say that everything here has stopped, and wait until the head, which waits for all, hangs up."""
+        self.send({"event": "done"})
+        deadline = time.monotonic() + seconds
+        while not self.closed and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(0.05)
+        self.close()
 
     def close(self) -> None:
         self._connection.close()
@@ -181,11 +203,3 @@ def join_head(found: Message, hello: Message) -> WorkerChannel | None:
     connection = Connection(link)
     connection.send({"event": "hello", "token": found["token"]} | hello)
     return WorkerChannel(connection)
-
-
-def wait_for_goodbyes(channel: HeadChannel, seconds: float) -> None:
-    """Give the other nodes time to stop what they run; afterwards Slurm may kill them."""
-    deadline = time.monotonic() + seconds
-    while channel.peers and time.monotonic() < deadline:
-        channel.poll()
-        time.sleep(0.1)

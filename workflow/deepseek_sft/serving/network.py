@@ -1,5 +1,6 @@
 """Addresses, interfaces and ports of a node: one address per node, used for everything."""
 
+import errno
 import os
 import socket
 
@@ -96,6 +97,26 @@ def free_ports(address: str, count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises BadInputError where ``host``:``port`` cannot be listened at: taken, or no address of this node."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections may linger
+        try:
+            probe.bind((host, port))
+        except PermissionError:
+            raise BadInputError(f"{node_name()}: port {port} needs root", "set serve.port to one above 1023") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise BadInputError(
+                    f"{node_name()}: port {port} of {host} is taken by another program",
+                    "set serve.port to another one, or to 0 for a free one",
+                ) from None
+            raise BadInputError(
+                f"{node_name()}: cannot listen at {host}: {error.strerror}",
+                "set serve.host to null, or to an address of the node that runs the first task",
+            ) from None
 
 
 def is_open(address: str, port: int) -> bool:

@@ -6,10 +6,8 @@ their part of the engine until the head says so. Whatever ends first ends the wh
 
 import contextlib
 import http.client
-import json
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,9 +17,10 @@ from typing import Any
 from .. import files
 from ..cli import say
 from ..errors import CrashError, StageError, StoppedError
-from . import commands, control, network, processes
+from . import api_keys, commands, control, lasting, model_folder, network, processes, versions
 from .commands import Programs
 from .failures import NodeFailure, StopRequest
+from .reading_logs import Progress
 from .settings import ServeSettings
 from .watching import SETTLE_S, Watch
 
@@ -58,6 +57,8 @@ class Node:
         self.checks = checks
         self.watch = Watch(run_dir)
         self.place: commands.Place | None = None
+        self.api_key = ""  # on the head
+        self.api_key_file: Path | None = None
         self.started = time.monotonic()
 
     def run(self) -> int:
@@ -73,7 +74,6 @@ class Node:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         processes.adopt_orphans()
         self.watch.catch_signals()
-        before = processes.shared_memory_names()
         # Short and on the node itself: sockets of Ray and vLLM live here, and their paths must stay below 108 bytes.
         folder = Path(tempfile.mkdtemp(prefix="serve-", dir="/tmp"))
         outcome: dict[str, Any] = {"event": "stop"}
@@ -93,11 +93,7 @@ class Node:
             outcome = {"event": "error", "problem": error.problem, "fix": error.fix, "exit_code": error.exit_code}
             raise
         finally:
-            self.watch.end(outcome, grace)
-            removed = processes.remove_shared_memory(before)
-            if removed:
-                say(f"{self.watch.name}: removed {len(removed)} segments that were left in /dev/shm")
-            shutil.rmtree(folder, ignore_errors=True)
+            self.watch.end(outcome, grace, folder)
 
     def _run_head(self, folder: Path) -> int:
         settings, watch = self.settings, self.watch
@@ -107,9 +103,9 @@ class Node:
         if watch.nodes > 1:
             watch.channel = control.HeadChannel(address, self.run_dir)
             watch.wait(lambda: len(watch.channel.hellos) == watch.nodes - 1, JOIN_TIMEOUT_S, self._missing_nodes)
-        host, reach = self._api_host()
-        api_port, master_port, gcs_port = network.free_ports(address, 3)
-        api_port = settings.port or api_port
+        self._check_before_start()
+        host, reach, api_port = self._api_address(address)
+        master_port, gcs_port = network.free_ports(address, 2)
         ray_token = secrets.token_hex(32)
         environment = self._environment(folder, gcs_port, ray_token)
         if settings.backend == "ray":
@@ -125,6 +121,9 @@ class Node:
         ready = time.monotonic() - self.started
         url = f"http://{reach}:{api_port}"
         say(f"ready after {ready:.1f} s: {url}, model {settings.served_model_name}")
+        self._record_processes()
+        if watch.channel:
+            watch.channel.broadcast({"event": "ready"})
         if self.checks:
             return self._run_checks(self.checks(url, ready, self._all_nodes()), environment)
         return self._stay(url, reach, api_port)
@@ -132,6 +131,7 @@ class Node:
     def _run_worker(self, folder: Path) -> int:
         watch = self.watch
         watch.wait(self._join, JOIN_TIMEOUT_S, lambda: f"waiting for the head node to appear in {self.run_dir}")
+        self._check_before_start()
         # No deadline of its own from here on: the head has them all, and its end is noticed.
         watch.wait(lambda: watch.start_message is not None, None, lambda: "waiting for the other nodes")
         master_port, gcs_port = watch.start_message["master_port"], watch.start_message["gcs_port"]
@@ -140,6 +140,7 @@ class Node:
             self._start_ray(folder, environment, gcs_port)
         else:
             self._start_vllm(environment, "", 0, master_port)
+        watch.on_ready = self._record_processes
         watch.wait(lambda: False, None, None)
         raise AssertionError("unreachable: the wait ends by an exception only")
 
@@ -150,9 +151,16 @@ class Node:
         watch = self.watch
         interface = network.interface_of(address)
         self.place = commands.Place(watch.rank, watch.nodes, address, interface, head)
-        entry = {"node": watch.name, "rank": watch.rank, "address": address, "interface": interface, "pid": os.getpid()}
-        files.write_json(self.run_dir / f"{watch.name}.json", entry | {"log": str(watch.log)})
+        self._record_processes()
         say(f"{watch.name}: rank {watch.rank} of {watch.nodes}, address {address} ({interface}), log {watch.log}")
+
+    def _record_processes(self) -> None:
+        """Write ``<node>.json``: who this node is and what runs on it now."""
+        watch = self.watch
+        entry = {"node": watch.name, "rank": watch.rank, "address": self.place.address}
+        entry |= {"interface": self.place.interface, "pid": os.getpid(), "log": str(watch.log)}
+        entry["processes"] = processes.describe(watch.children)
+        files.write_json(self.run_dir / f"{watch.name}.json", entry)
 
     def _join(self) -> bool:
         found = control.read_rendezvous(self.run_dir)
@@ -162,7 +170,7 @@ class Node:
             interface = self.settings.network_interface
             address = network.interface_address(interface) if interface else network.address_towards(found["address"])
             self._take_place(address, found["address"])
-        self.watch.channel = control.join_head(found, {"node": self.watch.name, "pid": os.getpid()})
+        self.watch.channel = control.join_head(found, {"node": self.watch.name, "log_start": self.watch.log_start})
         return self.watch.channel is not None
 
     def _missing_nodes(self) -> str:
@@ -170,23 +178,49 @@ class Node:
         return f"waiting for {self.watch.nodes - len(here)} of {self.watch.nodes} nodes; here: {', '.join(here)}"
 
     def _all_nodes(self) -> list[str]:
-        return [self.watch.name, *(self.watch.channel.hellos if self.watch.channel else ())]
+        return [self.watch.name, *self._hellos()]
 
-    def _api_host(self) -> tuple[str, str]:
-        """Where the API listens and under which address it is reached.
+    def _hellos(self) -> dict[str, control.Message]:
+        """What the other nodes said when they came, on the head."""
+        return self.watch.channel.hellos if self.watch.channel else {}
 
-        The setting; else loopback unless other machines must reach it, which a test needs not.
+    def _check_before_start(self) -> None:
+        """What can be found out at once: a wrong model folder, a key that cannot be used.
+
+        Not before the nodes are connected, so that all of them end with the same message and exit code.
         """
-        lasting_on_cluster = self.checks is None and "SLURM_JOB_ID" in os.environ
-        reach = network.head_address(self.settings.network_interface) if lasting_on_cluster else "127.0.0.1"
-        host = self.settings.host or reach
-        return host, reach if host == "0.0.0.0" else host
+        model_folder.check(self.model, self.settings)
+        if self.watch.rank == 0:
+            if self.checks:
+                self.api_key = api_keys.fresh()
+            else:
+                default = self.run_dir.parent / api_keys.KEY_FILE
+                self.api_key, self.api_key_file = api_keys.read_or_make(self.settings.api_key_file, default)
+
+    def _api_address(self, address: str) -> tuple[str, str, int]:
+        """Where the API listens, the address it is reached at, and its port.
+
+        A smoke test needs nobody else: loopback and a free port. A lasting deployment takes the settings, else the
+        head's address on the cluster's network, or loopback outside Slurm.
+
+        Raises:
+            BadInputError: something listens at the configured port, or the configured address is not this node's.
+        """
+        if self.checks:
+            return "127.0.0.1", "127.0.0.1", network.free_ports("127.0.0.1", 1)[0]
+        settings = self.settings
+        in_cluster = network.head_address(settings.network_interface) if "SLURM_JOB_ID" in os.environ else address
+        host = settings.host or in_cluster
+        port = settings.port or network.free_ports(host, 1)[0]
+        network.check_free(host, port)
+        return host, in_cluster if host == "0.0.0.0" else host, port
 
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _environment(self, folder: Path, gcs_port: int, ray_token: str) -> dict[str, str]:
         ray = (gcs_port, ray_token) if self.settings.backend == "ray" else None
-        return commands.environment(dict(os.environ), self.settings, self.place, folder, ray)
+        inherited = dict(os.environ)
+        return commands.environment(inherited, self.settings, self.place, folder, ray=ray, api_key=self.api_key)
 
     def _start_vllm(self, environment: dict[str, str], host: str, port: int, master_port: int) -> None:
         command = commands.serve_command(
@@ -197,7 +231,7 @@ class Node:
             host=host,
             port=port,
             master_port=master_port,
-            version=commands.vllm_version(),
+            version=versions.installed(),
         )
         self.watch.start("vllm", command, environment)
 
@@ -232,11 +266,14 @@ class Node:
     # -- serving --------------------------------------------------------------------------------------------------
 
     def _wait_until_ready(self, host: str, port: int) -> None:
-        phases = processes.PhaseReader(self.watch.log)
+        here = self._all_nodes()
+        starts = {self.watch.name: self.watch.log_start}
+        starts |= {node: hello.get("log_start", 0) for node, hello in self._hellos().items()}
+        progress = Progress({node: (self.run_dir / f"{node}.log", starts[node]) for node in here})
         self.watch.wait(
             lambda: health(host, port) == 200,
             self.settings.ready_timeout_s,
-            lambda: f"waiting for http://{host}:{port}/health: {phases.update()}",
+            lambda: f"waiting for http://{host}:{port}/health: {progress.update()}",
             "if the log shows that it was still making progress, raise serve.ready_timeout_s",
         )
 
@@ -251,20 +288,23 @@ class Node:
         return code if code >= 0 else CrashError.exit_code
 
     def _stay(self, url: str, host: str, port: int) -> int:
-        name = self.settings.served_model_name
-        request = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
-        key = ' -H "Authorization: Bearer $API_KEY"' if self.settings.api_key else ""
-        curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{request}'"
-        endpoint = self.run_dir / "endpoint.json"
-        files.write_json(endpoint, {"url": f"{url}/v1", "model": name, "nodes": self._all_nodes(), "curl": curl})
-        say(f"URL    {url}/v1\nmodel  {name}\ntry    {curl}\nstop   scancel the job, or: touch {self.run_dir / 'stop'}")
+        endpoint = lasting.Endpoint(
+            url=f"{url}/v1",
+            model=self.settings.served_model_name,
+            nodes=self._all_nodes(),
+            api_key_file=str(self.api_key_file),
+            stop=lasting.how_to_stop(self.run_dir),
+        )
+        file = self.run_dir / lasting.ENDPOINT
+        endpoint.write(file)
+        say(endpoint.text())
         misses = 0
         try:
             while misses < 3:
                 self.watch.wait(lambda: False, HEALTH_EVERY_S, None, give_up=False)
                 misses = 0 if health(host, port) == 200 else misses + 1
         finally:
-            endpoint.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         raise CrashError(f"{url}/health did not answer 200 three times in a row; see {self.watch.log}")
 
 

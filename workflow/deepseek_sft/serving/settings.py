@@ -26,13 +26,16 @@ DECIDED_FLAGS = {
     "pipeline-parallel-size": "serve.pipeline_parallel_size",
     "host": "serve.host",
     "port": "serve.port",
-    "api-key": "serve.api_key",
+    "api-key": "serve.api_key_file",
     "max-model-len": "serve.max_model_len",
     "served-model-name": "serve.served_model_name",
     "reasoning-parser": "serve.reasoning_parser",
     "dtype": "serve.dtype",
     "trust-remote-code": "serve.trust_remote_code",
+    "uds": "serve.host",
 }
+# The server is watched over plain HTTP; encryption belongs to a proxy in front of it, or to a tunnel.
+UNSUPPORTED_FLAGS = ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "root-path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,9 @@ class ServeSettings:
         engine_args: further flags of ``vllm serve`` without dashes: a value, true (bare flag), false (``--no-flag``),
             a mapping (JSON), a list (several values) or null (leave out).
         environment: variables of every serving process; they win over those set here.
-        port: port of the API, 0 for a free one.
-        host: address to listen on; None chooses (see ``node.api_host``).
+        host: address to listen on; None chooses (see ``Node._api_address``). A smoke test always takes loopback.
+        port: port of the API, 0 for a free one. A smoke test always takes a free one.
+        api_key_file: file with the key that clients must send; None makes one. See ``api_keys``.
         network_interface: interface of the traffic between nodes; None takes the one that routes to the head.
         ready_timeout_s: deadline in seconds until ``/health`` answers.
         stop_grace_s: seconds between the request to stop and the kill.
@@ -87,7 +91,7 @@ class ServeSettings:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     ready_timeout_s: float = 3600
     stop_grace_s: float = 30
-    api_key: str | None = None
+    api_key_file: str | None = None
     network_interface: str | None = None
     smoke_test: SmokeSettings = SmokeSettings()
 
@@ -155,7 +159,17 @@ def _check_values(settings: ServeSettings, where: str) -> None:
             raise BadInputError(f"{where}: smoke_test.{name} is {getattr(smoke, name)}, expected more than 0")
     if not 0 <= smoke.min_format_rate <= 1:
         raise BadInputError(f"{where}: smoke_test.min_format_rate is {smoke.min_format_rate}, expected 0 to 1")
+    if "VLLM_API_KEY" in settings.environment:
+        raise BadInputError(
+            f"{where}: environment.VLLM_API_KEY would stand in the results for all to read",
+            "put the key into a file of mode 0600 and set serve.api_key_file",
+        )
     for flag in settings.engine_args:
+        if flag in UNSUPPORTED_FLAGS:
+            raise BadInputError(
+                f"{where}: engine_args.{flag} is not supported",
+                "serve plain HTTP and put a proxy or a tunnel before it",
+            )
         if flag in DECIDED_FLAGS:
             raise BadInputError(
                 f"{where}: engine_args.{flag} is decided by {DECIDED_FLAGS[flag]}", f"remove {flag} from engine_args"

@@ -1,0 +1,118 @@
+"""An emulated cluster with a copy of the project whose chain is done up to verify_model, for tests of serving."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import scripted_model
+import yaml
+from cluster_fixture import Cluster
+from project_copy import copy_of
+
+from deepseek_sft import receipts
+
+DEADLINE_S = 600  # generous: only a hang reaches it
+PROGRAMS = "vllm|VLLM|ray|serve_node|smoke_test"
+
+
+class Site:
+    """The copy and its cluster.
+
+    Args:
+        project: the checkout under test.
+        folder: existing folder that the nodes see.
+        cluster: running.
+    """
+
+    def __init__(self, project: Path, folder: Path, cluster: Cluster):
+        self.cluster = cluster
+        self.project = project
+        self.clone = copy_of(project, folder)
+        self.results = self.clone / "results" / "demo"
+        model = self.results / "model"
+        make = [project / ".envs/workflow/bin/python", project / "workflow/scripts/prepare_model.py"]
+        make += ["--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
+        subprocess.run(make, check=True, capture_output=True)
+        scripted_model.script(model)
+        verified = {"model": str(model)}
+        receipts.write(
+            self.results / "receipts/verify_model.json",
+            "verify_model",
+            inputs={},
+            settings={},
+            result=verified,
+            figures={},
+        )
+        prompts = folder / "held_out.jsonl"
+        prompts.write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}))
+        self.envs: dict[str, object] = {}
+        self.smoke_test = {"prompts": str(prompts), "max_tokens": 16, "benchmark": False}
+
+    def pretend_tested(self) -> None:
+        """Write a smoke test's receipt where there is none, so that the target `serve` starts at once."""
+        receipt, transcript = self.results / "receipts/smoke_test.json", self.results / "serve/transcript.jsonl"
+        if not receipt.exists():
+            transcript.parent.mkdir(exist_ok=True)
+            transcript.touch()
+            made = {"transcript": str(transcript)}
+            receipts.write(receipt, "smoke_test", inputs={}, settings={}, result=made, figures={})
+
+    def command(self, *arguments: str, **serve: object) -> list[str]:
+        """Command line of snakemake on the login node with changes of section ``serve``."""
+        overlay = self.clone / "overlay.yaml"
+        sections = {"serve": serve, "smoke_test": self.smoke_test, "envs": self.envs}
+        overlay.write_text(yaml.safe_dump(sections))
+        words = ["env", f"PYTHONPATH={self.clone}/cluster/fastpoll", str(self.project / ".envs/workflow/bin/snakemake")]
+        words += ["--configfile", "config/experiments/demo.yaml", "overlay.yaml", "--profile", "profiles/demo"]
+        return self.cluster.command("exec", *words, *arguments)
+
+    def start(self, *arguments: str, **serve: object) -> subprocess.Popen:
+        """Start snakemake in the copy; its output goes to the file ``snakemake.log`` there."""
+        return self.run(self.command(*arguments, **serve))
+
+    def run(self, command: list[str]) -> subprocess.Popen:
+        """Start a command in the copy; its output goes to the file ``snakemake.log`` there."""
+        store = (self.project / ".envs" / "workflow").resolve().parent
+        with open(self.clone / "snakemake.log", "wb") as output:
+            return subprocess.Popen(
+                command,
+                cwd=self.clone,
+                env=self.cluster.environment | {"ENVS_CACHE": os.environ.get("ENVS_CACHE", str(store))},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def output(self) -> str:
+        """What the last snakemake said, the failed stage's log included."""
+        return (self.clone / "snakemake.log").read_text(errors="replace")
+
+    def node_log(self, run: str, node: str) -> str:
+        """Output of the serving processes of a node, of the newest run whose folder matches ``run``."""
+        found = sorted(self.results.glob(f"serve/{run}/{node}.log"), key=lambda path: path.stat().st_mtime)
+        return found[-1].read_text(errors="replace") if found else ""
+
+    def wait_for(self, condition: Callable[[], object], running: subprocess.Popen | None = None) -> None:
+        """Wait until ``condition`` holds; fails when ``running`` ends before."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            if running and running.poll() is not None:
+                pytest.fail(f"ended early with {running.returncode}:\n{self.output()[-6000:]}")
+            assert time.monotonic() < deadline, self.output()[-6000:]
+            time.sleep(0.25)
+
+    def kill_engine(self, node: str) -> bool:
+        """Kill the process on ``node`` that holds a part of the model; False while there is none."""
+        return (
+            self.cluster.node(node, "pkill", "-KILL", "-f", "VLLM::Worker|RayWorkerProc", check=False).returncode == 0
+        )
+
+    def left_on_nodes(self) -> dict[str, str]:
+        """Serving processes, temporary folders and shared memory that are on each node."""
+        look = f"pgrep -fa '{PROGRAMS}' | grep -v pgrep; ls -d /tmp/serve-* 2> /dev/null; ls /dev/shm"
+        nodes = [f"node{i + 1}" for i in range(self.cluster.nodes)]
+        return {node: self.cluster.node(node, "bash", "-c", look, check=False).stdout for node in nodes}

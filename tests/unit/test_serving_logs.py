@@ -1,0 +1,103 @@
+"""What is read from the logs of serving processes: phases, last lines, exceptions, causes."""
+
+import pytest
+
+from deepseek_sft.serving import failures, reading_logs
+
+
+def test_phase_is_the_last_milestone_in_the_log(tmp_path):
+    log = tmp_path / "n0.log"
+    reader = reading_logs.PhaseReader(log)
+    assert reader.update() == "starting Python"
+    log.write_text("Starting to load model x...\nLoading safetensors checkpoint shards:  10% Completed | 1/10\r")
+    assert reader.update() == "loading weights, 10 %"
+    with open(log, "a") as stream:
+        stream.write("Loading safetensors checkpoint shards: 100% Completed | 10/10\nnothing\n")
+    assert reader.update() == "loading weights, 100 %"
+    with open(log, "a") as stream:
+        stream.write("Loading weights took 3 seconds\nCapturing CUDA graphs (mixed): 50%|\n")
+    assert reader.update() == "capturing CUDA graphs, 50 %"
+
+
+def test_last_lines_show_the_last_state_of_a_progress_bar(tmp_path):
+    log = tmp_path / "n0.log"
+    log.write_text("a\n\nb 10%\rb 20%\rb 30%\nlast\n")
+    assert reading_logs.last_lines(log, 2) == ["b 30%", "last"]
+
+
+def test_first_exceptions_are_found_behind_the_logs_prefixes(tmp_path):
+    log = tmp_path / "n0.log"
+    log.write_text("ValueError: of an earlier start\n")
+    start = log.stat().st_size
+    with open(log, "a") as stream:
+        stream.write("WARNING fd limit errors like `OSError: [Errno 24]` may come\n")
+        stream.write("(EngineCore pid=7) ERROR 11-24 05:18:18 [core.py:1510] RuntimeError: open shm failed\n")
+        stream.write("\x1b[36m(Worker pid=8)\x1b[0m torch.OutOfMemoryError: CUDA out of memory\n")
+        stream.write(
+            "(EngineCore pid=7) ERROR 11-24 [ray_executor_v2.py:522] RayWorkerProc rank=[1] died unexpectedly\n"
+        )
+        stream.write("RuntimeError: open shm failed\nRuntimeError: See root cause above.\n")
+    assert reading_logs.exceptions(log, start) == [
+        "RuntimeError: open shm failed",
+        "torch.OutOfMemoryError: CUDA out of memory",
+        "RayWorkerProc rank=[1] died unexpectedly",
+        "RuntimeError: See root cause above.",
+    ]
+
+
+def test_progress_names_the_nodes_where_they_differ(tmp_path):
+    (tmp_path / "n1.log").write_text("Starting to load model of an earlier start\n")
+    start = (tmp_path / "n1.log").stat().st_size
+    progress = reading_logs.Progress({"n0": (tmp_path / "n0.log", 0), "n1": (tmp_path / "n1.log", start)})
+    assert progress.update() == "starting Python"
+    (tmp_path / "n0.log").write_text("Loading safetensors checkpoint shards:  40% Completed | 4/10\n")
+    assert progress.update() == "n0: loading weights, 40 %; n1: starting Python"
+
+
+def report(node: str = "n1", exits: str = "ended with exit code 1", exceptions=(), lines=()) -> dict:
+    return {
+        "node": node,
+        "process": "vllm",
+        "exit": exits,
+        "log": f"{node}.log",
+        "exceptions": list(exceptions),
+        "lines": list(lines),
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem", "code"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", "out of GPU memory", 2),
+        ("ValueError: No available memory for the cache blocks.", "out of memory for the KV cache", 2),
+        (
+            "ValueError: (0.01 GiB KV cache is needed, which is larger than the available KV cache memory (0.0 GiB).",
+            "out of memory for the KV cache",
+            2,
+        ),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "out of host memory", 2),
+        ("OSError: [Errno 98] Address already in use", "a port was taken", 5),
+        ("RuntimeError: DeepSeekR1 reasoning parser could not locate think start/end tokens", "the tokenizer lacks", 2),
+        ("KeyError: 'layers.1.mlp.gate.e_score_correction_bias'", "the weights do not fit", 2),
+        ("ValueError: Head dimension 96 is not supported by MLA.", "the model's attention dimensions", 2),
+        ("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:77", "NCCL failed", 5),
+        ("RuntimeError: something that nobody has seen", "the deployment ended because of a failure", 5),
+    ],
+)
+def test_known_cause_is_named_first_with_the_node_and_decides_the_exit_code(line, problem, code):
+    failure = failures.NodeFailure([report(exceptions=["RuntimeError: See root cause above", line])])
+    first = failure.problem.splitlines()[0]
+    assert problem in first
+    assert failure.exit_code == code
+    if "because of a failure" not in problem:
+        assert "n1" in first
+        assert line in first
+        assert failure.fix
+
+
+def test_killed_process_is_the_cause_whatever_the_others_complain_about():
+    complaint = report("n0", exceptions=["torch.distributed.DistNetworkError: Address already in use"])
+    failure = failures.NodeFailure([complaint, report("n1", "was killed by SIGKILL")])
+    assert failure.problem.splitlines()[1].startswith("n1: vllm was killed by SIGKILL")
+    assert failure.exit_code == 5
+    assert "mem_mb" in failure.fix

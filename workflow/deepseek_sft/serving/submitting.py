@@ -1,0 +1,170 @@
+"""Submitting a lasting deployment as a Slurm job of its own, and waiting until it answers."""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from .. import files
+from ..cli import say
+from ..errors import BadInputError, CrashError, StageError
+from .lasting import ENDPOINT, Endpoint
+
+POLL_S = 2.0
+PROGRESS_EVERY_S = 30.0
+LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED", "STOPPED")
+SHOWN_LINES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """A submitted job, as ``serve/deployment/job.json`` keeps it.
+
+    Attributes:
+        job: Slurm's id.
+        run_dir: folder of the deployment.
+        log: the job's output.
+        model: fingerprint of the receipt that names the served model.
+    """
+
+    job: str
+    run_dir: str
+    log: str
+    model: str
+
+
+def deploy(results: Path, logs: Path) -> Endpoint:
+    """Submit ``results``/serve/deployment/serve.sbatch, or find the job that serves this model already.
+
+    Raises:
+        BadInputError: no Slurm, Slurm refuses the job, or a deployment of an earlier model is still there.
+        StageError: the job ended before it answered; with its exit code and the message from its log.
+    """
+    folder = results / "serve" / "deployment"
+    model = files.fingerprint(results / "receipts" / "verify_model.json")
+    deployment = _read(folder / "job.json")
+    if deployment and state(deployment.job)[0] in LIVING:
+        if deployment.model != model:
+            raise BadInputError(
+                f"job {deployment.job} still serves an earlier model of this experiment",
+                f"stop it first: scancel {deployment.job}",
+            )
+        say(f"job {deployment.job} serves this model already")
+    else:
+        deployment = _submit(results, logs, folder, model)
+    return _wait(deployment)
+
+
+def state(job: str) -> tuple[str, str]:
+    """A job's state and what it waits for or where it runs; an empty state for a job that Slurm has forgotten.
+
+    Raises:
+        BadInputError: Slurm's commands are not installed.
+    """
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%R"]
+    answer = _run(command)
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        return "UNKNOWN", answer.stderr.strip()  # the controller is away; it will come back
+    found, _, why = answer.stdout.strip().partition("|")
+    return found, why
+
+
+def _read(path: Path) -> Deployment | None:
+    try:
+        return Deployment(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _submit(results: Path, logs: Path, folder: Path, model: str) -> Deployment:
+    (logs / "serve").mkdir(parents=True, exist_ok=True)
+    script = folder / "serve.sbatch"
+    answer = _run(["sbatch", "--parsable", str(script)])
+    if answer.returncode:
+        raise BadInputError(f"Slurm does not take {script}: {answer.stderr.strip()}", "see `serve:` in the profile")
+    job = answer.stdout.strip().partition(";")[0]
+    run_dir, log = results / "serve" / f"deployment-{job}", logs / "serve" / f"{job}.log"
+    deployment = Deployment(job, str(run_dir), str(log), model)
+    files.write_json(folder / "job.json", dataclasses.asdict(deployment))
+    say(f"submitted job {job}; its log: {log}; Ctrl-C cancels it until it answers")
+    return deployment
+
+
+def _wait(deployment: Deployment) -> Endpoint:
+    """Until the endpoint is there; a signal cancels the job."""
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _poll(deployment)
+    except KeyboardInterrupt:
+        _run(["scancel", deployment.job])
+        say(f"cancelled job {deployment.job}")
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _poll(deployment: Deployment) -> Endpoint:
+    begin = said = time.monotonic()
+    while True:
+        found, why = state(deployment.job)
+        endpoint = Endpoint.read(Path(deployment.run_dir) / ENDPOINT)
+        if endpoint and found == "RUNNING":
+            return endpoint
+        if found not in (*LIVING, "UNKNOWN"):
+            _explain(deployment, found)
+        if time.monotonic() - said >= PROGRESS_EVERY_S:
+            said = time.monotonic()
+            say(f"{said - begin:.0f} s: job {deployment.job} is {found} ({why}); {_last_line(deployment)}")
+        time.sleep(POLL_S)
+
+
+def _explain(deployment: Deployment, found: str) -> NoReturn:
+    """Raise the error with which the job ended, as its log tells it."""
+    try:
+        text = Path(deployment.log).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    lines = re.sub(r"^\d+: ", "", text, flags=re.MULTILINE).splitlines()  # srun --label
+    first = next((i for i, line in enumerate(lines) if line.startswith("error: ")), max(0, len(lines) - 20))
+    shown = "".join(f"\n  {line}" for line in lines[first : first + SHOWN_LINES])
+    code = _exit_code(deployment.job)
+    kind = {2: BadInputError}.get(code, CrashError)
+    error: StageError = kind(
+        f"job {deployment.job} ended before the model answered ({found or 'gone'}, exit code {code}); "
+        f"{deployment.log} says:{shown}"
+    )
+    raise error
+
+
+def _exit_code(job: str) -> int | None:
+    match = re.search(r"ExitCode=(\d+):", _run(["scontrol", "show", "job", job]).stdout)
+    return int(match[1]) if match else None
+
+
+def _last_line(deployment: Deployment) -> str:
+    try:
+        lines = Path(deployment.log).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "it has written nothing yet"
+    return lines[-1][:200] if lines else "it has written nothing yet"
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except FileNotFoundError:
+        raise BadInputError(
+            f"the target `serve` submits a Slurm job, and there is no `{command[0]}` here",
+            "run it on the cluster, or in the foreground: bash results/<experiment>/serve/deployment/serve.sbatch",
+        ) from None
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} does not answer")
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
