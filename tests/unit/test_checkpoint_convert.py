@@ -281,8 +281,9 @@ def test_dry_run_writes_nothing(tmp_path, project, base, checkpoint):
     script = project / "workflow/scripts/convert_checkpoint.py"
     arguments = [f"--checkpoint={checkpoint}", f"--base={base}", f"--output={tmp_path / 'out'}", "--dry-run"]
     found = subprocess.run(
-        [sys.executable, script, *arguments, f"--receipt={tmp_path / 'r.json'}"], capture_output=True, check=True
+        [sys.executable, script, *arguments, f"--receipt={tmp_path / 'r.json'}"], capture_output=True, text=True
     )
+    assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["world_size"] == 3
     assert not list(tmp_path.iterdir())
 

@@ -31,11 +31,13 @@ rule verify_model:
         log_file("verify_model"),
     benchmark:
         benchmark_file("verify_model")
+    params:
+        arguments=EXPERIMENT.arguments("verify_model"),
     message:
         "Verifying the converted model"
     shell:
         script(
             f"verify_model.py --model {path_from('convert_checkpoint', 'model')} "
             f"--checkpoint {path_from('train', 'checkpoint')} --base {path_from('prepare_model', 'base')} "
-            f"--train-receipt {{input.train}} {operational('verify_model')} --workers {{resources.cpus_per_task}} --receipt {{output.receipt}}"
+            f"--train-receipt {{input.train}} {{params.arguments}} {operational('verify_model')} --workers {{resources.cpus_per_task}} --receipt {{output.receipt}}"
         )

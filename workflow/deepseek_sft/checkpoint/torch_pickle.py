@@ -14,6 +14,7 @@ import pickle
 import re
 import resource
 import struct
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -237,19 +238,23 @@ def open_archive(path: Path) -> Archive:
     return Archive(path, name, records, content, directory)
 
 
+_limit_lock = threading.Lock()  # the limit is the process's: of two threads one would take the other's for its own
+
+
 @contextlib.contextmanager
 def _bounded_growth() -> Iterator[None]:
     """Let this process take only so much more address space: what asks for more gets MemoryError, not the machine."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm", encoding="ascii") as stream:
-        limit = int(stream.read().split()[0]) * PAGE + LARGEST_GROWTH
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with _limit_lock:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            limit = int(stream.read().split()[0]) * PAGE + LARGEST_GROWTH
+        if soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def load(archive: Archive) -> Any:
