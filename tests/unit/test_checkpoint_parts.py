@@ -172,10 +172,10 @@ def test_rule_on_several_nodes_scatters_and_completes(tmp_path, project, inputs,
 @pytest.mark.parametrize("code, kind", [(2, BadInputError), (4, StoppedError), (1, CrashError), (137, CrashError)])
 def test_exit_code_of_the_worst_node_comes_through(slurm, code, kind):
     with pytest.raises(kind, match=f"exit code {code}"):
-        parts.run_on_nodes(2, 1, ["-c", f"import sys; sys.exit({code})"])
+        parts.run_on_nodes(2, ["-c", f"import sys; sys.exit({code})"])
 
 
 def test_several_nodes_without_slurm_are_refused(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(BadInputError, match="not a Slurm job"):
-        parts.run_on_nodes(2, 1, ["-c", ""])
+        parts.run_on_nodes(2, ["-c", ""])

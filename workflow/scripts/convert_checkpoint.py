@@ -13,7 +13,6 @@ after the other, and then the same command without --part, which completes the f
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -95,7 +94,7 @@ def main() -> None:
         return
     started = time.monotonic()
     if args.nodes > 1:
-        parts.run_on_nodes(args.nodes, len(os.sched_getaffinity(0)), [*sys.argv, "--nodes=1", "--part=slurm"])
+        parts.run_on_nodes(args.nodes, [*sys.argv, "--nodes=1", "--part=slurm"])
     progress, bytes_read, seconds = convert.run(conversion)
     _tell(args, conversion, progress, seconds)
     if options.part:

@@ -70,7 +70,13 @@ def share(shards: Sequence[Shard], part: Part) -> list[Shard]:
     return chosen
 
 
-def run_on_nodes(nodes: int, cpus: int, command: list[str]) -> None:
+def cpus_of_node() -> int:
+    """CPUs that this job has on a node; where Slurm binds no processes they see all of the node's."""
+    stated = [os.environ.get(name) for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")]
+    return min([len(os.sched_getaffinity(0)), *(int(count) for count in stated if count)])
+
+
+def run_on_nodes(nodes: int, command: list[str]) -> None:
     """Run a command once on each of the allocation's nodes; with ``--part slurm`` each knows its share.
 
     A node that fails does not stop the others: what they finish need not be done again.
@@ -88,7 +94,7 @@ def run_on_nodes(nodes: int, cpus: int, command: list[str]) -> None:
         if name in KEPT_VARIABLES or not name.startswith(("SLURM_", "SRUN_", "SBATCH_"))
     }
     launcher = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    launcher += [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", "--wait=0", "--label"]
+    launcher += [f"--cpus-per-task={cpus_of_node()}", "--kill-on-bad-exit=0", "--wait=0", "--label"]
     cli.say(f"{nodes} nodes, one share each")
     try:
         code = subprocess.run([*launcher, sys.executable, *command], env=environment, stdout=sys.stderr).returncode
