@@ -10,6 +10,7 @@ Everything lies under --folder, on the disk to be measured, and is removed at th
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -28,14 +29,13 @@ sys.path[:0] = [str(PROJECT / "workflow"), str(PROJECT / "tests")]
 import large_zero3  # noqa: E402
 
 from deepseek_sft.checkpoint import memory, zero  # noqa: E402
-from deepseek_sft.model import tiny  # noqa: E402
+from deepseek_sft.model import release, tiny  # noqa: E402
 
 MEMORY_BAR = 256 << 20  # plus twice the work item (16 MiB of FP32) of every thread
 COPY_BAR, PEER_BAR, BYTES_BAR = 0.8, 4.0, 1.02
 LIMIT = 512 << 20
 SCRIPT = PROJECT / "workflow/scripts/convert_checkpoint.py"
 TRAIN = PROJECT / ".envs/train"
-EXPERT = 3 * 2048 * 704  # parameters of one expert of the models below
 BLOCK = 16 << 20
 
 # Runs the program given and prints its peak of resident memory, and what /proc/self/io counted, as JSON.
@@ -80,12 +80,16 @@ class Run:
 
 
 def shape_of(gigabytes: float, experts: int = 16) -> tiny.TinyShape:
-    """A model of about so many bytes of FP32 weights: layers of 2048 and ``experts`` experts."""
-    layers = max(2, round(gigabytes * 1e9 / 4 / (EXPERT * (experts + 1) + 20e6)))
-    return tiny.TinyShape(
-        hidden_size=2048, layers=layers, heads=16, routed_experts=experts, moe_intermediate_size=704,
-        intermediate_size=5632, vocab_size=16000,
-    )  # fmt: skip
+    """The smallest model of at least so many bytes of FP32 weights: layers of 2048 and ``experts`` experts."""
+    for layers in itertools.count(2):
+        shape = tiny.TinyShape(
+            hidden_size=2048, layers=layers, heads=16, routed_experts=experts, moe_intermediate_size=704,
+            intermediate_size=5632, vocab_size=16000,
+        )  # fmt: skip
+        specs = release.tensor_specs(tiny.config_of(shape))
+        if 4 * sum(spec.elements for spec in specs.values()) >= gigabytes * 1e9:
+            break
+    return shape
 
 
 def synthetic(folder: Path, gigabytes: float) -> int:

@@ -13,6 +13,10 @@ import deepspeed
 import torch
 from safetensors import safe_open
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/stages"))
+
+from deepspeed_states import Node
+
 PREFIX = "llm."
 SETTINGS = {
     "train_micro_batch_size_per_gpu": 1,
@@ -21,25 +25,6 @@ SETTINGS = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }
-
-
-class Node(torch.nn.Module):
-    """Holds parameters under dotted names; its forward touches each through its own module, as ZeRO-3 wants."""
-
-    def put(self, name: str, shape: list[int]) -> None:
-        first, _, rest = name.partition(".")
-        if rest:
-            if first not in self._modules:
-                self.add_module(first, Node())
-            self._modules[first].put(rest, shape)
-        elif first == "e_score_correction_bias":
-            self.register_buffer(first, torch.zeros(shape))
-        else:
-            self.register_parameter(first, torch.nn.Parameter(torch.randn(shape) * 0.02))
-
-    def forward(self) -> torch.Tensor:
-        total = sum(parameter.float().square().sum() for parameter in self._parameters.values())
-        return total + sum(module() for module in self._modules.values())
 
 
 def main() -> None:
@@ -54,7 +39,9 @@ def main() -> None:
     model = Node()
     with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
         for name, shape in shapes.items():
-            model.put(PREFIX + name, shape)
+            bias = name.endswith("e_score_correction_bias")
+            values = torch.zeros(shape) if bias else torch.randn(shape) * 0.02
+            model.put(PREFIX + name, values, buffer=bias, trained=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=SETTINGS)
     engine.backward(engine())

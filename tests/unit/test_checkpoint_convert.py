@@ -165,9 +165,11 @@ def test_bias_that_training_changed_is_kept(tmp_path, base, trained):
 
 
 def test_finished_conversion_is_recognised_and_left_alone(tmp_path, base, checkpoint):
-    run(checkpoint, base, tmp_path / "model")
+    first = run(checkpoint, base, tmp_path / "model")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()}
-    assert run(checkpoint, base, tmp_path / "model").already_complete
+    again = run(checkpoint, base, tmp_path / "model")
+    assert again.already_complete
+    assert again.figures == first.figures and first.figures["records_checked"] > 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()}
 
 

@@ -150,7 +150,8 @@ def _finished(plan: Plan, folder: ProgressFolder, origin: dict[str, Any]) -> Pro
             raise BadInputError(f"{path} was complete once and is now missing or cut", f"delete {plan.output}, repeat")
     if plan.part is None and not folder.incomplete.exists():
         folder.remove()
-    return Progress(done={"": origin["non_finite"]}, kept=len(plan.shards), already_complete=True)
+    figures = origin.get("figures", {})
+    return Progress({"": origin["non_finite"]}, kept=len(plan.shards), already_complete=True, figures=figures)
 
 
 def _resume(plan: Plan, folder: ProgressFolder) -> Progress:
@@ -200,6 +201,7 @@ def _complete(plan: Plan, folder: ProgressFolder, progress: Progress) -> None:
     if [shard.name for shard in plan.shards] != [SINGLE_FILE]:
         files.write_json(folder.incomplete / INDEX_NAME, index_of(plan.shards))
     origin = {"format": FORMAT, "identity": plan.identity, "non_finite": progress.non_finite}
+    origin["figures"] = progress.figures
     files.write_json(folder.incomplete / ORIGIN, origin)
     old = plan.output.with_name(plan.output.name + ".replaced")
     if plan.output.exists():
