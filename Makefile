@@ -4,11 +4,12 @@ DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 
-.PHONY: help demo envs test lint format clean
+.PHONY: help demo envs test test-swap lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
 	@echo "make test   every test, the demo chain included"
+	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make lint   ruff, snakefmt, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
@@ -29,6 +30,10 @@ envs:
 test: envs
 	@cluster/install
 	@$(DEV)/python -m pytest
+
+test-swap:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(DEV)/python -m pytest tests/swap_real.py
 
 lint:
 	@$(PYTHON) workflow/scripts/build_env.py dev

@@ -3,9 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+# An example may take as long as a busy machine makes it take: time is no promise of a unit test.
+hypothesis.settings.register_profile("any-machine", deadline=None)
+hypothesis.settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")

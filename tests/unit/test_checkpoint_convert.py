@@ -13,7 +13,8 @@ import pytest
 import small_models
 import synthetic_zero3
 
-from deepseek_sft.checkpoint import base_model, convert, model_writer, zero
+from deepseek_sft.checkpoint import base_model, convert, zero
+from deepseek_sft.checkpoint.progress_folder import ProgressFolder
 from deepseek_sft.errors import BadInputError, CrashError
 from deepseek_sft.model import release
 
@@ -164,9 +165,11 @@ def test_bias_that_training_changed_is_kept(tmp_path, base, trained):
 
 
 def test_finished_conversion_is_recognised_and_left_alone(tmp_path, base, checkpoint):
-    run(checkpoint, base, tmp_path / "model")
+    first = run(checkpoint, base, tmp_path / "model")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()}
-    assert run(checkpoint, base, tmp_path / "model").already_complete
+    again = run(checkpoint, base, tmp_path / "model")
+    assert again.already_complete
+    assert again.figures == first.figures and first.figures["records_checked"] > 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()}
 
 
@@ -198,8 +201,8 @@ def test_lost_file_of_a_finished_model_is_noticed(tmp_path, base, checkpoint):
 
 
 def test_two_writers_of_one_folder_are_refused(tmp_path, base, checkpoint):
-    (tmp_path / "model.incomplete").mkdir()
-    with model_writer._locked(tmp_path / "model.incomplete"), pytest.raises(BadInputError, match="another process"):
+    folder = ProgressFolder(tmp_path / "model", {"made_by": "another"})
+    with folder.locked(shared=False, replace=False), pytest.raises(BadInputError, match="another process"):
         run(checkpoint, base, tmp_path / "model")
 
 
@@ -227,9 +230,8 @@ def test_full_disk_leaves_no_final_name_and_the_same_command_goes_on(tmp_path, b
         run(checkpoint, base, tmp_path / "model")
     monkeypatch.undo()
     assert not (tmp_path / "model").exists()
-    state = json.loads((tmp_path / "model.incomplete/state.json").read_text())
     finished = {path.name for path in (tmp_path / "model.incomplete").glob("*.safetensors")}
-    assert finished == set(state["done"])
+    assert finished == {path.stem for path in (tmp_path / "model.progress").glob("*.safetensors.json")}
     assert run(checkpoint, base, tmp_path / "model").kept == len(finished)
     assert small_models.contents(tmp_path / "model") == small_models.contents(tmp_path / "whole")
 
@@ -237,7 +239,7 @@ def test_full_disk_leaves_no_final_name_and_the_same_command_goes_on(tmp_path, b
 KILLER = """
 import os, runpy, signal, sys
 sys.path[:0] = sys.argv[1:3]
-from deepseek_sft.checkpoint import model_writer
+from deepseek_sft.checkpoint import model_writer, progress_folder, shard_writer
 moment, count = sys.argv[3].split(":")
 done = []
 def kill_at(function):
@@ -247,7 +249,10 @@ def kill_at(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
     return wrapped
-target = model_writer if moment in ("write_fully", "_save_state", "_publish") else model_writer._OpenShard
+target = {
+    "write_fully": shard_writer, "publish": shard_writer.OpenShard, "finish": progress_folder.ProgressFolder,
+    "_complete": model_writer,
+}[moment]
 setattr(target, moment, kill_at(getattr(target, moment)))
 del sys.argv[1:4]
 sys.argv[0] = "convert_checkpoint.py"
@@ -255,7 +260,7 @@ runpy.run_path(os.path.join(sys.path[1], "convert_checkpoint.py"), run_name="__m
 """
 
 
-@pytest.mark.parametrize("moment", ["write_fully:2", "write_fully:30", "publish:3", "_save_state:4", "_publish:1"])
+@pytest.mark.parametrize("moment", ["write_fully:2", "write_fully:30", "publish:3", "finish:4", "_complete:1"])
 def test_killed_conversion_continues_to_identical_bytes(tmp_path, project, base, checkpoint, moment):
     run(checkpoint, base, tmp_path / "whole")
     workflow = project / "workflow"
@@ -270,7 +275,7 @@ def test_killed_conversion_continues_to_identical_bytes(tmp_path, project, base,
     assert small_models.contents(tmp_path / "model") == small_models.contents(tmp_path / "whole")
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["result"] == {"model": str(tmp_path / "model")}
-    if moment in ("_save_state:4", "_publish:1"):
+    if moment in ("finish:4", "_complete:1"):
         assert receipt["figures"]["files_kept_from_earlier_run"] > 0
 
 
@@ -278,8 +283,9 @@ def test_dry_run_writes_nothing(tmp_path, project, base, checkpoint):
     script = project / "workflow/scripts/convert_checkpoint.py"
     arguments = [f"--checkpoint={checkpoint}", f"--base={base}", f"--output={tmp_path / 'out'}", "--dry-run"]
     found = subprocess.run(
-        [sys.executable, script, *arguments, f"--receipt={tmp_path / 'r.json'}"], capture_output=True, check=True
+        [sys.executable, script, *arguments, f"--receipt={tmp_path / 'r.json'}"], capture_output=True, text=True
     )
+    assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["world_size"] == 3
     assert not list(tmp_path.iterdir())
 

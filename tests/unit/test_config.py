@@ -96,6 +96,12 @@ def test_sequence_parallel_size_must_divide_the_ranks_of_a_cpu_node(production):
         config.resolve(demo)
 
 
+@pytest.mark.parametrize("change, text", [({"dtype": "fp8"}, "convert.dtype"), ({"mtp": "copy"}, "convert.mtp")])
+def test_format_that_the_demo_cannot_make_or_serve_is_refused(production, change, text):
+    with pytest.raises(BadInputError, match=text):
+        config.resolve(config.merge(merged_demo(production), {"convert": change}))
+
+
 def test_operational_keys_are_known_keys():
     properties = config.schema()["properties"]
     for section, keys in config.OPERATIONAL.items():

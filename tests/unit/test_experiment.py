@@ -28,7 +28,7 @@ def demo(**changes) -> Experiment:
 
 
 def what_rules_see(experiment: Experiment) -> dict[str, str]:
-    rules = ("prepare_data", "tokenize_data", "prepare_model", "convert_checkpoint")
+    rules = ("prepare_data", "tokenize_data", "prepare_model", "convert_checkpoint", "verify_model")
     return {rule: experiment.arguments(rule) for rule in rules} | {
         rule: experiment.settings(rule) for rule in ("train", "smoke_test")
     }
@@ -59,6 +59,28 @@ def test_packing_changes_tokenize_data_alone():
     assert changed(data={"pack": True}) == {"tokenize_data"}
 
 
+@pytest.mark.parametrize(
+    ("change", "rules"),
+    [
+        ({"dtype": "fp32"}, {"convert_checkpoint", "verify_model"}),
+        ({"dtype": "fp8"}, {"convert_checkpoint", "verify_model"}),
+        ({"mtp": "copy"}, {"convert_checkpoint", "verify_model"}),
+        ({"max_shard_size": "base"}, {"convert_checkpoint"}),
+    ],
+)
+def test_format_of_the_served_model_changes_conversion_and_its_check_and_trains_nothing_again(change, rules):
+    official = {"accelerator": "cuda", "model": {"base": "base", "tiny": None}, "train": {"ranks_per_node": None}}
+    before, after = what_rules_see(demo(**official)), what_rules_see(demo(**official, convert=change))
+    assert {rule for rule in before if before[rule] != after[rule]} == rules
+
+
+def test_conversion_and_its_check_are_given_the_same_format():
+    experiment = demo(convert={"dtype": "fp32"})
+    wanted = experiment.arguments("verify_model")
+    assert wanted == "--dtype fp32 --mtp drop"
+    assert wanted in experiment.arguments("convert_checkpoint")
+
+
 def test_bandwidth_floor_follows_from_the_planned_network_on_gpus_alone():
     cuda = {"accelerator": "cuda", "train": {"ranks_per_node": None}, "plan": {"node_gb_per_second": 200}}
     plain = demo(**cuda).preflight_settings()
@@ -81,7 +103,7 @@ def test_preflight_is_a_step_of_training_unless_switched_off():
         ("train", {"save_every_minutes": 30, "on_not_finite": "skip", "spike_factor": 5, "on_spike": "stop"}),
         ("train", {"hang_minutes": {"step": 5}}),
         ("preflight", {"skip": ["clock"], "in_training": False}),
-        ("convert", {"memory": "2GB", "workers": 1, "full_check": True}),
+        ("convert", {"memory": "2GB", "swap": True, "workers": 1, "full_check": True}),
         ("serve", {"ready_timeout_s": 5, "stop_grace_s": 1}),
     ],
 )

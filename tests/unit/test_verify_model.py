@@ -41,10 +41,10 @@ def model(made, tmp_path):
     return shutil.copytree(made[2], tmp_path / "model")
 
 
-def check(made, model, bound=True, with_checkpoint=True, speed=0.0):
+def check(made, model, bound=True, with_checkpoint=True, speed=0.0, **options):
     checkpoint = zero.open_checkpoint(made[1]) if with_checkpoint else None
     limit = ChangeBound.of(LEARNING_RATE, STEPS, 0.1, balance_bias_speed=speed) if bound else None
-    return verify.verify(model, base_model.open_model(made[0]), checkpoint, limit, full=True)
+    return verify.verify(model, base_model.open_model(made[0]), checkpoint, limit, full=True, **options)
 
 
 def failures(result):
@@ -72,6 +72,13 @@ def test_good_model_passes_every_check_and_all_files_are_hashed(made, model):
     norms = sum("norm" in name for name in small_models.read_tensors(model))  # 1.001 is 1 in BF16
     assert result.figures["unchanged_tensors"] == norms + 2  # router biases
     result.require(model)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+def test_model_of_another_format_than_configured_is_found(made, model, dtype):
+    found = failures(check(made, model, with_checkpoint=False, wanted=verify.Kind(dtype, "drop")))
+    assert found["config"] and any("is BF16, not " in line for line in found["dtypes"])
+    assert failures(check(made, model, wanted=verify.Kind("bf16", "drop"))) == {}
 
 
 def test_hashes_are_those_of_sha256sum(made, model):
@@ -191,6 +198,7 @@ def test_all_failures_reach_the_message_of_the_gate(made, model):
 def test_script_exits_3_without_a_receipt_and_0_with_one(made, model, tmp_path, project):
     command = [sys.executable, project / "workflow/scripts/verify_model.py", f"--model={model}", f"--base={made[0]}"]
     command += [f"--checkpoint={made[1]}", f"--receipt={tmp_path / 'r.json'}", "--learning-rate=1e-3", "--steps=1"]
+    command += ["--dtype=bf16", "--mtp=drop"]
     subprocess.run(command, check=True, capture_output=True)
     receipt = json.loads((tmp_path / "r.json").read_text())
     assert all(entry["passed"] for entry in receipt["figures"]["checks"].values())

@@ -21,7 +21,7 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
     "train": {*STEERING, "environment"},
-    "convert": {"memory", "workers", "full_check"},
+    "convert": {"memory", "swap", "workers", "full_check"},
     "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
 }
 
@@ -162,6 +162,11 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     plan = config["plan"]
     if plan["mean_length"] and plan["longest_row"] and plan["mean_length"] > plan["longest_row"]:
         yield "plan.mean_length: is above longest_row"
+    convert = config["convert"]
+    if convert["dtype"] == "fp8" and cpu:
+        yield "convert.dtype: `fp8` is served by GPUs alone, not with `accelerator: cpu`; use `bf16` or `fp32`"
+    if convert["mtp"] == "copy" and model["tiny"] is not None:
+        yield "convert.mtp: the tiny model has no multi-token-prediction layer to copy; use `drop`"
     if serve["max_model_len"] < config["smoke_test"]["max_tokens"]:
         yield "smoke_test.max_tokens: is above serve.max_model_len, so that no request could be accepted"
     if train["warmup_ratio"] == 1 and train["lr_schedule"] == "cosine":

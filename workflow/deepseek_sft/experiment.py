@@ -114,17 +114,25 @@ class Experiment:
             tiny = self.config["model"]["tiny"]
             words = ["--output", f"{results}/base"]
             if tiny is None:
-                words += ["--base", self.config["model"]["base"]]
+                # kept, since whether the served model gets that layer may be decided after training
+                words += ["--base", self.config["model"]["base"], "--mtp", "keep"]
             else:
                 words += ["--tiny"]
                 words += [word for key, value in sorted(tiny.items()) for word in (f"--{key.replace('_', '-')}", value)]
         elif rule == "convert_checkpoint":
             convert = self.config["convert"]
-            words = ["--output", f"{results}/model", "--dtype", convert["dtype"]]
+            words = ["--output", f"{results}/model", *self._model_format()]
             words += ["--max-shard-size", convert["max_shard_size"]]
+        elif rule == "verify_model":
+            words = self._model_format()
         else:
             raise AssertionError(f"no arguments are defined for {rule}")
         return shlex.join(map(str, words))
+
+    def _model_format(self) -> list[str]:
+        """What convert_checkpoint makes and verify_model expects."""
+        convert = self.config["convert"]
+        return ["--dtype", convert["dtype"], "--mtp", convert["mtp"]]
 
     def operational_arguments(self, rule: str) -> str:
         """Arguments that steer a rule's run without changing its result."""
@@ -132,7 +140,10 @@ class Experiment:
         words = {
             # --replace: a folder made from other inputs gives way once the new one is complete
             "prepare_model": ["--replace"],
-            "convert_checkpoint": ["--replace", "--memory", convert["memory"], "--workers", convert["workers"]],
+            "convert_checkpoint": [
+                *("--replace", "--memory", convert["memory"]),
+                *("--swap", "auto" if convert["swap"] else "off", "--workers", convert["workers"]),
+            ],
             "verify_model": ["--full"] if convert["full_check"] else [],
         }[rule]
         return shlex.join(map(str, words))

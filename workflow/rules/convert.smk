@@ -16,7 +16,7 @@ rule convert_checkpoint:
         script(
             f"convert_checkpoint.py --checkpoint {path_from('train', 'checkpoint')} "
             f"--base {path_from('prepare_model', 'base')} "
-            f"{{params.arguments}} {operational('convert_checkpoint')} --receipt {{output.receipt}}"
+            f"{{params.arguments}} {operational('convert_checkpoint')} --nodes {{resources.nodes}} --receipt {{output.receipt}}"
         )
 
 
@@ -31,11 +31,13 @@ rule verify_model:
         log_file("verify_model"),
     benchmark:
         benchmark_file("verify_model")
+    params:
+        arguments=EXPERIMENT.arguments("verify_model"),
     message:
         "Verifying the converted model"
     shell:
         script(
             f"verify_model.py --model {path_from('convert_checkpoint', 'model')} "
             f"--checkpoint {path_from('train', 'checkpoint')} --base {path_from('prepare_model', 'base')} "
-            f"--train-receipt {{input.train}} {operational('verify_model')} --workers {{resources.cpus_per_task}} --receipt {{output.receipt}}"
+            f"--train-receipt {{input.train}} {{params.arguments}} {operational('verify_model')} --workers {{resources.cpus_per_task}} --receipt {{output.receipt}}"
         )

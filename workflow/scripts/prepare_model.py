@@ -7,7 +7,7 @@ A BF16 folder is checked (config, files, index, names, shapes, dtypes) and used 
 A folder in the official release's FP8 format is dequantised to --output by streaming: bounded memory, no GPU; killed at
 any moment, the same command continues after the last complete file.
 The multi-token-prediction layer is not trained: it is recognised, and dropped where the model is dequantised unless
---mtp copy is given (for convert_checkpoint --mtp copy).
+--mtp copy (or keep: if there is one) is given, for convert_checkpoint --mtp copy.
 The tiny model has the release's config keys and tensor names and the real tokenizer, and needs no GPU and no torch.
 The receipt's result.base is the folder to train from.
 """
@@ -43,7 +43,10 @@ def arguments() -> argparse.Namespace:
     streaming = parser.add_argument_group("dequantising")
     streaming.add_argument("--memory", default="auto", help="bound of all buffers together: auto or a size (512MiB)")
     streaming.add_argument(
-        "--mtp", choices=["drop", "copy"], default="drop", help="the multi-token-prediction layer, which is not trained"
+        "--mtp",
+        choices=["drop", "copy", "keep"],
+        default="drop",
+        help="the multi-token-prediction layer, which is not trained; keep: copy if there is one",
     )
     streaming.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 8")
     sizes = parser.add_argument_group("tiny model")
@@ -69,7 +72,8 @@ def main() -> None:
         base = base_model.open_model(source)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}
         if base.quantised:
-            options = dequantize.Options(args.mtp, largest_shard, args.memory, max(0, args.workers), args.replace)
+            mtp = ("copy" if base.mtp else "drop") if args.mtp == "keep" else args.mtp
+            options = dequantize.Options(mtp, largest_shard, args.memory, max(0, args.workers), args.replace)
             dequantize.dequantize(base, args.output, options)
             source, dequantized = args.output, True
     prepared = base_model.open_model(source)

@@ -14,7 +14,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
-from deepseek_sft.checkpoint import base_model, memory, verify, zero
+from deepseek_sft.checkpoint import base_model, memory, outputs, verify, zero
 from deepseek_sft.checkpoint.weight_checks import ChangeBound
 from deepseek_sft.errors import BadInputError
 
@@ -31,6 +31,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW; a larger value loosens the bound")
     parser.add_argument("--adam-betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
     parser.add_argument("--balance-bias-speed", type=float, default=0.0, help="by which a router's bias moves a step")
+    parser.add_argument("--dtype", choices=sorted(outputs.DTYPES), help="format that it must have (else: what it says)")
+    parser.add_argument("--mtp", choices=["drop", "copy"], help="what must have become of that layer, with --dtype")
     parser.add_argument("--full", action="store_true", help="compare every value with the checkpoint, not samples")
     parser.add_argument("--workers", type=int, default=8, help="files checked at the same time")
     args = parser.parse_args()
@@ -47,6 +49,8 @@ def main() -> None:
     args = arguments()
     if (args.learning_rate is None) != (args.steps is None):
         raise BadInputError("the bound on changes needs both --learning-rate and --steps, or neither")
+    if (args.dtype is None) != (args.mtp is None):
+        raise BadInputError("the expected kind of model needs both --dtype and --mtp, or neither")
     if not args.model.is_dir():
         raise BadInputError(f"model folder {args.model} does not exist", "convert a checkpoint first")
     bound = None
@@ -55,15 +59,16 @@ def main() -> None:
         bound = ChangeBound.of(args.learning_rate, args.steps, args.weight_decay, betas, args.balance_bias_speed)
     base = base_model.open_model(args.base)
     checkpoint = zero.open_checkpoint(args.checkpoint) if args.checkpoint else None
-    result = verify.verify(args.model, base, checkpoint, bound, args.full, max(1, args.workers))
+    wanted = verify.Kind(args.dtype, args.mtp) if args.dtype else None
+    result = verify.verify(args.model, base, checkpoint, bound, args.full, max(1, args.workers), wanted)
     for name, check in result.checks.items():
         cli.say(f"FAILED  {name}" if check.failures else f"passed  {name}: {check.detail}")
     result.require(args.model)
     inputs = {"base": {"path": str(args.base), "fingerprint": base.fingerprint}}
     if checkpoint:
         inputs["checkpoint"] = {"path": str(args.checkpoint), "fingerprint": checkpoint.fingerprint}
-    names = ("learning_rate", "steps", "weight_decay", "adam_betas", "balance_bias_speed", "full")
-    settings = {name: getattr(args, name) for name in names}
+    shown = ("dtype", "mtp", "learning_rate", "steps", "weight_decay", "adam_betas", "balance_bias_speed", "full")
+    settings = {name: getattr(args, name) for name in shown}
     checks = {n: {"passed": not check.failures, "detail": check.detail} for n, check in result.checks.items()}
     receipts.write(
         args.receipt,

@@ -1,6 +1,6 @@
 """From a ZeRO checkpoint to a Hugging Face folder with the base model's tensors, by streaming."""
 
-import json
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,13 @@ import numpy as np
 from .. import cli, files
 from ..errors import BadInputError
 from ..model import release
-from . import fp8_blocks, memory, number_formats
+from . import fp8_blocks, memory, number_formats, reading, swap
 from .base_model import BaseModel
 from .byte_ranges import OpenFiles, allow_open_files
-from .model_writer import Plan, Progress, write_model
+from .model_writer import Checked, Plan, Progress, write_model
 from .outputs import Rows, copied_sources, output_config, output_shards, output_specs
+from .partitioned import Partitioned
+from .parts import Part
 from .release_names import prefix_of, release_sources
 from .safetensors_files import Shard, StoredTensor
 from .sizes import show_size
@@ -23,6 +25,8 @@ from .sources import Source
 from .zero import Checkpoint
 
 BYTES_PER_ELEMENT = 8  # of a work item: FP32 read, BF16, FP32 or FP8 to write
+LARGE = 0.5  # of free memory: what is read of a larger checkpoint is given up at once, to leave the cache to others
+SMALLEST_GAP = 1 << 20  # bytes of padding in a record that are read in any case to complete its checksum
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Options:
         mtp: ``drop`` or ``copy`` from the base, the multi-token-prediction layer, which is not trained.
         largest_shard: bytes of an output file at most; 0: the base's own files.
         memory: ``auto`` or a size.
+        swap: whether a bound above the free memory may be met with swap.
+        swap_folder: where a swap file goes.
+        part: the share of the files to write; None for all and the complete folder.
+        checksums: compare what is read with the checkpoint's own CRC-32.
     """
 
     dtype: str = "bf16"
@@ -42,6 +50,10 @@ class Options:
     memory: str = "auto"
     workers: int = 0
     replace: bool = False
+    swap: bool = False
+    swap_folder: Path = Path("/var/tmp")
+    part: Part | None = None
+    checksums: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,9 @@ class Conversion:
     restored: list[str]
     shards: list[Shard]
     plan: Plan
+    options: Options
+    memory: memory.Memory
+    buffers: memory.Buffers
 
     @property
     def parameters(self) -> int:
@@ -138,9 +153,12 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
     shards = output_shards(base, specs, options.largest_shard)
     rows = Rows(specs, sources)
     found = memory.measure()
-    buffers = memory.plan_buffers(options.memory, options.workers, BYTES_PER_ELEMENT, found)
+    largest = max(spec.elements for spec in specs.values())
+    buffers = memory.plan_buffers(
+        options.memory, options.workers, BYTES_PER_ELEMENT, found, largest=largest, swap=options.swap
+    )
     check_rows(rows, buffers)
-    allow_open_files(checkpoint.file_count + len(shards))
+    allow_open_files(checkpoint.file_count)
 
     if checkpoint.marker:
         cli.say(f"checkpoint: committed by run {checkpoint.marker.run_id} at step {checkpoint.step}")
@@ -154,7 +172,8 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
         cli.say(f"the base's {len(base.mtp)} tensors of the multi-token-prediction layer were not trained: {fate}")
     if restored:
         cli.say(f"{len(restored)} router biases lost precision in training; taken unchanged from the base")
-    cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, no swap used")
+    beyond = f"{show_size(buffers.beyond)} of them in swap" if buffers.beyond else "no swap used"
+    cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, {beyond}")
 
     config = output_config(base.config, options.dtype, options.mtp)
     identity = {
@@ -176,28 +195,49 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
         workers=buffers.workers,
         finish=lambda folder: copy_companions(base, config, folder),
         replace=options.replace,
+        part=options.part,
     )
-    return Conversion(checkpoint, base, sources, restored, shards, plan)
+    return Conversion(checkpoint, base, sources, restored, shards, plan, options, found, buffers)
+
+
+def master_weight_files(checkpoint: Checkpoint) -> set[Path]:
+    """The ranks' files that hold the FP32 master weights."""
+    return {path for p in checkpoint.parameters.values() if p.dtype == "F32" for path in p.files}
 
 
 def run(conversion: Conversion) -> tuple[Progress, int, float]:
     """Write the model; returns what was done, the bytes read and the seconds it took.
 
     Raises:
-        BadInputError, CrashError: see ``model_writer.write_model``; a checkpoint file that ends early.
+        BadInputError, CrashError: see ``model_writer.write_model``; a checkpoint file that ends early or is damaged.
     """
+    checkpoint, options, sources = conversion.checkpoint, conversion.options, conversion.sources
+    checked = master_weight_files(checkpoint) if options.checksums else set()
+    drop = conversion.bytes_to_read > LARGE * conversion.memory.usable
     started = time.monotonic()
-    lengths: list[int] = []
-    with OpenFiles() as opened:
+    with (
+        swap.provided(conversion.buffers.beyond, conversion.plan.output, options.swap_folder, conversion.memory),
+        reading.CheckedFiles(checked, drop) as opened,
+    ):
+
+        def expect(name: str, start: int, count: int) -> None:
+            source = sources[name]
+            if isinstance(source.parameter, Partitioned):
+                reading.expect(opened, source.parameter.pieces(source.start + start, count), source.dtype)
 
         def produce(name: str, start: int, count: int) -> tuple[Any, int]:
-            source = conversion.sources[name]
-            values = source.read(opened, start, count)
-            lengths.append(values.nbytes)
-            return make(conversion.plan.row, name, start, values)
+            opened.reading(name)
+            return make(conversion.plan.row, name, start, sources[name].read(opened, start, count))
 
-        progress = write_model(conversion.plan, produce)
-    return progress, sum(lengths), time.monotonic() - started
+        def check(notes: dict[str, Any]) -> Checked:
+            padding = 4 * checkpoint.world_size * len(checkpoint.parameters)
+            return reading.check_notes(checkpoint.folder, notes, max(SMALLEST_GAP, padding))
+
+        plan = dataclasses.replace(
+            conversion.plan, expect=expect, note=opened.note, check=check if options.checksums else None
+        )
+        progress = write_model(plan, produce)
+    return progress, opened.bytes_read, time.monotonic() - started
 
 
 def make(rows: Rows, name: str, start: int, values: np.ndarray) -> tuple[Any, int]:
@@ -214,20 +254,3 @@ def make(rows: Rows, name: str, start: int, values: np.ndarray) -> tuple[Any, in
     band = start // (columns * release.FP8_BLOCK)
     factors = name + release.SCALE_SUFFIX
     return [(name, start, result.codes), (factors, band * result.factors.shape[1], result.factors)], result.non_finite
-
-
-def describe(conversion: Conversion) -> str:
-    """The plan as JSON, for ``--dry-run``."""
-    return json.dumps(
-        {
-            "step": conversion.checkpoint.step,
-            "world_size": conversion.checkpoint.world_size,
-            "parameters": conversion.parameters,
-            "tensors": len(conversion.sources),
-            "bytes_to_read": conversion.bytes_to_read,
-            "bytes_to_write": conversion.bytes_to_write,
-            "shards": [shard.name for shard in conversion.shards],
-            "identity": conversion.plan.identity,
-        },
-        indent=2,
-    )

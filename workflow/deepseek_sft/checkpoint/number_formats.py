@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BF16_NAN = np.uint16(0x7FC0)
+BF16_OVERFLOW = np.uint32(0x7F7F8000).view(np.float32)  # the smallest number that rounds to infinity
 BLOCK = 1 << 18  # elements converted at a time: what is needed in between stays in the processor's cache
 WIDTHS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F8_E4M3": np.uint8}  # numpy's type for the bits
 
@@ -26,10 +27,14 @@ def float32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     rounded += bits  # wraps for some NaNs only, which are set below
     rounded >>= 16
     result = rounded.astype(np.uint16)
-    nan = np.isnan(values)
-    if nan.any():
-        result[nan] = BF16_NAN
+    if not within_bf16(values):
+        result[np.isnan(values)] = BF16_NAN
     return result
+
+
+def within_bf16(values: NDArray[np.float32]) -> bool:
+    """Whether all values are finite and stay so when rounded to BF16; a fifth of the time of looking at each."""
+    return values.size == 0 or bool(values.min() > -BF16_OVERFLOW and values.max() < BF16_OVERFLOW)
 
 
 def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -121,5 +126,6 @@ def convert(values: NDArray, source: str, target: str) -> tuple[NDArray, int]:
         if source != target:
             widened = to_float32(values[part], source)
             result[part] = float32_to_bf16(widened) if target == "BF16" else widened
-        non_finite += count_non_finite(result[part].view(np.uint16 if target == "BF16" else np.uint32))
+        if source != "F32" or not within_bf16(values[part].view(np.float32)):
+            non_finite += count_non_finite(result[part].view(np.uint16 if target == "BF16" else np.uint32))
     return result, non_finite

@@ -14,6 +14,7 @@ import pickle
 import re
 import resource
 import struct
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,6 +152,8 @@ class DescriptorUnpickler(pickle.Unpickler):
     def tensor(self, storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> StoredTensor:
         item = ITEM_SIZES[storage.dtype]
         elements = math.prod(shape)
+        if not elements:  # ZeRO-3 leaves an empty tensor for every parameter, in every rank's file
+            return StoredTensor(self.archive.path, 0, TensorSpec(tuple(shape), storage.dtype))
         expected, contiguous = 1, True
         for size, step in zip(reversed(shape), reversed(stride), strict=True):
             contiguous &= size == 1 or step == expected or elements == 0
@@ -235,19 +238,23 @@ def open_archive(path: Path) -> Archive:
     return Archive(path, name, records, content, directory)
 
 
+_limit_lock = threading.Lock()  # the limit is the process's: of two threads one would take the other's for its own
+
+
 @contextlib.contextmanager
 def _bounded_growth() -> Iterator[None]:
     """Let this process take only so much more address space: what asks for more gets MemoryError, not the machine."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm", encoding="ascii") as stream:
-        limit = int(stream.read().split()[0]) * PAGE + LARGEST_GROWTH
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with _limit_lock:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            limit = int(stream.read().split()[0]) * PAGE + LARGEST_GROWTH
+        if soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def load(archive: Archive) -> Any:

@@ -226,6 +226,7 @@ def verify(
     bound: ChangeBound | None = None,
     full: bool = False,
     workers: int = 8,
+    wanted: Kind | None = None,
 ) -> Verification:
     """Run every check; each weight is read once, and once more where it is compared with the checkpoint.
 
@@ -236,12 +237,13 @@ def verify(
         bound: how far training can have moved an element, or None to use the relative bound alone.
         full: compare every element with the checkpoint instead of samples of each tensor.
         workers: files checked at the same time.
+        wanted: what kind the model must be; None takes what it says it is.
 
     Raises:
         BadInputError: the checkpoint does not belong to the base.
     """
     config = _read_json(model / "config.json")
-    kind = kind_of(config if isinstance(config, dict) else {}, base)
+    kind = wanted or kind_of(config if isinstance(config, dict) else {}, base)
     checks = {"config": check_config(config, base, kind), "tokenizer": check_companions(model, base)}
     checks["files"], found = read_files(model)
     tensors = {name: tensor for held in found.values() for name, tensor in held.items()}

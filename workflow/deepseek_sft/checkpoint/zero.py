@@ -3,8 +3,11 @@
 The layouts are those of ``zero3`` and ``zero12``; docs/checkpoints.md specifies them.
 """
 
+import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import cli
 from ..errors import BadInputError
@@ -47,12 +50,20 @@ class Checkpoint:
 def _read_model_states(paths: list[Path], world_size: int, load: Loader) -> list[ModelState]:
     """The model states of all files, of which only the first keeps shapes and tensors: each takes a megabyte or more.
 
+    Most ranks write the same pickle, byte for byte; it is read once.
+
     Raises:
         BadInputError: naming the file that contradicts the first.
     """
     states: list[ModelState] = []
+    read: dict[Any, ModelState] = {}
     for path in paths:
-        state = read_model_state(path, load)
+        archive = load.open(path)
+        same = hashlib.sha256(archive.pickle).digest(), tuple(size for _, size, _ in archive.directory)
+        if same in read:
+            states.append(read[same])
+            continue
+        state = read_model_state(archive)
         first = states[0] if states else state
         if (state.shapes, state.frozen_shapes) != (first.shapes, first.frozen_shapes):
             raise BadInputError(f"{path} describes other parameters than {paths[0].name}")
@@ -60,9 +71,10 @@ def _read_model_states(paths: list[Path], world_size: int, load: Loader) -> list
             raise BadInputError(f"{path} is of a run with {state.world_size} ranks, not {world_size}")
         if state.step != first.step:
             raise BadInputError(f"{path} is of step {state.step}, {paths[0].name} of step {first.step}")
-        if states:
-            state.shapes, state.frozen_shapes, state.tensors, state.buffers = [], {}, {}, {}
-        states.append(state)
+        bare = dataclasses.replace(state, shapes=[], frozen_shapes={}, tensors={}, buffers={})
+        states.append(bare if states else state)
+        if not first.frozen_shapes:  # every rank's file has its own part of those
+            read[same] = bare
     return states
 
 

@@ -94,10 +94,10 @@ class Loader:
     def __init__(self) -> None:
         self.hasher = hashlib.sha256()
 
-    def __call__(self, path: Path) -> Any:
+    def open(self, path: Path) -> torch_pickle.Archive:
         """
         Raises:
-            BadInputError: cut, corrupt, refused, or written as the file of another rank.
+            BadInputError: cut, corrupt, or written as the file of another rank.
         """
         archive = torch_pickle.open_archive(path)
         written, named = RANK_FILE.fullmatch(f"{archive.name}.pt"), RANK_FILE.fullmatch(path.name)
@@ -107,7 +107,14 @@ class Loader:
                 "files were swapped or renamed: restore their names",
             )
         self.hasher.update(f"{path.name}\0{archive.directory}\n".encode())
-        return torch_pickle.load(archive)
+        return archive
+
+    def __call__(self, path: Path) -> Any:
+        """
+        Raises:
+            BadInputError: see ``open`` and ``torch_pickle.load``.
+        """
+        return torch_pickle.load(self.open(path))
 
 
 @dataclass(frozen=True)
@@ -201,12 +208,12 @@ class ModelState:
     skipped: int
 
 
-def read_model_state(path: Path, load: Callable[[Path], Any]) -> ModelState:
+def read_model_state(archive: torch_pickle.Archive) -> ModelState:
     """
     Raises:
         BadInputError: it is no model state of ZeRO.
     """
-    state = load(path)
+    path, state = archive.path, torch_pickle.load(archive)
     if not isinstance(state, dict):
         raise BadInputError(f"{path} holds no model state")
     shapes = state.get("param_shapes")

@@ -19,11 +19,11 @@ def disk(model: Model, training: Training, cluster: Cluster, served_dtype: str) 
     """Bytes by what is kept.
 
     Args:
-        served_dtype: dtype of the converted model, ``bf16`` or ``fp32``.
+        served_dtype: format of the converted model, ``bf16``, ``fp32`` or ``fp8``.
     """
     each = checkpoint_bytes(model, training, cluster)
     count = training.keep_checkpoints + 1
-    output = model.fp32_bytes if served_dtype == "fp32" else model.bf16_bytes
+    output = {"bf16": model.bf16_bytes, "fp32": model.fp32_bytes, "fp8": model.fp8_bytes}[served_dtype]
     terms = [
         Term(
             "checkpoints",

@@ -88,7 +88,7 @@ def make(model: Model, training: Training, samples: Samples, cluster: Cluster, s
     """Plan a run.
 
     Args:
-        served_dtype: dtype of the converted model, ``bf16`` or ``fp32``.
+        served_dtype: format of the converted model, ``bf16``, ``fp32`` or ``fp8``.
     """
     peaks = device_memory.peaks(model, training, samples, cluster)
     each = disk.checkpoint_bytes(model, training, cluster)

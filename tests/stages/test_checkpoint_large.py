@@ -1,0 +1,105 @@
+"""Conversion at its full size and in bad circumstances: 671B over 256 ranks, 1,024 ranks, kills at any moment."""
+
+import hashlib
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+
+import large_zero3
+import pytest
+import small_models
+
+from deepseek_sft.model import tiny
+
+GIB = 1 << 30
+MEDIUM = tiny.TinyShape(hidden_size=256, layers=4, routed_experts=32, moe_intermediate_size=192, vocab_size=4000)
+
+
+def arguments(inputs, folder):
+    return [
+        *(f"--checkpoint={inputs / 'step'}", f"--base={inputs / 'base'}"),
+        *(f"--output={folder / 'model'}", f"--receipt={folder / 'receipt.json'}"),
+    ]
+
+
+@pytest.fixture
+def script(project):
+    return [sys.executable, str(project / "workflow/scripts/convert_checkpoint.py")]
+
+
+# Runs the command given and prints the peak of its resident memory, in kilobytes, last.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def test_full_size_checkpoint_is_planned_within_a_gibibyte(tmp_path, script):
+    specs = large_zero3.write_base(tmp_path / "base", large_zero3.FULL_SIZE)
+    assert len(specs) == 45_395
+    fp32 = large_zero3.write_checkpoint(tmp_path / "step", specs, world_size=256, filled=False)
+    assert fp32 == 4 * 671_026_404_352  # biases are buffers
+    command = [*script, *arguments(tmp_path, tmp_path), "--dry-run", "--nodes=4"]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, check=True)
+    *lines, peak = done.stdout.splitlines()
+    plan = json.loads("\n".join(lines))
+    assert int(peak) * 1024 < GIB
+    assert (plan["tensors"], plan["parameters"], plan["world_size"]) == (45_395, 671_026_419_200, 256)
+    assert 1.342e12 < plan["bytes_to_write"] < 1.343e12 and len(plan["shards"]) == 270
+    assert max(plan["bytes_of_each_share"]) - min(plan["bytes_of_each_share"]) < 2 * 5.1e9
+    shortest, longest = plan["seconds"]
+    assert 0 < shortest < longest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "step"]
+
+
+def test_thousand_ranks_convert_with_few_descriptors(tmp_path, script):
+    specs = large_zero3.write_base(tmp_path / "base", small_models.SHAPE)
+    large_zero3.write_checkpoint(tmp_path / "step", specs, world_size=1024, experts_per_shard=2)
+
+    def few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+
+    subprocess.run([*script, *arguments(tmp_path, tmp_path)], preexec_fn=few, check=True, capture_output=True)
+    assert json.loads((tmp_path / "receipt.json").read_text())["figures"]["records_checked"] == 1024
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def test_kills_at_twenty_random_moments_end_in_the_same_files(tmp_path, script):
+    specs = large_zero3.write_base(tmp_path / "base", MEDIUM)
+    large_zero3.write_checkpoint(tmp_path / "step", specs, world_size=4, sub_group_size=10**6)
+    (tmp_path / "whole").mkdir()
+    options = ["--max-shard-size=2MB", "--workers=2"]
+    began = time.monotonic()
+    subprocess.run([*script, *arguments(tmp_path, tmp_path / "whole"), *options], check=True, capture_output=True)
+    duration = time.monotonic() - began
+    expected = digests(tmp_path / "whole/model")
+    assert len(expected) > 20
+
+    chance, interrupted, in_the_middle = random.Random(), 0, 0
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        command = [*script, *arguments(tmp_path, folder), *options]
+        killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.3, 1) * duration)
+        killed.kill()
+        interrupted += killed.wait() != 0
+        incomplete = folder / "model.incomplete"
+        present = (
+            {n: d for n, d in digests(incomplete).items() if n.endswith(".safetensors")} if incomplete.exists() else {}
+        )
+        assert present.items() <= expected.items()  # whatever has a final name is whole
+        in_the_middle += len(present) > 0
+        if not (folder / "receipt.json").exists():
+            subprocess.run(command, check=True, capture_output=True)
+        assert digests(folder / "model") == expected
+        assert sorted(path.name for path in folder.iterdir()) == ["model", "receipt.json"]
+    assert interrupted >= 10 and in_the_middle >= 3, "the kills came too late or too early to show anything"
