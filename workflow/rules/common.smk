@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
@@ -12,6 +13,7 @@ from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
 from deepseek_sft.files import canonical_json
+from deepseek_sft.training import retention
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -102,6 +104,11 @@ def allocation_of_deployment(wildcards):
 def preflight_is_asked():
     """A param that differs at each start: the nodes of yesterday say nothing about those of today."""
     return str(time.time())
+
+
+def what_clean_removes(wildcards):
+    """What target `clean` would free now, or why it would refuse; shown by a dry run."""
+    return retention.preview(Path(RESULTS))
 
 
 def receipt(rule):
