@@ -1,8 +1,8 @@
 """The published shape, 32 nodes of 8 ranks, on the emulated cluster: preflight and the launch part of train.sbatch.
 
-All is real up to torchrun: Slurm's 32 nodes, train.sbatch as it is rendered, preflight.py, train.py. In place of torchrun
-and 256 ranks stands tests/stand_ins. GPUs are Slurm's only: nvidia-smi is a stand-in, and preflight's sum over all
-ranks is the ring of sockets that CPU nodes use, not NCCL. About 20 s on two idle cores.
+All is real up to torchrun: Slurm's 32 nodes, train.sbatch as it is rendered, preflight.py, train.py. In place of
+torchrun and 256 ranks stands tests/stand_ins. GPUs are Slurm's only: nvidia-smi is a stand-in, and preflight's sum over
+all ranks is the ring of sockets that CPU nodes use, not NCCL. About 20 s with other work on two cores.
 """
 
 import json

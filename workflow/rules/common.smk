@@ -8,7 +8,7 @@ from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
-from deepseek_sft import locks
+from deepseek_sft import locks, submission
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
@@ -87,6 +87,19 @@ def allocation_of(wildcards):
     if wildcards.stage == "serve":
         return allocation_of_deployment(wildcards)
     return job_resources.allocation(workflow.get_rule(wildcards.stage)).arguments()
+
+
+def jobs_to_preview(wildcards):
+    """Texts for the rules that Snakemake's plugin submits to Slurm; none under a profile without Slurm."""
+    jobs = [rule.name for rule in workflow.rules if not workflow.is_local(rule)]
+    return expand(
+        f"{RESULTS}/render/{{rule}}/{{rule}}.submission.txt", rule=jobs if submission.is_previewed(workflow) else []
+    )
+
+
+def submission_of(wildcards):
+    """What the plugin would submit for a rule."""
+    return submission.preview(workflow, wildcards.job)
 
 
 def resources_of_training(wildcards):

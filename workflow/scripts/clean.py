@@ -6,8 +6,8 @@
                                           and converting again means training again
 
 Of the run that the receipts name, all checkpoint folders but the newest committed one go. Other runs, metrics and logs
-stay. Exit code 3 where the model is not verified, has changed since, or was made from another checkpoint; 2 where the run is in
-use or a receipt is missing: then nothing is removed.
+stay. Exit code 3 where the model is not verified, has changed since, or was made from another checkpoint; 2 where the
+run is in use or a receipt is missing: then nothing is removed.
 """
 
 import argparse

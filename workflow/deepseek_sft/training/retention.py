@@ -55,7 +55,7 @@ def choose(results: Path, newest: bool = False) -> Removal:
 
     Raises:
         BadInputError: a receipt or what it names is missing.
-        GateError: the converted model is not verified, has changed since, or is not made from this run's last checkpoint.
+        GateError: the converted model is not verified, has changed since, or is not made from the last checkpoint.
     """
     train = receipts.read(results / "receipts" / "train.json", "train")
     converted = receipts.read(results / "receipts" / "convert_checkpoint.json", "convert_checkpoint")
