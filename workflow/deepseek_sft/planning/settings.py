@@ -25,6 +25,7 @@ class Training:
     activation_checkpointing: bool
     save_every_steps: int
     keep_checkpoints: int
+    save_every_minutes: float | None = None
 
     @classmethod
     def from_config(cls, train: dict[str, Any]) -> "Training":
