@@ -119,6 +119,12 @@ def preflight_is_asked():
     return str(time.time())
 
 
+def show_plan(folder):
+    """Shell text that prints a plan on the terminal: needs, time, notes and verdict, without the formulas."""
+    text = f"{RESULTS}/{folder}/plan.txt"
+    return f" && sed -n '1,/^parameters$/p; /^note: /p; /^verdict: /,$p' {quote(text)} | grep -v '^parameters$'"
+
+
 def what_clean_removes(wildcards):
     """What target `clean` would free now, or why it would refuse; shown by a dry run."""
     return retention.preview(Path(RESULTS))
