@@ -19,7 +19,7 @@ include: "workflow/rules/convert.smk"  # convert_checkpoint, verify_model
 include: "workflow/rules/serve.smk"  # smoke_test, serve
 include: "workflow/rules/report.smk"  # build_report
 include: "workflow/rules/render.smk"  # render_sbatch
-include: "workflow/rules/clean.smk"  # clean
+include: "workflow/rules/clean.smk"  # clean, clean_preview
 
 
 localrules:

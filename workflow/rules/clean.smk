@@ -1,8 +1,18 @@
 localrules:
     clean,
+    clean_preview,
 
 
 # Named on the command line only; a dry run shows what would go. Refuses unless the converted model of the run's last checkpoint is verified.
+rule clean_preview:
+    log:
+        log_file("clean_preview"),
+    message:
+        "Showing which checkpoints `clean` would remove"
+    shell:
+        f"{SCRIPT}/clean.py {RESULTS} 2>&1 | tee {{log}}"
+
+
 rule clean:
     log:
         log_file("clean"),
