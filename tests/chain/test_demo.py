@@ -259,3 +259,15 @@ def test_more_nodes_than_the_cluster_has_stop_before_any_job(demo):
 def test_new_learning_rate_gets_a_run_folder_of_its_own(demo):
     runs = [path.name for path in (demo.results / "train/runs").iterdir() if path.is_dir()]
     assert runs == [demo.receipt("train")["figures"]["run_id"]]
+
+
+def test_clean_frees_every_checkpoint_of_the_finished_chain_but_the_last(demo):
+    train = demo.receipt("train")
+    last, run = Path(train["result"]["checkpoint"]).name, demo.results / "train/runs" / train["figures"]["run_id"]
+    before = {folder.name for folder in run.glob("step_*")}
+    assert before > {last}
+    done = demo.snakemake("--profile", "profiles/local", *CONFIG, "--", "clean")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert {folder.name for folder in run.glob("step_*")} == {last}
+    assert all(f"removed {run / name}" in output for name in before - {last})

@@ -1,5 +1,6 @@
 """plan.py as a person uses it, and what the rules are given."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from planning_plans import published
 from deepseek_sft import config as configuration
 from deepseek_sft.errors import GateError
 from deepseek_sft.experiment import Experiment
+from deepseek_sft.planning import plan as planning
 from deepseek_sft.planning.duration import young_daly
 
 RESOURCES = '{{"nodes": {}, "gres": "gpu:8", "mem_mb": 1900000, "runtime": 5760}}'
@@ -153,6 +155,31 @@ def test_cadence_is_youngs_for_short_saves_and_never_beyond_the_failures():
     assert young_daly(1, 1e6) == pytest.approx((2 * 1e6) ** 0.5, rel=0.01)
     assert young_daly(600, 8 * 86400) / 3600 == pytest.approx(8, rel=0.02)
     assert young_daly(300, 100) == 100
+
+
+def test_cadence_is_noted_only_where_it_is_far_from_the_best():
+    found = published(32, 4, "zero3_offload", 2)
+    assert not [note for note in planning.notes(found) if "loses the least time" in note]
+    rare = dataclasses.replace(found.training, save_every_steps=10_000)
+    assert [note for note in planning.notes(with_training(found, rare)) if "loses the least time" in note]
+    # What the minutes make of it counts.
+    often = dataclasses.replace(rare, save_every_minutes=found.duration.cadence_s / 60)
+    assert not [note for note in planning.notes(with_training(found, often)) if "loses the least time" in note]
+    assert with_training(found, often).duration.run.slowest > with_training(found, rare).duration.run.slowest
+
+
+def with_training(plan, training):
+    return planning.make(plan.model, training, plan.samples, plan.cluster)
+
+
+def test_full_disk_is_not_answered_with_nodes_and_settings_of_training(plan, base):
+    overlay = base.with_name("disk.yaml")
+    overlay.write_text("plan: {storage_tb: 1}")
+    for words in ([], ["--fit"], ["--sweep", "nodes=32,64"]):
+        done = plan("--resources", RESOURCES.format(32), *words, overlays=[base, overlay])
+        assert done.returncode == 3
+        assert "lay `results` on a larger file system" in done.stderr
+        assert "zero3_offload" not in done.stderr
 
 
 def test_operational_settings_and_learning_rate_do_not_reach_the_plans_params(project):

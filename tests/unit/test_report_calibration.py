@@ -43,6 +43,16 @@ def test_on_gpus_the_peak_is_compared_with_what_pytorch_counts_and_host_memory_w
     assert found["one step"].text().endswith("inside (mean over the run)")
 
 
+def test_parts_of_a_rank_that_are_constants_of_the_plan_are_compared_one_by_one():
+    parts = {"process_bytes": GIB, "freed memory that glibc keeps_bytes": 2 * GIB}
+    measured = RUN | {"memory_before_model_gib": 1.25, "kept_by_allocator_gib": 1.0}
+    found = compared(PLAN | {"rank_memory": parts}, measured)
+    assert found["a rank's process"].difference_share == pytest.approx(0.25)
+    assert found["freed memory that the C library keeps"].difference_share == pytest.approx(-0.5)
+    host = PLAN | {"rank_memory": {}, "host_memory": {"processes_bytes": 4 * GIB}}
+    assert compared(host, measured)["a rank's process"].difference_share == pytest.approx(-0.375)  # two ranks a node
+
+
 def test_time_outside_its_range_is_measured_from_the_nearer_end():
     plan = PLAN | {"rank_memory": {}, "step_fastest_s": 6.0, "step_slowest_s": 8.0}
     assert compared(plan, RUN)["one step"].difference_share == pytest.approx(5 / 6 - 1)

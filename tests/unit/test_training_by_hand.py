@@ -12,7 +12,7 @@ FAKES = {
     # Runs the one task; the rest of srun's options are of no interest.
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "squeue": 'echo "${JOB_STATE:-RUNNING}"',
-    "scontrol": 'echo "$@" >> "$REQUEUES"',
+    "scontrol": 'echo "$@" >> "$REQUEUES"; exit "${REQUEUE_CODE:-0}"',
     # Stands for train.py: commits a checkpoint where asked to, and ends with a code.
     "python": """
 folder=results/r1/train/runs/a/step_9
@@ -67,6 +67,11 @@ def by_hand(tmp_path):
 
 def test_a_stop_that_saved_is_requeued(by_hand):
     assert by_hand(4, SLURM_RESTART_COUNT="30") == (4, True)
+
+
+def test_a_job_that_slurm_does_not_requeue_keeps_its_exit_code(by_hand):
+    assert by_hand(4, REQUEUE_CODE="1") == (4, True)
+    assert "start the script again" in (by_hand.folder / "logs/r1/train/77-1.log").read_text()
 
 
 def test_inside_the_workflow_nothing_is_requeued(by_hand):

@@ -1,49 +1,16 @@
 """Promises of the `clean` target: what goes, what stays, and when nothing may go."""
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from finished_run import Finished
 from training_helpers import write_checkpoint
 
 from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.training import lock, retention
-
-
-class Finished:
-    """Results of an experiment whose model is verified, with four checkpoints."""
-
-    def __init__(self, folder: Path):
-        self.results = folder / "results" / "one"
-        self.run = self.results / "train" / "runs" / "abc"
-        for step in (10, 20, 30):
-            write_checkpoint(self.run, step)
-        write_checkpoint(self.run, 15, commit=False)
-        (self.run / "step_5.incomplete").mkdir()
-        (self.run / "metrics.jsonl").write_text("{}\n")
-        (self.results / "model").mkdir()
-        last = self.run / "step_30"
-        model = {"model": str(self.results / "model")}
-        self.receipt("train", "2026-01-01", {"run": str(self.run), "checkpoint": str(last)}, {"run_id": "abc"})
-        self.receipt("convert_checkpoint", "2026-01-02", model, {})
-        self.verified = {"checks": {"names": {"passed": True, "detail": ""}}}
-        self.verify()
-
-    def receipt(self, rule: str, finished: str, result: dict, figures: dict, **more) -> None:
-        path = self.results / "receipts" / f"{rule}.json"
-        path.parent.mkdir(exist_ok=True)
-        content = {"schema": 1, "rule": rule, "finished": finished, "result": result, "figures": figures, "inputs": {}}
-        path.write_text(json.dumps(content | more))
-
-    def verify(self, step: int = 30, finished: str = "2026-01-03", figures: dict | None = None) -> None:
-        inputs = {"checkpoint": {"path": str(self.run / f"step_{step}"), "fingerprint": "f"}}
-        model = {"model": str(self.results / "model")}
-        self.receipt("verify_model", finished, model, figures or self.verified, inputs=inputs)
-
-    def folders(self) -> set[str]:
-        return {path.name for path in self.run.iterdir() if path.is_dir()}
 
 
 @pytest.fixture
@@ -96,9 +63,36 @@ def test_run_with_a_newer_checkpoint_refuses(finished):
 
 
 def test_missing_model_refuses(finished):
-    (finished.results / "model").rmdir()
+    finished.file.unlink()
+    with pytest.raises(GateError, match="has gone since it was verified"):
+        retention.choose(finished.results)
+    finished.model.rmdir()
     with pytest.raises(BadInputError, match="which has gone"):
         retention.choose(finished.results)
+
+
+def test_model_that_changed_or_was_converted_again_since_it_was_verified_refuses(finished, monkeypatch):
+    finished.convert(finished="2026-01-04")
+    with pytest.raises(GateError, match="converted again after it was verified"):
+        retention.choose(finished.results)
+    finished.convert(fingerprint="another")
+    with pytest.raises(GateError, match="converted again after it was verified"):
+        retention.choose(finished.results)
+    finished.convert()
+    finished.file.write_bytes(b"strange")
+    with pytest.raises(GateError, match="has changed since it was verified"):
+        retention.choose(finished.results)
+    monkeypatch.setattr(retention, "HASHED", 0)  # as a large file is judged, by its time
+    with pytest.raises(GateError, match="has changed since it was verified"):
+        retention.choose(finished.results)
+    os.utime(finished.file, (0, 0))
+    assert retention.choose(finished.results).items
+
+
+def test_dry_run_says_what_would_go_or_why_nothing_may(finished):
+    assert "would remove" in retention.preview(finished.results)
+    finished.verify(step=20)
+    assert retention.preview(finished.results).startswith("would refuse: the verified model was made from")
 
 
 def test_run_in_use_is_left_alone(finished):

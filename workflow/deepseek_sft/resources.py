@@ -7,7 +7,7 @@ body runs inside a one-task step and srun fails or hangs; without ``tasks_per_gp
 
 from typing import Any
 
-from snakemake.iocontainers import Wildcards
+from snakemake.iocontainers import InputFiles, Wildcards
 
 from .errors import BadInputError
 from .slurm import Allocation, check_nodes, option
@@ -72,7 +72,7 @@ def _share_nodes(workflow: Any) -> None:
 def value(rule: Any, name: str) -> Any:
     """A rule's resource on its first attempt; profile and command line give text that Snakemake evaluates as Python."""
     context = {"attempt": 1, "threads": 1, "rulename": rule.name, "async_run": rule.workflow.async_run}
-    return rule.resources[name].evaluate(Wildcards(), input=(), **context).value
+    return rule.resources[name].evaluate(Wildcards(), input=InputFiles(), **context).value
 
 
 def allocation(rule: Any) -> Allocation:

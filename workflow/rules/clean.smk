@@ -3,7 +3,7 @@ localrules:
     clean_preview,
 
 
-# Named on the command line only. Both refuse unless the converted model of the run's last checkpoint is verified.
+# Named on the command line only; a dry run shows what would go. Refuses unless the converted model of the run's last checkpoint is verified.
 rule clean_preview:
     log:
         log_file("clean_preview"),
@@ -16,7 +16,9 @@ rule clean_preview:
 rule clean:
     log:
         log_file("clean"),
+    params:
+        preview=what_clean_removes,
     message:
-        "Removing all checkpoints of the verified run but the newest"
+        "Removing all checkpoints of the verified run but the newest\n{params.preview}"
     shell:
         f"{SCRIPT}/clean.py {RESULTS} --free 2>&1 | tee {{log}}"

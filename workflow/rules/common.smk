@@ -3,15 +3,17 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
-from deepseek_sft import locks
+from deepseek_sft import locks, submission
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
 from deepseek_sft.files import canonical_json
+from deepseek_sft.training import retention
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -87,6 +89,19 @@ def allocation_of(wildcards):
     return job_resources.allocation(workflow.get_rule(wildcards.stage)).arguments()
 
 
+def jobs_to_preview(wildcards):
+    """Texts for the rules that Snakemake's plugin submits to Slurm; none under a profile without Slurm."""
+    jobs = [rule.name for rule in workflow.rules if not workflow.is_local(rule)]
+    return expand(
+        f"{RESULTS}/render/{{rule}}/{{rule}}.submission.txt", rule=jobs if submission.is_previewed(workflow) else []
+    )
+
+
+def submission_of(wildcards):
+    """What the plugin would submit for a rule."""
+    return submission.preview(workflow, wildcards.job)
+
+
 def resources_of_training(wildcards):
     """What profile and command line give to training, as JSON; what they leave out is not judged by the plan."""
     train = workflow.get_rule("train")
@@ -102,6 +117,17 @@ def allocation_of_deployment(wildcards):
 def preflight_is_asked():
     """A param that differs at each start: the nodes of yesterday say nothing about those of today."""
     return str(time.time())
+
+
+def show_plan(folder):
+    """Shell text that prints a plan on the terminal: needs, time, notes and verdict, without the formulas."""
+    text = f"{RESULTS}/{folder}/plan.txt"
+    return f" && sed -n '1,/^parameters$/p; /^note: /p; /^verdict: /,$p' {quote(text)} | grep -v '^parameters$'"
+
+
+def what_clean_removes(wildcards):
+    """What target `clean` would free now, or why it would refuse; shown by a dry run."""
+    return retention.preview(Path(RESULTS))
 
 
 def receipt(rule):

@@ -22,6 +22,7 @@ rule plan:
             f"plan.py --settings {{params.settings:q}} --operational {operational_json('plan')} "
             f"--resources {{params.resources:q}} --output {RESULTS}/plan --receipt {{output.receipt}}"
         )
+        + show_plan("plan")
 
 
 # Stands before train. Its params are train's own, so that a changed profile or `plan` section does not train again.
@@ -46,3 +47,4 @@ rule refine_plan:
             f"--resources {{resources.training:q}} --tokens-receipt {{input.tokens}} "
             f"--output {RESULTS}/plan/refined --receipt {{output.receipt}}"
         )
+        + show_plan("plan/refined")

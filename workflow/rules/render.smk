@@ -1,6 +1,7 @@
 localrules:
     render,
     render_sbatch,
+    render_submission,
 
 
 wildcard_constraints:
@@ -26,9 +27,26 @@ rule render_sbatch:
         "{params.allocation} --settings {params.settings:q} --operational {params.operational:q} 2> {log}"
 
 
+# The outer jobs, in which the scripts above and the single commands of the other rules run.
+rule render_submission:
+    output:
+        f"{RESULTS}/render/{{job}}/{{job}}.submission.txt",
+    log:
+        f"{LOGS}/render_submission/{{job}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/render_submission.{{job}}.tsv"
+    params:
+        text=submission_of,
+    message:
+        "Showing what is submitted for {wildcards.job}"
+    shell:
+        "printf '%s\\n' {params.text:q} > {output} 2> {log}"
+
+
 rule render:
     input:
-        expand(
+        submissions=jobs_to_preview,
+        scripts=expand(
             f"{RESULTS}/render/{{stage}}/{{stage}}.sbatch",
             stage=["preflight", "train", "smoke_test", "serve"],
         ),

@@ -6,8 +6,8 @@
                                           and converting again means training again
 
 Of the run that the receipts name, all checkpoint folders but the newest committed one go. Other runs, metrics and logs
-stay. Exit code 3 where the model is not verified or was made from another checkpoint, 2 where the run is in use or a
-receipt is missing: then nothing is removed.
+stay. Exit code 3 where the model is not verified, has changed since, or was made from another checkpoint; 2 where the
+run is in use or a receipt is missing: then nothing is removed.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli
-from deepseek_sft.report.formatting import byte_size
 from deepseek_sft.training import retention
 
 
@@ -29,13 +28,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     removal = retention.choose(options.results, options.newest)
-    for item in removal.items:
-        print(
-            f"{'remove' if options.free else 'would remove'}  {byte_size(item.bytes):>12}  {item.folder} ({item.why})"
-        )
-    for folder in removal.kept:
-        print(f"keep  {folder}")
-    print(f"{byte_size(removal.bytes)} in {len(removal.items)} folders", flush=True)
+    print(retention.describe(removal, "remove" if options.free else "would remove"), flush=True)
     if options.free:
         retention.remove(removal)
     elif removal.items:

@@ -83,6 +83,8 @@ def main() -> None:
         inputs["tokens"] = receipts.input_entry(args.tokens_receipt)
     plan = load.from_config(settings, resources, tokens)
     gate.check_possible(plan)
+    if args.sweep and args.fit:
+        raise BadInputError("--sweep and --fit are two questions", "ask one at a time")
     if args.sweep:
         found = alternatives.sweep(plan, alternatives.parse_sweep(args.sweep))
         if args.json:
@@ -91,14 +93,17 @@ def main() -> None:
         else:
             print(show.sweep_table(plan, found))
         if alternatives.recommend(changed for _, changed in found) is None:
-            raise GateError("none of these alternatives fits", "sweep over more nodes, or --fit")
+            raise GateError(
+                "none of these alternatives fits", "; ".join(gate.advice(plan) or ["sweep over more nodes, or --fit"])
+            )
         return
     if args.fit:
         fewest = alternatives.fewest_nodes(plan)
         if fewest is None:
+            others = ["a larger sequence_parallel_size, a smaller micro_batch_size, or zero3_offload"]
             raise GateError(
                 f"this experiment fits no number of nodes up to {alternatives.MOST_NODES}: {plan.binding}",
-                "a larger sequence_parallel_size, a smaller micro_batch_size, or zero3_offload",
+                "; ".join(gate.advice(plan) or others),
             )
         plan = fewest
         cli.say(f"fewest nodes: {plan.cluster.nodes}")

@@ -37,6 +37,7 @@ class Duration:
         parts: compute, network, optimizer of one step.
         step: one step in all.
         run: the whole run with its checkpoints.
+        saving_s: seconds between checkpoints as configured, for the fastest and the slowest step.
     """
 
     global_batch: int
@@ -50,6 +51,7 @@ class Duration:
     run: Range | None
     mtbf_s: float
     cadence_s: float
+    saving_s: tuple[float, float] | None = None
 
     def gpu_hours(self, ranks: int) -> tuple[float, float] | None:
         return (self.run.fastest * ranks / HOURS, self.run.slowest * ranks / HOURS) if self.run else None
@@ -85,13 +87,18 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         slowest = sum(part.slowest for part in parts)
         step = Range("one step", fastest, slowest, "fastest: max(compute, network) + optimizer; slowest: their sum")
     saved = checkpoint / (cluster.storage_gb_per_second * 1e9)
-    run = None
-    if step and steps:
-        saves = math.ceil(steps / training.save_every_steps)
+    run = between = None
+    if step:
+        limit = 60 * training.save_every_minutes if training.save_every_minutes else math.inf
+        between = tuple(min(training.save_every_steps * seconds, limit) for seconds in (step.fastest, step.slowest))
+    if step and steps and between:
+        trained = [steps * seconds for seconds in (step.fastest, step.slowest)]
+        saves = [max(1, math.ceil(round(s / every, 6))) for s, every in zip(trained, between, strict=True)]
         loading = model.bf16_bytes / (cluster.storage_gb_per_second * 1e9)
-        around = saves * saved + loading
-        formula = f"{steps:,} steps + {saves} checkpoints × {saved:,.0f} s + loading {loading:,.0f} s"
-        run = Range("whole run", steps * step.fastest + around, steps * step.slowest + around, formula)
+        ends = [seconds + count * saved + loading for seconds, count in zip(trained, saves, strict=True)]
+        times = str(saves[0]) if saves[0] == saves[1] else f"{saves[0]} to {saves[1]}"
+        formula = f"{steps:,} steps + {times} checkpoints × {saved:,.0f} s + loading {loading:,.0f} s"
+        run = Range("whole run", ends[0], ends[1], formula)
     mtbf = 1000 * DAYS / (cluster.failures_per_1000_node_days * cluster.nodes)
     return Duration(
         batch,
@@ -105,6 +112,7 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         run,
         mtbf,
         young_daly(saved, mtbf),
+        between,
     )
 
 

@@ -26,5 +26,15 @@ def stop_unless_it_fits(plan: Plan, on_misfit: str) -> None:
     fixes = [f"profile, set-resources: train: {line}" for line in profile_lines(plan)]
     if near:
         fixes.append(f"nearest that fits: {alternatives.as_yaml(near[0])}")
-    fixes.append("or go on all the same with plan.on_misfit: warn")
-    raise GateError(f"the plan does not fit: {plan.binding}", "; ".join(fixes))
+    raise GateError(f"the plan does not fit: {plan.binding}", "; ".join([*fixes, *advice(plan), ANYWAY]))
+
+
+ANYWAY = "to go on all the same, plan.on_misfit: warn"
+DISK_ADVICE = (
+    "lay `results` on a larger file system, lower train.keep_checkpoints, or state what is free with plan.storage_tb"
+)
+
+
+def advice(plan: Plan) -> list[str]:
+    """What helps against a full disk, which neither nodes nor training's settings change."""
+    return [DISK_ADVICE] if any(limit.name == "disk" and limit.share > 1 for limit in plan.limits) else []

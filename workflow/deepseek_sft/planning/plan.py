@@ -8,7 +8,7 @@ from .counting import Model
 from .device_memory import Peak
 from .duration import Duration
 from .settings import MB, Cluster, Samples, Training
-from .terms import Term, total
+from .terms import Term, show, total
 
 FITS, TIGHT, MISFIT = "fits", "tight", "does not fit"
 TIGHT_SHARE = 0.93  # above this share of a limit a plan is called tight
@@ -144,12 +144,7 @@ def notes(plan: Plan) -> list[str]:
             f"the time limit of {minutes} minutes may end the run before its last step: it saves and needs up to "
             f"{jobs:.0f} jobs; Snakemake's retries continue it"
         )
-    cadence = plan.duration.cadence_steps()
-    if cadence and not cadence[0] <= plan.training.save_every_steps <= cadence[1]:
-        found.append(
-            f"train.save_every_steps is {plan.training.save_every_steps}; "
-            f"{cadence[0]} to {cadence[1]} lose the least time"
-        )
+    found += _cadence_note(plan)
     longest = longest_row_that_fits(plan)
     if longest is not None and plan.samples.source == "estimated":
         found.append(
@@ -159,6 +154,21 @@ def notes(plan: Plan) -> list[str]:
         if limit.have is None:
             found.append(f"{limit.name} is not judged: {limit.setting} says nothing")
     return found
+
+
+def _cadence_note(plan: Plan) -> list[str]:
+    """A sentence where checkpoints come more than twice as rarely or as often as is best: between, little is lost."""
+    between, best = plan.duration.saving_s, plan.duration.cadence_s
+    if between is None or (between[0] <= 2 * best and between[1] >= best / 2):
+        return []
+    training, steps = plan.training, plan.duration.cadence_steps() or (1, 1)
+    minutes = f", train.save_every_minutes: {training.save_every_minutes:g}" if training.save_every_minutes else ""
+    shown = [show(seconds, "s") for seconds in between]
+    return [
+        f"a checkpoint every {shown[0] if shown[0] == shown[1] else ' to '.join(shown)} (train.save_every_steps: "
+        f"{training.save_every_steps}{minutes}); every {show(best, 's')} loses the least time, which is "
+        f"{steps[0]:,} to {steps[1]:,} steps"
+    ]
 
 
 def figures(plan: Plan) -> dict[str, Any]:

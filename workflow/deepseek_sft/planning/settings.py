@@ -33,6 +33,7 @@ class Training:
     gradient_accumulation_dtype: str = "float32"
     keep_layer_gathered: bool = False
     stock_experts: bool = False
+    save_every_minutes: float | None = None
 
     @classmethod
     def from_config(cls, train: dict[str, Any], plan: dict[str, Any]) -> "Training":

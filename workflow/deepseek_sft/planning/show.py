@@ -56,7 +56,8 @@ def _limits(plan: Plan) -> list[str]:
     for limit in plan.limits:
         have = show(limit.have, "B") if limit.have else "unknown"
         share = f"{limit.share:.0%}" if limit.have else ""
-        lines.append(f"{limit.name:24}{show(limit.need, 'B'):>12}{have:>12}{share:>8}  {limit.verdict}")
+        verdict = limit.verdict if limit.have else "not judged"
+        lines.append(f"{limit.name:24}{show(limit.need, 'B'):>12}{have:>12}{share:>8}  {verdict}")
     if plan.cluster.cpu:
         lines.append(f"{'memory per rank':24}{show(plan.device_bytes, 'B'):>12}")
     lines.append(f"{'one checkpoint':24}{show(plan.checkpoint, 'B'):>12}")
@@ -69,8 +70,10 @@ def _range(found: Range) -> str:
 
 def _time(plan: Plan) -> list[str]:
     found: Duration = plan.duration
-    steps = "steps unknown (plan.samples)" if found.steps is None else f"{found.steps:,} steps"
+    steps = "steps" if found.steps is None else f"{found.steps:,} steps"
     lines = [f"time      {steps} of {found.global_batch:,} rows; {found.tokens_per_gather:,.0f} tokens per gather"]
+    if found.steps is None:
+        lines.append("          how many, and their cost: not known before plan.samples says how many rows there are")
     if found.step:
         lines.append(
             f"          one step {_range(found.step)}" + (f", whole run {_range(found.run)}" if found.run else "")

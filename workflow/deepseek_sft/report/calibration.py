@@ -62,6 +62,7 @@ def compare(plan: Stage, train: Stage, metrics: list[dict[str, Any]]) -> list[Co
         allocated -= sum(parts[name] for name in NOT_MEASURED if _is_number(parts.get(name)))
     node = host_parts["node_bytes"] if _is_number(host_parts.get("node_bytes")) else 0
     host = planned.get("host_memory_bytes")
+    process = parts.get("process_bytes") if on_cpu else _ratio(host_parts.get("processes_bytes"), ranks)
     rows = [
         ("one checkpoint", "B", planned.get("checkpoint_bytes"), run.get("checkpoint_bytes"), "sum of its files"),
         (
@@ -70,6 +71,20 @@ def compare(plan: Stage, train: Stage, metrics: list[dict[str, Any]]) -> list[Co
             allocated,
             peak,
             "largest resident size" if on_cpu else "PyTorch's peak; slack, context and NCCL left out of both",
+        ),
+        (
+            "a rank's process",
+            "B",
+            process,
+            _times(run.get("memory_before_model_gib"), GIB),
+            "resident size before the model is built; part of the rank's memory",
+        ),
+        (
+            "freed memory that the C library keeps",
+            "B",
+            parts.get("freed memory that glibc keeps_bytes"),
+            _times(run.get("kept_by_allocator_gib"), GIB),
+            "mallinfo2; part of the rank's memory",
         ),
         (
             "host memory of a node",

@@ -1,16 +1,22 @@
 """Which checkpoints of a verified experiment may go, and removing them. Receipts decide; nothing is guessed."""
 
 import dataclasses
+import datetime
+import hashlib
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .. import receipts
 from ..cli import say
-from ..errors import GateError
+from ..errors import GateError, StageError
+from ..report.formatting import byte_size
 from . import checkpoints, lock
 
 AGAIN = "snakemake --profile <profile> convert"
+VERIFY = "snakemake --profile <profile> --forcerun verify_model -- convert"
+HASHED = 64 << 20  # bytes; larger files of the model are judged by their time: hashing 1.3 TB takes an hour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +55,10 @@ def choose(results: Path, newest: bool = False) -> Removal:
 
     Raises:
         BadInputError: a receipt or what it names is missing.
-        GateError: the converted model is not verified, or not made from this run's last checkpoint.
+        GateError: the converted model is not verified, has changed since, or is not made from the last checkpoint.
     """
     train = receipts.read(results / "receipts" / "train.json", "train")
-    receipts.read(results / "receipts" / "convert_checkpoint.json", "convert_checkpoint")
+    converted = receipts.read(results / "receipts" / "convert_checkpoint.json", "convert_checkpoint")
     verified = receipts.read(results / "receipts" / "verify_model.json", "verify_model")
     run, last = Path(train["result"]["run"]), Path(train["result"]["checkpoint"])
     failed = [name for name, check in verified["figures"].get("checks", {}).items() if check["passed"] is not True]
@@ -61,6 +67,7 @@ def choose(results: Path, newest: bool = False) -> Removal:
     of = Path(verified["inputs"].get("checkpoint", {}).get("path", "none"))
     if of.resolve() != last.resolve() or verified["finished"] < train["finished"]:
         raise GateError(f"the verified model was made from {of}, but the run's last checkpoint is {last}", AGAIN)
+    _check_model(converted, verified)
     run_id = train["figures"]["run_id"]
     found = checkpoints.committed(run, run_id)
     if not found or found[-1].folder.resolve() != last.resolve():
@@ -77,8 +84,53 @@ def choose(results: Path, newest: bool = False) -> Removal:
     return Removal(run, items, kept)
 
 
+def _check_model(converted: dict[str, Any], verified: dict[str, Any]) -> None:
+    """Raises GateError unless the model that lies there is the one that was verified."""
+    model = Path(verified["result"]["model"])
+    last = Path(converted["result"]["model"])
+    if model.resolve() != last.resolve():
+        raise GateError(f"verified is {model}, but converted last was {last}", VERIFY)
+    made_from = [one["inputs"].get("checkpoint", {}).get("fingerprint") for one in (converted, verified)]
+    if made_from[0] != made_from[1] or verified["finished"] < converted["finished"]:
+        raise GateError(f"{model} was converted again after it was verified", VERIFY)
+    recorded = verified["figures"].get("sha256")
+    if not recorded:
+        raise GateError(f"the verification of {model} names no files", VERIFY)
+    finished = datetime.datetime.fromisoformat(verified["finished"]).timestamp()
+    for name, digest in recorded.items():
+        file = model / name
+        if not file.is_file():
+            raise GateError(f"{file} has gone since it was verified", AGAIN)
+        status = file.stat()
+        if status.st_size <= HASHED:
+            changed = hashlib.sha256(file.read_bytes()).hexdigest() != digest
+        else:
+            changed = status.st_mtime > finished + 1  # receipts count whole seconds
+        if changed:
+            raise GateError(f"{file} has changed since it was verified", VERIFY)
+
+
 def _item(folder: Path, why: str) -> Item:
     return Item(folder, why, sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()))
+
+
+def describe(removal: Removal, verb: str) -> str:
+    """What goes, line by line, what stays, and the sum.
+
+    Args:
+        verb: ``remove`` or ``would remove``.
+    """
+    lines = [f"{verb}  {byte_size(item.bytes):>12}  {item.folder} ({item.why})" for item in removal.items]
+    lines += [f"keep  {folder}" for folder in removal.kept]
+    return "\n".join([*lines, f"{byte_size(removal.bytes)} in {len(removal.items)} folders"])
+
+
+def preview(results: Path) -> str:
+    """What ``choose`` and ``describe`` say, or why nothing may go; for a dry run."""
+    try:
+        return describe(choose(results), "would remove")
+    except StageError as error:
+        return f"would refuse: {error}"
 
 
 def remove(removal: Removal) -> None:
@@ -92,3 +144,4 @@ def remove(removal: Removal) -> None:
             (item.folder / checkpoints.MARKER).unlink(missing_ok=True)
             shutil.rmtree(item.folder)
             say(f"removed {item.folder}")
+        say(f"freed {byte_size(removal.bytes)}")

@@ -144,6 +144,8 @@ def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
         "parameters": progress["parameters"],
         "checkpoint_bytes": sum(last.marker["files"].values()),
         "peak_memory_gib": progress["peak_memory_gib"],
+        "memory_before_model_gib": progress.get("memory_before_model_gib"),
+        "kept_by_allocator_gib": progress.get("kept_by_allocator_gib"),
     }
 
 

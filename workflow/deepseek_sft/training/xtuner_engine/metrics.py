@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from ...cli import say
 from ...model import release
 from ...report import formatting
-from .. import flops, run_folder
+from .. import flops, process_memory, run_folder
 from ..schedule import Schedule
 from .expert_load import ExpertLoad
 from .loop import StepResult
@@ -50,6 +50,8 @@ class MetricsHook(Hook):
             "seconds": before.get("seconds", 0.0),
             "save_seconds": before.get("save_seconds", 0.0),
             "peak_memory_gib": before.get("peak_memory_gib", 0.0),
+            "memory_before_model_gib": runner.cfg.memory_before_model_gib,
+            "kept_by_allocator_gib": before.get("kept_by_allocator_gib"),
         }
         self.recent = deque(before.get("recent_losses", []), maxlen=RECENT)
         self.steps = deque(maxlen=STEADY)
@@ -82,10 +84,11 @@ class MetricsHook(Hook):
             say(f"warning: {result.verdict.message}" + ("" if result.verdict.apply else "; its update was skipped"))
         if step == 1 or step % self.log_every_steps == 0 or step == runner.max_iters:
             balance = self.load.figures()  # a collective
-            gpu, host = _most_over_ranks(memory_gib(), resident_gib())
+            gpu, host, kept = _most_over_ranks(memory_gib(), resident_gib(), kept_gib())
             if dist.get_rank() == 0:
                 rate = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
                 line = self._line(step, result, rate, operations) | {"memory_gib": gpu, "host_memory_gib": host}
+                line["kept_by_allocator_gib"] = kept if kept >= 0 else None
                 self._write(line | balance)
                 self._tell(line, runner.max_iters)
             self.unreported_save = 0.0
@@ -102,8 +105,9 @@ class MetricsHook(Hook):
 
     def snapshot(self, runner) -> dict[str, Any]:
         """Progress to keep with a checkpoint; a collective, since the peak memory is that of all ranks."""
-        peak, _ = _most_over_ranks(memory_gib(), resident_gib())
+        peak, kept = _most_over_ranks(memory_gib(), kept_gib())
         self.progress["peak_memory_gib"] = max(self.progress["peak_memory_gib"], peak)
+        self.progress["kept_by_allocator_gib"] = kept if kept >= 0 else None
         done = self.progress
         rate, share = flops.utilisation(
             done["flops"], max(done["seconds"], 1e-9), dist.get_world_size(), self.gpu_tflops
@@ -171,6 +175,12 @@ def memory_gib() -> float:
 def resident_gib() -> float:
     """Peak resident set of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def kept_gib() -> float:
+    """Freed memory that the C library keeps in this process; -1 where it does not tell."""
+    kept = process_memory.kept_by_allocator()
+    return -1.0 if kept is None else kept / GIB
 
 
 def rank_device() -> torch.device:

@@ -18,7 +18,7 @@ from pathlib import Path
 from deepseek_sft import files
 from deepseek_sft.cli import say
 from deepseek_sft.errors import StageError, StoppedError
-from deepseek_sft.training import checkpoints, launch, run_folder
+from deepseek_sft.training import checkpoints, launch, process_memory, run_folder
 from deepseek_sft.training.run_folder import Status
 from deepseek_sft.training.settings import PHASES
 from deepseek_sft.training.watchdog import Watchdog
@@ -94,6 +94,8 @@ def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
     config.stop_files = [str(path) for path in stop_files(options.run, options.stop_file)]
     config.resume = start["checkpoint"]
     config.work_dir = str(launch.attempt_folder(options.run, options.attempt) / "mmengine")
+    # What the plan calls `process`: interpreter, libraries, communication, and nothing of the model yet.
+    config.memory_before_model_gib = round(process_memory.resident() / (1 << 30), 3)
     runner = FlexibleRunner.from_cfg(config)
     runner.watchdog = watchdog
     runner.train()
