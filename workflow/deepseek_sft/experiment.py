@@ -135,7 +135,9 @@ class Experiment:
         if rule == "train":
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
-        return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
+        # The test compares the prompts that the server renders with those of training.
+        smoke = self.config["smoke_test"] | {"template": self.config["data"]["template"]}
+        return files.canonical_json(serve | {"smoke_test": smoke})
 
     def operational(self, rule: str) -> str:
         """Canonical JSON of the settings of ``train``, ``smoke_test`` or ``serve`` that change no result."""
@@ -171,9 +173,9 @@ class Experiment:
         return ", ".join(_state(f"{base}/{n}") for n in ("config.json", "model.safetensors.index.json") if base)
 
     def state_of_prompts(self) -> str:
-        """State of the smoke test's prompts."""
-        prompts = self.config["smoke_test"]["prompts"]
-        return _state(prompts) if prompts else ""
+        """State of the smoke test's samples and of the base's measurement."""
+        smoke = self.config["smoke_test"]
+        return ", ".join(_state(path) for path in (smoke["prompts"], smoke["base_measured"]) if path)
 
     def missing_paths(self, rules: Collection[str] = CHAIN) -> list[str]:
         """One sentence for each external path that does not exist and that one of ``rules`` reads."""
@@ -183,6 +185,7 @@ class Experiment:
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
+            ("smoke_test", "smoke_test.base_measured", config["smoke_test"]["base_measured"]),
         ]
         for rule, stage in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
             own = envs.get(stage)
