@@ -69,10 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             shown = ",".join(map(str, default))
             parser.add_argument(name, type=_numbers, default=shown, help=f"{meaning}, separated by commas")
         else:
-            kind = next(part for part in typing.get_args(hints[field.name]) or (hints[field.name],) if part)
-            parser.add_argument(
-                name, type=_or_none(kind) if default is None or kind is float else kind, default=default, help=meaning
-            )
+            kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+            kind = _or_none(kinds[0]) if type(None) in kinds else kinds[0]
+            parser.add_argument(name, type=kind, default=default, help=meaning)
 
 
 def from_arguments(arguments: argparse.Namespace) -> SmokeSettings:
