@@ -11,12 +11,15 @@ configfile: "config/config.yaml"
 include: "workflow/rules/common.smk"  # configuration, paths, input functions
 include: "workflow/rules/envs.smk"  # build_env
 include: "workflow/rules/data.smk"  # prepare_data, tokenize_data
+include: "workflow/rules/plan.smk"  # plan, refine_plan
 include: "workflow/rules/model.smk"  # prepare_model
+include: "workflow/rules/preflight.smk"  # preflight
 include: "workflow/rules/train.smk"  # train
 include: "workflow/rules/convert.smk"  # convert_checkpoint, verify_model
 include: "workflow/rules/serve.smk"  # smoke_test, serve
 include: "workflow/rules/report.smk"  # build_report
 include: "workflow/rules/render.smk"  # render_sbatch
+include: "workflow/rules/clean.smk"  # clean, clean_preview
 
 
 localrules:

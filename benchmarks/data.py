@@ -168,8 +168,7 @@ def measured(command: list[str]) -> tuple[float, int]:
 def _resident(pid: int) -> int:
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        # Anonymous memory: what a mapped token file holds in the page cache can be dropped at any time.
-        return sum(p.memory_full_info().uss for p in family)
+        return sum(p.memory_full_info().pss for p in family)  # pages that processes share count once
     except psutil.Error:
         return 0
 
@@ -236,8 +235,8 @@ def memory(folder: Path, sizes: list[float], workers: int) -> bool:
         with source.open("w", encoding="utf-8") as stream:
             while written < gigabytes * 1e9:  # every record differs in its id and question, so none is a duplicate
                 chat = sample[number % len(sample)].replace('"content": "', f'"content": "{number}: ', 1)
-                written += stream.write(f"{chat}\n") if chat.isascii() else len(f"{chat}\n".encode())
-                stream.write("" if chat.isascii() else f"{chat}\n")
+                stream.write(f"{chat}\n")
+                written += len(chat.encode()) + 1
                 number += 1
         peaks = [measured(command) for command in commands(source, folder, workers)]
         text = ", ".join(f"{peak / 2**20:.0f} MiB in {seconds:.0f} s" for seconds, peak in peaks)

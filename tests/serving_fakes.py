@@ -226,6 +226,9 @@ def play_vllm(arguments: list[str]) -> None:
         code = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
         child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
         (folder / f"{node}.grandchild").write_text(str(child.pid))
+    if "worker" in flaws:  # has a process with a title as vLLM's workers have, and does not care what becomes of it
+        worker = subprocess.Popen(["VLLM::Worker_TP0", "600"], executable="/bin/sleep")
+        (folder / f"{node}.worker").write_text(str(worker.pid))
     (folder / f"{node}.folder").write_text(os.environ["TMPDIR"])
     (folder / f"{node}.pid").write_text(str(os.getpid()))
     if "--headless" in arguments or "never-ready" in flaws:

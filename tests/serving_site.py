@@ -15,7 +15,7 @@ from project_copy import copy_of
 
 from deepseek_sft import receipts
 
-DEADLINE_S = 180  # generous: only a hang reaches it
+DEADLINE_S = 600  # generous: only a hang reaches it
 PROGRAMS = "vllm|VLLM|ray|serve_node|smoke_test"
 
 
@@ -51,6 +51,15 @@ class Site:
         prompts.write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}))
         self.envs: dict[str, object] = {}
         self.smoke_test = {"prompts": str(prompts), "max_tokens": 16, "benchmark": False}
+
+    def pretend_tested(self) -> None:
+        """Write a smoke test's receipt where there is none, so that the target `serve` starts at once."""
+        receipt, transcript = self.results / "receipts/smoke_test.json", self.results / "serve/transcript.jsonl"
+        if not receipt.exists():
+            transcript.parent.mkdir(exist_ok=True)
+            transcript.touch()
+            made = {"transcript": str(transcript)}
+            receipts.write(receipt, "smoke_test", inputs={}, settings={}, result=made, figures={})
 
     def command(self, *arguments: str, **serve: object) -> list[str]:
         """Command line of snakemake on the login node with changes of section ``serve``."""

@@ -34,6 +34,23 @@ def make_base(folder, seed=0, largest_shard=30_000, **changes):
     return Path(folder)
 
 
+def make_tied(base, folder):
+    """The same model with one matrix for embedding and head."""
+    folder = Path(folder)
+    folder.mkdir()
+    for path in Path(base).iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            shutil.copy(path, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = base_model.open_model(Path(base)).tensors
+    specs = [(name, tensor.spec) for name, tensor in stored.items() if name != "lm_head.weight"]
+    (shard,) = safetensors_files.lay_out(specs, 1 << 40)
+    data = [stored[name].file.read_bytes()[stored[name].offset :][: stored[name].bytes] for name, _ in specs]
+    (folder / shard.name).write_bytes(shard.header + b"".join(data))
+    return folder
+
+
 def read_tensors(folder):
     """All tensors of a model folder as float32, by name."""
     found = {}
@@ -62,12 +79,24 @@ def rounded(values):
     return number_formats.bf16_to_float32(number_formats.float32_to_bf16(values))
 
 
+# Several blocks of 128 × 128 each way, the last ones cut.
+BLOCKS_SHAPE = {
+    "hidden_size": 288,
+    "intermediate_size": 300,
+    "moe_intermediate_size": 136,
+    "kv_lora_rank": 160,
+    "q_lora_rank": 130,
+    "layers": 2,
+}
+
+
 def nearest_fp8(values):
-    """E4M3 codes of the values nearest to ``values``."""
+    """E4M3 codes of the values nearest to ``values``; of two equally near the even code."""
     codes = np.argsort(number_formats.E4M3_VALUES[:0x7F]).astype(np.uint8)
     magnitudes = number_formats.E4M3_VALUES[codes]
     middle = (magnitudes[1:] + magnitudes[:-1]) / 2
-    found = codes[np.searchsorted(middle, np.abs(values))]
+    low, high = (codes[np.searchsorted(middle, np.abs(values), side)] for side in ("left", "right"))
+    found = np.where(low % 2 == 0, low, high)  # they differ, by one, where a value lies in the middle of two
     return (found | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
 
 

@@ -112,13 +112,14 @@ def rank_names(rank):
     return f"bf16_{middle}_optim_states.pt", f"{middle}_model_states.pt"
 
 
-def write_checkpoint(folder, groups, world_size, buffers=None, frozen=None, step=7, rng=None):
+def write_checkpoint(folder, groups, world_size, buffers=None, frozen=None, step=7, rng=None, shared=None):
     """Write a whole checkpoint.
 
     Args:
         groups: one dict per sub-group, name → float32 array (master weights).
         buffers: name → array in rank 0's and every other rank's model state.
         frozen: name → array that is not trained.
+        shared: name → the name that holds the same parameter.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ def write_checkpoint(folder, groups, world_size, buffers=None, frozen=None, step
             "param_shapes": [OrderedDict((n, Size(v.shape)) for n, v in group.items()) for group in groups],
             "frozen_param_shapes": OrderedDict((n, Size(v.shape)) for n, v in frozen.items()) or None,
             "frozen_param_fragments": {n: Tensor(partition(v, rank)) for n, v in frozen.items()} or None,
-            "shared_params": [],
+            "shared_params": dict(shared or {}),
             "dp_world_size": world_size,
             "global_steps": step,
             "meta": {"iter": step},

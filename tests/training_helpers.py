@@ -28,10 +28,17 @@ SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "activation_checkpointing": True,
     "seed": 42,
+    "max_hours": None,
     "save_every_steps": 100,
+    "save_every_minutes": None,
     "keep_checkpoints": 2,
     "log_every_steps": 1,
     "first_loss_max": None,
+    "on_not_finite": "stop",
+    "spike_factor": None,
+    "on_spike": "warn",
+    "hang_minutes": {"start": 60, "step": 30, "save": 60},
+    "gpu_tflops": None,
     "attention": "auto",
     "run_name": "",
 }
@@ -55,7 +62,8 @@ def write_checkpoint(run: Path, step: int, run_id: str = "abc", world_size: int 
         (folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"optimizer" * step)
         (folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").write_bytes(b"model")
     if commit:
-        checkpoints.commit(folder, {"run_id": run_id, "step": step, "world_size": world_size, "progress": {}})
+        marker = {"run_id": run_id, "step": step, "world_size": world_size, "progress": {}}
+        checkpoints.commit(folder, marker, checkpoints.sizes(folder))
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 import small_models
 import synthetic_zero3
 
-from deepseek_sft.checkpoint import base_model, convert, model_writer, zero3
+from deepseek_sft.checkpoint import base_model, convert, model_writer, zero
 from deepseek_sft.errors import BadInputError, CrashError
 from deepseek_sft.model import release
 
@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory, trained):
 
 def run(checkpoint, base, output, **options):
     options = {"largest_shard": 20_000, "workers": 2} | options
-    opened = zero3.open_checkpoint(checkpoint), base_model.open_model(base)
+    opened = zero.open_checkpoint(checkpoint), base_model.open_model(base)
     conversion = convert.prepare(*opened, output, convert.Options(**options))
     return convert.run(conversion)[0]
 

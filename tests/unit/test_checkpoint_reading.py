@@ -13,7 +13,7 @@ import synthetic_zero3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import torch_pickle, zero3
+from deepseek_sft.checkpoint import torch_pickle, zero
 from deepseek_sft.checkpoint.byte_ranges import OpenFiles
 from deepseek_sft.errors import BadInputError
 
@@ -44,7 +44,7 @@ def test_any_range_of_any_parameter_is_read_for_every_world_size_and_grouping(sh
     tensors = arrays_of(shapes)
     groups = synthetic_zero3.split_groups(tensors, largest)
     with tempfile.TemporaryDirectory() as place:
-        checkpoint = zero3.open_checkpoint(synthetic_zero3.write_checkpoint(Path(place), groups, world_size))
+        checkpoint = zero.open_checkpoint(synthetic_zero3.write_checkpoint(Path(place), groups, world_size))
         assert checkpoint.world_size == world_size and checkpoint.step == 7
         assert list(checkpoint.parameters) == list(tensors)
         for name, values in tensors.items():
@@ -57,16 +57,16 @@ def test_any_range_of_any_parameter_is_read_for_every_world_size_and_grouping(sh
 def test_frozen_parameters_are_read_from_the_model_states(tmp_path):
     frozen = {"llm.f": np.arange(11, dtype=np.float32)}
     synthetic_zero3.write_checkpoint(tmp_path, [arrays_of([(4,)])], 3, frozen=frozen)
-    checkpoint = zero3.open_checkpoint(tmp_path)
+    checkpoint = zero.open_checkpoint(tmp_path)
     assert np.array_equal(read(checkpoint.parameters["llm.f"], 0, 11), frozen["llm.f"])
 
 
 def test_fingerprint_changes_with_any_weight(tmp_path):
     tensors = arrays_of([(5, 3)])
-    first = zero3.open_checkpoint(synthetic_zero3.write_checkpoint(tmp_path / "a", [tensors], 2)).fingerprint
-    again = zero3.open_checkpoint(synthetic_zero3.write_checkpoint(tmp_path / "b", [tensors], 2)).fingerprint
+    first = zero.open_checkpoint(synthetic_zero3.write_checkpoint(tmp_path / "a", [tensors], 2)).fingerprint
+    again = zero.open_checkpoint(synthetic_zero3.write_checkpoint(tmp_path / "b", [tensors], 2)).fingerprint
     tensors["llm.p0"][4, 2] += 1
-    other = zero3.open_checkpoint(synthetic_zero3.write_checkpoint(tmp_path / "c", [tensors], 2)).fingerprint
+    other = zero.open_checkpoint(synthetic_zero3.write_checkpoint(tmp_path / "c", [tensors], 2)).fingerprint
     assert first == again != other
 
 
@@ -75,7 +75,7 @@ def test_missing_rank_is_named(folder, kind):
     name = synthetic_zero3.rank_names(1)[kind]
     (folder / name).unlink()
     with pytest.raises(BadInputError, match=r"the (optim|model)_states file of 1 is missing: zero_pp_rank_\[1\]"):
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("kind", [0, 1])
@@ -85,7 +85,7 @@ def test_truncated_rank_file_is_named_whatever_is_cut(folder, kind):
     for length in range(0, len(content), max(1, len(content) // 50)):
         path.write_bytes(content[:length])
         with pytest.raises(BadInputError) as error:
-            zero3.open_checkpoint(folder)
+            zero.open_checkpoint(folder)
         assert path.name in str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_damaged_pickle_is_named(folder):
     content[content.index(b"param_shapes")] ^= 1
     path.write_bytes(content)
     with pytest.raises(BadInputError, match=path.name):
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
 
 
 def test_file_of_another_step_is_named(folder, tmp_path):
@@ -103,7 +103,7 @@ def test_file_of_another_step_is_named(folder, tmp_path):
     name = synthetic_zero3.rank_names(1)[0]
     shutil.copy(other / name, folder / name)
     with pytest.raises(BadInputError, match=name):
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
 
 
 def test_file_of_another_world_size_is_refused(folder, tmp_path):
@@ -111,36 +111,36 @@ def test_file_of_another_world_size_is_refused(folder, tmp_path):
     name = synthetic_zero3.rank_names(1)[0]
     shutil.copy(other / name, folder / name)
     with pytest.raises(BadInputError, match="4 ranks"):
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
 
 
 def test_left_over_rank_is_refused(folder):
     name = synthetic_zero3.rank_names(0)[0]
     shutil.copy(folder / name, folder / synthetic_zero3.rank_names(3)[0])
     with pytest.raises(BadInputError, match="more than 3 ranks"):
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
 
 
 def test_parent_of_checkpoints_gets_their_names_as_the_fix(folder):
     with pytest.raises(BadInputError, match="step7"):
-        zero3.open_checkpoint(folder.parent)
+        zero.open_checkpoint(folder.parent)
 
 
 def test_marker_with_another_size_names_the_file(folder):
     synthetic_zero3.write_marker(folder, 3)
-    assert zero3.open_checkpoint(folder).marker.run_id == "0123456789ab"
+    assert zero.open_checkpoint(folder).marker.run_id == "0123456789ab"
     marker = folder / "committed.json"
     size = (folder / synthetic_zero3.rank_names(2)[0]).stat().st_size
     marker.write_text(marker.read_text().replace(str(size), str(size + 1), 1))
     with pytest.raises(BadInputError, match=r"had \d+ bytes when the checkpoint was committed"):
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("change", [{"format": 2}, {"experts": {}}, {"files": []}, {"zero_stage": 1}, {"step": None}])
 def test_malformed_marker_is_refused(folder, change):
     synthetic_zero3.write_marker(folder, 3, **change)
     with pytest.raises(BadInputError, match=r"committed\.json"):
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_hostile_pickle_is_refused_and_nothing_runs(folder, tmp_path, function, 
     path = folder / synthetic_zero3.rank_names(1)[0]
     synthetic_zero3.write_malicious(path, function, *(text.format(trace) for text in arguments))
     with pytest.raises(BadInputError, match=r"refused: it asks for (posix|builtins)\.\w+") as error:
-        zero3.open_checkpoint(folder)
+        zero.open_checkpoint(folder)
     assert path.name in str(error.value)
     assert not trace.exists()
 
@@ -160,7 +160,7 @@ def test_hostile_pickle_is_refused_and_nothing_runs(folder, tmp_path, function, 
 def test_objects_of_known_frameworks_stay_inert():
     # getattr(HistoryBuffer, "x")(…) is how mmengine's bound methods are pickled; here it reaches nothing.
     content = b"cbuiltins\ngetattr\n(cmmengine.logging.history_buffer\nHistoryBuffer\nVx\ntRI1\n\x85R."
-    result = torch_pickle.load(torch_pickle.Archive(Path("x"), {}, content, []))
+    result = torch_pickle.load(torch_pickle.Archive(Path("x"), "x", {}, content, []))
     assert isinstance(result, torch_pickle.Inert) and result.args == (1,)
 
 
@@ -170,7 +170,7 @@ def test_no_pickle_raises_anything_but_the_error_for_bad_input(content):
     # Memo indices are left out: the unpickler would allocate for them.
     content = content.translate(None, b"qrp")
     try:
-        torch_pickle.load(torch_pickle.Archive(Path("x"), {}, content, []))
+        torch_pickle.load(torch_pickle.Archive(Path("x"), "x", {}, content, []))
     except BadInputError as error:
         assert "x" in str(error)
 

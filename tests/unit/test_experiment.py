@@ -21,7 +21,7 @@ def demo(**changes) -> Experiment:
     for overlay in overlays:
         for key, value in overlay.items():
             if isinstance(value, dict):
-                config[key] = config[key] | value
+                config[key] = config.get(key, {}) | value
             else:
                 config[key] = value
     return Experiment.from_config(config)
@@ -43,6 +43,10 @@ def test_learning_rate_changes_train_alone():
     assert changed(train={"learning_rate": 1e-4}) == {"train"}
 
 
+def test_an_early_end_trains_on_when_it_moves():
+    assert changed(train={"max_hours": 3}) == {"train"}
+
+
 def test_smoke_test_settings_change_smoke_test_alone():
     assert changed(smoke_test={"min_format_rate": 0.5}) == {"smoke_test"}
 
@@ -51,11 +55,32 @@ def test_max_length_changes_tokenize_data_alone():
     assert changed(data={"max_length": 64}) == {"tokenize_data"}
 
 
+def test_packing_changes_tokenize_data_alone():
+    assert changed(data={"pack": True}) == {"tokenize_data"}
+
+
+def test_bandwidth_floor_follows_from_the_planned_network_on_gpus_alone():
+    cuda = {"accelerator": "cuda", "train": {"ranks_per_node": None}, "plan": {"node_gb_per_second": 200}}
+    plain = demo(**cuda).preflight_settings()
+    assert plain["all_reduce_min_gb_per_second"] == 80
+    stated = demo(**cuda, preflight={"all_reduce_min_gb_per_second": 7}).preflight_settings()
+    assert stated["all_reduce_min_gb_per_second"] == 7
+    assert demo().preflight_settings()["all_reduce_min_gb_per_second"] is None
+
+
+def test_preflight_is_a_step_of_training_unless_switched_off():
+    assert "--preflight" in demo().render_arguments("train")
+    assert "--preflight" not in demo(preflight={"in_training": False}).render_arguments("train")
+
+
 @pytest.mark.parametrize(
     ("section", "change"),
     [
         ("train", {"save_every_steps": 7, "keep_checkpoints": 5, "log_every_steps": 3, "first_loss_max": None}),
         ("train", {"environment": {"NCCL_DEBUG": "INFO"}}),
+        ("train", {"save_every_minutes": 30, "on_not_finite": "skip", "spike_factor": 5, "on_spike": "stop"}),
+        ("train", {"hang_minutes": {"step": 5}}),
+        ("preflight", {"skip": ["clock"], "in_training": False}),
         ("convert", {"memory": "2GB", "workers": 1, "full_check": True}),
         ("serve", {"ready_timeout_s": 5, "stop_grace_s": 1}),
     ],

@@ -17,7 +17,7 @@ import pytest
 import serving_fakes
 
 from deepseek_sft import receipts
-from deepseek_sft.serving import control
+from deepseek_sft.serving import control, watching
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60  # generous: only a hang reaches it
@@ -188,6 +188,20 @@ def test_no_node_leaves_before_all_have_cleaned_up(deployment):
     assert deployment.alive("n0") == []
     assert not Path((deployment.folder / "fakes/n0.folder").read_text()).exists()
     assert deployment.codes() == [5, 5]
+
+
+def test_lost_worker_ends_every_node_even_if_the_engine_goes_on_as_if_nothing_had_happened(deployment):
+    deployment.start(flaws=("worker",))
+    deployment.wait_until_serving()
+    written = deployment.folder / "fakes/n1.worker"
+    deployment.wait_for(lambda: written.exists() and written.read_text() != "")
+    worker = int(written.read_text())
+    time.sleep(3 * watching.OBSERVE_EVERY_S)  # by then it is watched
+    os.kill(worker, signal.SIGKILL)
+    assert deployment.codes() == [5, 5]
+    assert f"n1: VLLM::Worker_TP0 (pid {worker}) has gone" in deployment.output("n0")
+    assert "n1| fake vllm on n1" in deployment.output("n0")
+    assert deployment.alive() == []
 
 
 def test_engine_that_dies_before_it_is_ready_ends_the_wait(deployment):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from deepseek_sft.serving.shared_memory import SHARED_MEMORY, Segments, mapped_inodes
@@ -45,7 +46,7 @@ def test_segments_and_semaphores_of_a_killed_process_of_ours_are_removed(started
     segments = Segments()
     ours, names = start()
     started += names
-    segments.observe()
+    segments.observe(psutil.Process().children(recursive=True))
     ours.kill()
     ours.wait()
     assert all((SHARED_MEMORY / name).exists() for name in names)
@@ -70,7 +71,7 @@ def test_those_of_another_program_of_the_same_user_stay_even_if_unmapped_or_left
     shell.wait()
     started += names
     try:
-        segments.observe()
+        segments.observe(psutil.Process().children(recursive=True))
         assert segments.remove() == []
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
@@ -87,7 +88,7 @@ def test_segment_that_another_process_still_uses_stays(started):
     segments = Segments()
     ours, names = start()
     started += names
-    segments.observe()
+    segments.observe(psutil.Process().children(recursive=True))
     attach = (
         "import sys; from multiprocessing import shared_memory as s; "
         "x = s.SharedMemory(sys.argv[1]); print('ok', flush=True); sys.stdin.readline(); import os; os._exit(0)"
@@ -107,7 +108,7 @@ def test_segments_from_before_the_start_stay(started):
     earlier, names = start()
     started += names
     segments = Segments()
-    segments.observe()
+    segments.observe(psutil.Process().children(recursive=True))
     earlier.kill()
     earlier.wait()
     assert segments.remove() == []

@@ -32,13 +32,15 @@ CONTEXT = {
     "accelerator": "cuda",
     "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN"},
     "ranks_per_node": None,
+    "preflight": True,
 }
 SERVED = CONTEXT | {"python": ".envs/serve-cuda/bin/python", "environment": {}}
 SERVING = dataclasses.replace(CLUSTER, cpus_per_task=96, mem_mb=500000, runtime=240, extra="--exclusive", account="")
 CPU_NODE = Allocation(cpus_per_task=2, mem_mb=9000, runtime=30, partition="serve")
 CASES = {
     "train.slurm": ("train", CLUSTER, CONTEXT | {"activate": "module load cuda/12.6"}),
-    "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2}),
+    "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2, "preflight": False}),
+    "preflight.slurm": ("preflight", CLUSTER, CONTEXT),
     "smoke_test.slurm": ("smoke_test", CLUSTER, CONTEXT | {"python": ".envs/serve-cuda/bin/python"}),
     "smoke_test.bf16-4x8": ("smoke_test", dataclasses.replace(SERVING, nodes=4), SERVED),
     "smoke_test.fp8-2x8": ("smoke_test", dataclasses.replace(SERVING, nodes=2), SERVED),
@@ -90,6 +92,12 @@ def test_gpus_are_read_from_gres(gres, gpus):
 def test_allocation_without_a_node_is_refused():
     with pytest.raises(BadInputError, match="nodes is 0"):
         Allocation(nodes=0)
+
+
+def test_a_warning_signal_before_the_job_begins_is_refused():
+    with pytest.raises(BadInputError, match="told to stop as soon as it starts"):
+        Allocation(runtime=60, extra="--exclusive --signal=USR1@3600")
+    Allocation(runtime=61, extra="--exclusive --signal=USR1@3600")
 
 
 def fake_sinfo(folder: Path, answer: str, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import pytest
 from training_helpers import SETTINGS, receipt, replaced, settings, write_checkpoint, write_settings
@@ -26,7 +27,21 @@ def test_every_shaping_setting_makes_another_run(key):
 
 
 def test_operational_settings_keep_the_run():
-    assert run_id(save_every_steps=7, keep_checkpoints=9, log_every_steps=3, first_loss_max=4.0) == run_id()
+    others = {
+        "save_every_steps": 7,
+        "save_every_minutes": 5.0,
+        "keep_checkpoints": 9,
+        "log_every_steps": 3,
+        "first_loss_max": 4.0,
+        "on_not_finite": "skip",
+        "spike_factor": 3.0,
+        "on_spike": "stop",
+        "hang_minutes": {"start": 1, "step": 1, "save": 1},
+        "gpu_tflops": 989,
+        "max_hours": 2.0,
+    }
+    assert others.keys() == set(training_settings.OPERATIONAL)
+    assert run_id(**others) == run_id()
 
 
 def test_other_inputs_make_another_run_but_not_their_paths_or_timings():
@@ -45,6 +60,9 @@ def test_other_inputs_make_another_run_but_not_their_paths_or_timings():
         ({"adam_betas": [0.9]}, "adam_betas must be two numbers"),
         ({"warmup_ratio": 2}, "warmup_ratio must be at most 1"),
         ({"min_learning_rate": 1}, "min_learning_rate is above"),
+        ({"hang_minutes": {"step": 3}}, "hang_minutes must give start, step, save"),
+        ({"spike_factor": 0}, "spike_factor must be above 0 or null"),
+        ({"on_spike": "pray"}, "allowed: warn, skip, stop"),
         ({"attention": "xformers"}, "allowed: auto, sdpa, flash"),
         ({"learning_rat": 1}, "unknown settings: learning_rat"),
     ],
@@ -109,8 +127,37 @@ def test_a_renamed_checkpoint_does_not_count(tmp_path):
 def test_a_checkpoint_without_all_ranks_cannot_be_committed(tmp_path):
     folder = write_checkpoint(tmp_path, 10, world_size=2, commit=False)
     with pytest.raises(RuntimeError, match="not complete: 2 of 4 ranks"):
-        checkpoints.commit(folder, {"run_id": "abc", "step": 10, "world_size": 4})
+        checkpoints.commit(folder, {"run_id": "abc", "step": 10, "world_size": 4}, checkpoints.sizes(folder))
     assert not (folder / checkpoints.MARKER).exists()
+
+
+def test_a_checkpoint_whose_files_are_not_as_their_ranks_wrote_them_cannot_be_committed(tmp_path):
+    folder = write_checkpoint(tmp_path, 10, commit=False)
+    written = checkpoints.files_of_rank(folder, 0) | checkpoints.files_of_rank(folder, 1)
+    (folder / "zero_pp_rank_1_mp_rank_00_model_states.pt").write_bytes(b"mod")
+    marker = {"run_id": "abc", "step": 10, "world_size": 2}
+    with pytest.raises(RuntimeError, match=r"rank_1.*3 bytes here, 5 written"):
+        checkpoints.commit(folder, marker, written, patience=0)
+    assert not (folder / checkpoints.MARKER).exists()
+
+
+def test_a_file_that_shows_up_late_on_a_network_file_system_is_waited_for(tmp_path):
+    folder = write_checkpoint(tmp_path, 10, commit=False)
+    written = checkpoints.sizes(folder)
+    file = folder / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    file.rename(tmp_path / "late")
+    threading.Timer(0.3, (tmp_path / "late").rename, [file]).start()
+    marker = {"run_id": "abc", "step": 10, "world_size": 2}
+    assert checkpoints.commit(folder, marker, written, patience=20).step == 10
+
+
+def test_what_was_set_aside_gives_way_only_when_the_next_checkpoint_needs_the_space(tmp_path):
+    aside = tmp_path / "step_12.incomplete"
+    aside.mkdir()
+    checkpoints.make_room(tmp_path, expected=0)
+    assert aside.exists()
+    checkpoints.make_room(tmp_path, expected=1 << 62)
+    assert not aside.exists()
 
 
 def test_pruning_keeps_the_newest_and_removes_what_was_set_aside(tmp_path):
@@ -132,15 +179,22 @@ def test_metrics_after_the_resumed_step_and_torn_lines_are_dropped(tmp_path):
 def test_a_first_loss_gate_stands_until_its_limit_is_raised(tmp_path):
     run_folder.write_gate(tmp_path, "first_loss", "too high", 5.0)
     with pytest.raises(GateError, match="too high"):
-        run_folder.check_gate(tmp_path, 4.0)
-    run_folder.check_gate(tmp_path, 6.0)
-    run_folder.check_gate(tmp_path, 4.0)  # forgotten: this start measures anew
+        run_folder.check_gate(tmp_path, settings(first_loss_max=4.0))
+    run_folder.check_gate(tmp_path, settings(first_loss_max=6.0))
+    run_folder.check_gate(tmp_path, settings(first_loss_max=4.0))  # forgotten: this start measures anew
 
 
-def test_a_loss_that_was_not_finite_stops_every_later_start(tmp_path):
-    run_folder.write_gate(tmp_path, "not_finite", "the loss of step 3 is nan", None)
+@pytest.mark.parametrize(
+    ("kind", "opened"),
+    [("not_finite", {"on_not_finite": "skip"}), ("spike", {"spike_factor": 9.0, "on_spike": "warn"})],
+)
+def test_a_bad_step_stops_every_later_start_until_the_policy_changes(tmp_path, kind, opened):
+    closed = settings(spike_factor=9.0, on_spike="stop")
+    run_folder.write_gate(tmp_path, kind, "the loss of step 3 is nan", None)
     with pytest.raises(GateError, match="step 3"):
-        run_folder.check_gate(tmp_path, None)
+        run_folder.check_gate(tmp_path, closed)
+    run_folder.check_gate(tmp_path, settings(**opened))
+    run_folder.check_gate(tmp_path, closed)  # forgotten: trained anew
 
 
 def test_the_status_of_an_earlier_start_is_not_taken_for_this_one(tmp_path):

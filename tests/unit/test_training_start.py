@@ -153,16 +153,28 @@ def test_the_rendered_configuration_is_python_with_the_settings_in_it(tmp_path, 
 
 
 def test_the_command_starts_every_rank_of_this_node_and_no_rendezvous_server(tmp_path):
-    command = launch.command_of(nodes.detect("cuda", 8, SLURM), tmp_path, "cuda", tmp_path / "stop")
+    start = launch.Start(tmp_path, "cuda", {"start": 60, "step": 0.5, "save": 60}, tmp_path / "stop")
+    command = launch.command_of(nodes.detect("cuda", 8, SLURM), start)
     text = " ".join(command)
-    for part in ("--nnodes 2", "--node-rank 1", "--nproc-per-node 8", "--master-addr alpha", "--master-port 24711"):
+    for part in (
+        "--nnodes 2",
+        "--node-rank 1",
+        "--nproc-per-node 8",
+        "--master-addr alpha",
+        "--master-port 24711",
+        "--hang-step 30.0",
+    ):
         assert part in text
     assert "--rdzv" not in text
 
 
-def test_what_the_user_sets_for_the_ranks_is_kept(monkeypatch):
+def test_what_the_user_sets_for_the_ranks_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert launch.environment_of(nodes.detect("cuda", 2, {}), "cuda")["OMP_NUM_THREADS"] == "5"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    start = launch.Start(tmp_path, "cuda", {})
+    environment = launch.environment_of(nodes.detect("cuda", 2, {}), start)
+    assert environment["OMP_NUM_THREADS"] == "5"
+    assert environment["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
 def test_a_crash_is_told_by_its_first_rank_and_names_the_silent_ones(tmp_path):

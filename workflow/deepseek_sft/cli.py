@@ -1,13 +1,14 @@
 """What every command-line program of the workflow shares: exit codes, messages, help layout."""
 
 import argparse
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from .errors import CrashError, StageError
+from .errors import BadInputError, CrashError, StageError
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -17,6 +18,21 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         pass
 
     return argparse.ArgumentParser(description=description, formatter_class=Formatter)
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The JSON object that the option's text is.
+
+    Raises:
+        BadInputError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInputError(f"{option} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInputError(f"{option} is not a JSON object")
+    return value
 
 
 def say(message: str) -> None:

@@ -14,12 +14,13 @@ import jsonschema
 import yaml
 
 from .errors import BadInputError
+from .training.settings import STEERING
 
 SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
 
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
-    "train": {"save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max", "environment"},
+    "train": {*STEERING, "environment"},
     "convert": {"memory", "workers", "full_check"},
     "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
 }
@@ -50,6 +51,15 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     if problems:
         raise BadInputError("the configuration is not valid\n" + "\n".join(f"  - {p}" for p in problems))
     return resolved
+
+
+def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """``second`` over ``first``, key by key, as Snakemake merges configuration files."""
+    merged = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def operational(section: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +159,9 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         )
     if train["min_learning_rate"] > train["learning_rate"]:
         yield "train.min_learning_rate: is above learning_rate"
+    plan = config["plan"]
+    if plan["mean_length"] and plan["longest_row"] and plan["mean_length"] > plan["longest_row"]:
+        yield "plan.mean_length: is above longest_row"
     if serve["max_model_len"] < config["smoke_test"]["max_tokens"]:
         yield "smoke_test.max_tokens: is above serve.max_model_len, so that no request could be accepted"
     if train["warmup_ratio"] == 1 and train["lr_schedule"] == "cosine":

@@ -16,14 +16,20 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import files
+from . import files, receipts
 from .errors import BadInputError
+from .planning import duration, gate
+from .planning import load as planning
+from .planning.resources import read_resources
+from .planning.settings import Training
 from .slurm import Allocation
 
 CHAIN = (
     "prepare_data",
     "tokenize_data",
+    "plan",
     "prepare_model",
+    "refine_plan",
     "train",
     "convert_checkpoint",
     "verify_model",
@@ -102,6 +108,7 @@ class Experiment:
                 *("--max-length", data["max_length"]),
                 *("--history-reasoning", data["history_reasoning"]),
                 *("--on-too-long", data["on_too_long"]),
+                *(["--pack"] if data["pack"] else []),
             ]
         elif rule == "prepare_model":
             tiny = self.config["model"]["tiny"]
@@ -131,7 +138,11 @@ class Experiment:
         return shlex.join(map(str, words))
 
     def settings(self, rule: str) -> str:
-        """Canonical JSON of the settings that decide the result of ``train``, ``smoke_test`` or ``serve``."""
+        """Canonical JSON of the settings that decide the result of plan, preflight, train, smoke_test or serve."""
+        if rule == "preflight":
+            return files.canonical_json(self.preflight_settings())
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[0])
         if rule == "train":
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
@@ -140,17 +151,69 @@ class Experiment:
         return files.canonical_json(serve | {"smoke_test": smoke})
 
     def operational(self, rule: str) -> str:
-        """Canonical JSON of the settings of ``train``, ``smoke_test`` or ``serve`` that change no result."""
-        section = "train" if rule == "train" else "serve"
-        return files.canonical_json(configuration.operational(section, self.config))
+        """Canonical JSON of the settings of the same rules that change no result."""
+        if rule == "preflight":
+            return files.canonical_json({key: self.config["train"][key] for key in ("environment", "ranks_per_node")})
+        if rule in ("plan", "refine_plan"):
+            return files.canonical_json(self._planned(rule)[1])
+        if rule == "train":
+            peak = self.config["plan"]["gpu_tflops"] if self.config["accelerator"] == "cuda" else None
+            return files.canonical_json(configuration.operational("train", self.config) | {"gpu_tflops": peak})
+        return files.canonical_json(configuration.operational("serve", self.config))
+
+    def preflight_settings(self) -> dict[str, Any]:
+        """Settings of preflight; the floor of the bandwidth follows from the network that the plan assumes."""
+        chosen = {key: value for key, value in self.config["preflight"].items() if key != "in_training"}
+        if chosen["all_reduce_min_gb_per_second"] is None and self.config["accelerator"] == "cuda":
+            least = duration.NETWORK_SHARE[0] * self.config["plan"]["node_gb_per_second"]
+            chosen["all_reduce_min_gb_per_second"] = round(least, 3)
+        return chosen
+
+    def _planned(self, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a plan depends on, split into what makes it again when it changes, and the rest.
+
+        For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
+        """
+        config = self.config
+        used = [*(field.name for field in dataclasses.fields(Training)), "ranks_per_node"]
+        steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
+        shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
+        others = {
+            "accelerator": config["accelerator"],
+            "results": config["results"],
+            "data": {"max_length": config["data"]["max_length"]},
+            "model": config["model"],
+            "convert": {"dtype": config["convert"]["dtype"]},
+            "plan": config["plan"],
+        }
+        return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
+
+    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool) -> None:
+        """Plan with what is known now, before any job starts.
+
+        Args:
+            resources: what profile and command line give to ``train``.
+            tokens_are_current: whether tokenize_data has nothing to do, so that its receipt counts.
+
+        Raises:
+            GateError: the plan does not fit, and the configuration does not say to go on.
+            BadInputError: it cannot be made.
+        """
+        receipt = Path(self.results, "receipts", "tokenize_data.json")
+        tokens = receipts.read(receipt, "tokenize_data") if tokens_are_current and receipt.exists() else None
+        plan = planning.from_config(self.config, read_resources(resources), tokens)
+        gate.check_possible(plan)
+        gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
-        stage = "train" if rule == "train" else "serve"
+        stage = "train" if rule in ("train", "preflight") else "serve"
         words = [
             *("--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]),
             *("--python", self.python(stage), f"--activate={self.activate(stage)}"),
         ]
+        if rule == "train" and self.config["preflight"]["in_training"]:
+            words += ["--preflight", files.canonical_json(self.preflight_settings())]
         return shlex.join(words)
 
     def tokenizer(self) -> str:
@@ -183,19 +246,23 @@ class Experiment:
         named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
         named += [
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
+            ("plan", "model.base", config["model"]["base"]),
+            ("refine_plan", "model.base", config["model"]["base"]),
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
             ("smoke_test", "smoke_test.base_measured", config["smoke_test"]["base_measured"]),
         ]
-        for rule, stage in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
+        stages = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
+        for rule, stage in stages:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named.append((rule, f"envs.{stage}.python", own["python"]))
-        return [
+        missing = [
             f"{key}: {path} does not exist{_near(path)}"
             for rule, key, path in named
             if rule in rules and path and not _matches(path)
         ]
+        return list(dict.fromkeys(missing))  # several rules read the same path
 
     def check_external_paths(self, rules: Collection[str] = CHAIN) -> None:
         """Raises BadInputError naming every missing path that ``rules`` read."""

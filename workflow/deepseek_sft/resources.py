@@ -25,12 +25,23 @@ FIELDS = {
 }
 
 
+# These rules run on the nodes of another one: what the profile gives to that one holds for both.
+SAME_NODES = {"preflight": "train"}
+OWN_TIME = {"preflight": 60}  # minutes
+
+
 def _attempt(wildcards: Any, attempt: int) -> int:
     return attempt
 
 
-def complete_resources(workflow: Any) -> None:
-    """Give every rule the resources that it may format into its shell command, and the plugin's combination."""
+def complete_resources(workflow: Any) -> dict[str, set[str]]:
+    """Give every rule the resources that it may format into its shell command, and the plugin's combination.
+
+    Returns:
+        Rule name → the resources that rule, profile or command line state; all others are filled in here.
+    """
+    _share_nodes(workflow)
+    stated = {rule.name: set(FIELDS) & set(rule.resources) for rule in workflow.rules}
     for rule in workflow.rules:
         for name, field in FIELDS.items():
             if name not in rule.resources:
@@ -39,6 +50,23 @@ def complete_resources(workflow: Any) -> None:
         rule.resources["tasks_per_gpu"] = 0
         rule.resources["mpi"] = ""
         rule.resources["attempt"] = _attempt
+    return stated
+
+
+def _share_nodes(workflow: Any) -> None:
+    """Give rules of ``SAME_NODES`` the other rule's resources, but for what the profile states for them by name."""
+    rules = {rule.name: rule for rule in workflow.rules}
+    for name, of in SAME_NODES.items():
+        own = workflow.resource_settings.overwrite_resources.get(name, {})
+        for resource in FIELDS:
+            if resource not in own and resource in rules[of].resources:
+                rules[name].resources[resource] = rules[of].resources[resource]
+        if "runtime" not in own:
+            rules[name].resources["runtime"] = OWN_TIME[name]
+        if "slurm_extra" not in own and "slurm_extra" in rules[name].resources:
+            # Not the signal by which Slurm asks training to save: it could come at once in so short a job.
+            words = [word for word in value(rules[name], "slurm_extra").split() if not word.startswith("--signal")]
+            rules[name].resources["slurm_extra"] = " ".join(words)
 
 
 def value(rule: Any, name: str) -> Any:

@@ -1,6 +1,7 @@
 """sbatch scripts from templates, rendered from the very resources of the job that runs them."""
 
 import dataclasses
+import re
 import shlex
 import subprocess
 from typing import Any
@@ -32,6 +33,13 @@ class Allocation:
         for name in ("nodes", "cpus_per_task", "mem_mb", "runtime"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"allocation: {name} is {getattr(self, name)}, expected at least 1")
+        warning = re.search(r"--signal[= ]\S*@(\d+)", self.extra)
+        if warning and int(warning[1]) >= self.runtime * 60:
+            raise BadInputError(
+                f"allocation: {warning[0]} comes {warning[1]} s before the end, but the job has only "
+                f"{self.runtime} minutes: it would be told to stop as soon as it starts",
+                "raise runtime or lower the seconds of --signal (profile, set-resources)",
+            )
 
     def gpus_per_node(self) -> int | None:
         """GPUs that ``gres`` gives to each node; None where it asks for none."""

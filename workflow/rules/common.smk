@@ -1,6 +1,8 @@
 # Configuration, paths and the functions that rules use. The logic lies in workflow/deepseek_sft, where it is tested.
+import json
 import subprocess
 import sys
+import time
 from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
@@ -9,6 +11,7 @@ from deepseek_sft import locks
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
+from deepseek_sft.files import canonical_json
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -17,6 +20,8 @@ except StageError as error:
     raise WorkflowError(str(error))
 
 RESULTS = EXPERIMENT.results
+STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
+PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
 LOGS = EXPERIMENT.logs
 SCRIPT = f"{quote(EXPERIMENT.python('workflow'))} workflow/scripts"
 
@@ -41,13 +46,17 @@ def operational(rule):
     return literal(EXPERIMENT.operational_arguments(rule))
 
 
+def operational_json(rule):
+    """The same as one JSON argument."""
+    return literal(quote(EXPERIMENT.operational(rule)))
+
+
 def render(rule, folder, allocation=job_resources.own_allocation()):
     """Shell text that writes a rule's sbatch script and settings, by default from the resources of the very job."""
     place = f"{EXPERIMENT.render_arguments(rule)} --output {RESULTS}/{folder}"
-    steering = literal(quote(EXPERIMENT.operational(rule)))
     return (
-        f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} --operational {steering} "
-        f"{allocation} && "
+        f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} "
+        f"--operational {operational_json(rule)} {allocation} && "
     )
 
 
@@ -78,9 +87,21 @@ def allocation_of(wildcards):
     return job_resources.allocation(workflow.get_rule(wildcards.stage)).arguments()
 
 
+def resources_of_training(wildcards):
+    """What profile and command line give to training, as JSON; what they leave out is not judged by the plan."""
+    train = workflow.get_rule("train")
+    stated = [name for name in PLANNED if name in STATED_RESOURCES["train"]]
+    return canonical_json({name: job_resources.value(train, name) for name in stated})
+
+
 def allocation_of_deployment(wildcards):
     """The same for the job that target `serve` submits."""
     return job_resources.deployment(workflow).arguments()
+
+
+def preflight_is_asked():
+    """A param that differs at each start: the nodes of yesterday say nothing about those of today."""
+    return str(time.time())
 
 
 def receipt(rule):
@@ -108,7 +129,8 @@ def build_environments(rules):
 
     Their markers are no inputs: Snakemake drops all jobs behind an `ancient()` input that is made anew in the same run.
     """
-    for name, environment in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
+    users = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
+    for name, environment in users:
         if name in rules and EXPERIMENT.environment_markers(environment):
             command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_env.py"]
             if subprocess.run([*command, EXPERIMENT.environment_name(environment)]).returncode:
@@ -122,7 +144,7 @@ def lock_files(wildcards):
 
 def complete_resources(workflow):
     """Fill in what every Slurm job of ours needs, and refuse shapes that cannot work."""
-    job_resources.complete_resources(workflow)
+    STATED_RESOURCES.update(job_resources.complete_resources(workflow))
     try:
         EXPERIMENT.check_shapes(job_resources.allocations(workflow))
     except StageError as error:
@@ -135,6 +157,9 @@ def check_before_start(workflow):
         rules = job_resources.rules_to_run(workflow)
         EXPERIMENT.check_external_paths(rules)
         job_resources.check_allocations(workflow, rules)
+        if rules & {"prepare_model", "train"}:
+            resources = json.loads(resources_of_training(None))
+            EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
     except StageError as error:
         raise WorkflowError(str(error))

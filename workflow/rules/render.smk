@@ -4,7 +4,7 @@ localrules:
 
 
 wildcard_constraints:
-    stage="train|smoke_test|serve",
+    stage="preflight|train|smoke_test|serve",
 
 
 rule render_sbatch:
@@ -30,5 +30,5 @@ rule render:
     input:
         expand(
             f"{RESULTS}/render/{{stage}}/{{stage}}.sbatch",
-            stage=["train", "smoke_test", "serve"],
+            stage=["preflight", "train", "smoke_test", "serve"],
         ),

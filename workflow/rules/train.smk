@@ -2,6 +2,7 @@ rule train:
     input:
         base=receipt("prepare_model"),
         tokens=receipt("tokenize_data"),
+        plan=receipt("refine_plan"),  # must fit; made again only when tokens or settings of train change
     output:
         receipt=receipt("train"),
     log:
@@ -14,4 +15,4 @@ rule train:
     message:
         "Training"
     shell:
-        render("train", folder="train") + stage(f"bash {RESULTS}/train/train.sbatch")
+        render("train", folder="train") + stage(f"bash {RESULTS}/train/train.sbatch --in-workflow")

@@ -1,4 +1,4 @@
-"""Convert a ZeRO-3 training checkpoint into a Hugging Face folder, ready to be served.
+"""Convert a ZeRO training checkpoint (stage 1, 2 or 3) into a Hugging Face folder, ready to be served.
 
 Streams: only the FP32 master weights are read, each once; memory stays below a bound whatever the model's size; no code
 from the checkpoint is executed and no torch is needed. Shards of fused experts become the release's tensors. Reads
@@ -15,19 +15,26 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
-from deepseek_sft.checkpoint import base_model, convert, memory, zero3
-from deepseek_sft.checkpoint.sizes import parse_size, show_size
+from deepseek_sft.checkpoint import base_model, convert, memory, outputs, zero
+from deepseek_sft.checkpoint.sizes import show_size
 
 
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder with the ranks' *_states.pt files")
-    parser.add_argument("--base", type=Path, required=True, help="BF16 model folder that training started from")
+    parser.add_argument("--base", type=Path, required=True, help="model folder that training started from")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
-    parser.add_argument("--dtype", choices=sorted(convert.OUTPUT_DTYPES), default="bf16", help="of the weights")
-    parser.add_argument("--mtp", choices=["drop"], default="drop", help="the multi-token-prediction layer, not trained")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest output file")
+    parser.add_argument("--dtype", choices=sorted(outputs.DTYPES), default="bf16", help="of the weights")
+    parser.add_argument(
+        "--mtp",
+        choices=["drop", "copy"],
+        default="drop",
+        help="the multi-token-prediction layer, not trained: drop, or copy the base's",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="largest output file; base: files named and filled as the base's"
+    )
     parser.add_argument("--memory", default="auto", help="bound of all buffers together: auto or a size (512MiB)")
     parser.add_argument("--swap", choices=["off"], default="off", help="streaming needs none")
     parser.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 8")
@@ -41,9 +48,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     options = convert.Options(
-        args.dtype, args.mtp, parse_size(args.max_shard_size), args.memory, max(0, args.workers), args.replace
+        args.dtype, args.mtp, outputs.shard_size(args.max_shard_size), args.memory, max(0, args.workers), args.replace
     )
-    checkpoint = zero3.open_checkpoint(args.checkpoint)
+    checkpoint = zero.open_checkpoint(args.checkpoint)
     base = base_model.open_model(args.base)
     conversion = convert.prepare(checkpoint, base, args.output, options)
     if args.dry_run:

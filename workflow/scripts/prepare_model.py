@@ -6,7 +6,8 @@
 A BF16 folder is checked (config, files, index, names, shapes, dtypes) and used where it lies; nothing is copied.
 A folder in the official release's FP8 format is dequantised to --output by streaming: bounded memory, no GPU; killed at
 any moment, the same command continues after the last complete file.
-The multi-token-prediction layer is not trained: it is recognised, and dropped where the model is dequantised.
+The multi-token-prediction layer is not trained: it is recognised, and dropped where the model is dequantised unless
+--mtp copy is given (for convert_checkpoint --mtp copy).
 The tiny model has the release's config keys and tensor names and the real tokenizer, and needs no GPU and no torch.
 The receipt's result.base is the folder to train from.
 """
@@ -41,6 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--replace", action="store_true", help="let an --output made from something else give way")
     streaming = parser.add_argument_group("dequantising")
     streaming.add_argument("--memory", default="auto", help="bound of all buffers together: auto or a size (512MiB)")
+    streaming.add_argument(
+        "--mtp", choices=["drop", "copy"], default="drop", help="the multi-token-prediction layer, which is not trained"
+    )
     streaming.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 8")
     sizes = parser.add_argument_group("tiny model")
     sizes.add_argument("--seed", type=int, default=0, help="of the random weights")
@@ -65,7 +69,7 @@ def main() -> None:
         base = base_model.open_model(source)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}
         if base.quantised:
-            options = dequantize.Options(largest_shard, args.memory, max(0, args.workers), args.replace)
+            options = dequantize.Options(args.mtp, largest_shard, args.memory, max(0, args.workers), args.replace)
             dequantize.dequantize(base, args.output, options)
             source, dequantized = args.output, True
     prepared = base_model.open_model(source)

@@ -5,27 +5,14 @@ allocation cannot differ. The written file also works by hand: `sbatch results/<
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, slurm
-from deepseek_sft.errors import BadInputError
 
 PROJECT = Path(__file__).resolve().parents[2]
-STAGES = ("train", "smoke_test", "serve")
-
-
-def settings_from(text: str) -> dict:
-    """Parse a JSON object given on the command line."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise BadInputError(f"--settings is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInputError("--settings is not a JSON object")
-    return value
+STAGES = ("preflight", "train", "smoke_test", "serve")
 
 
 def main() -> None:
@@ -36,6 +23,7 @@ def main() -> None:
     parser.add_argument("--logs", required=True, help="logs/<experiment>")
     parser.add_argument("--settings", required=True, help="the stage's settings, a JSON object")
     parser.add_argument("--operational", default="{}", help="settings that only steer the run, a JSON object")
+    parser.add_argument("--preflight", help="settings of train's first step, a JSON object; without it there is none")
     parser.add_argument("--python", required=True, help="interpreter of the stage's environment")
     parser.add_argument("--activate", default="", help="shell line that activates the environment")
     parser.add_argument("--accelerator", choices=["cuda", "cpu"], required=True)
@@ -46,9 +34,11 @@ def main() -> None:
         )
     arguments = parser.parse_args()
 
-    settings = settings_from(arguments.settings) | settings_from(arguments.operational)
+    settings = cli.json_object("--settings", arguments.settings) | cli.json_object(
+        "--operational", arguments.operational
+    )
     allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
-    environment = settings.pop("environment", {}) if arguments.stage == "train" else {}
+    environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "train") else {}
     ranks_per_node = settings.pop("ranks_per_node", None)
     script = slurm.render(
         arguments.stage,
@@ -63,10 +53,15 @@ def main() -> None:
             "accelerator": arguments.accelerator,
             "environment": environment,
             "ranks_per_node": ranks_per_node,
+            "preflight": arguments.preflight is not None,
         },
     )
     files.write_json(arguments.output / "settings.json", settings)
+    if arguments.preflight is not None:
+        files.write_json(arguments.output / "preflight.json", cli.json_object("--preflight", arguments.preflight))
     files.write_text(arguments.output / f"{arguments.stage}.sbatch", script)
+    # A job submitted by hand whose output file cannot be made fails without a word.
+    Path(arguments.logs, arguments.stage).mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,21 @@ Node rank and hosts come from Slurm's variables; without them it trains on this 
 
 Stop: USR1 to this program, or the stop file, saves after the current step and exits with 4. SIGTERM stops at once
 with 143 and loses what came after the last checkpoint; Ctrl-C likewise with 130.
-Exit codes: 0 done, 2 bad input, 3 a gate failed (first loss, loss or gradient not finite), 4 stopped and saved,
-5 crash, 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 2 bad input, 3 a gate failed (start checks, first loss, loss or gradient not finite, spike),
+4 stopped and saved, 5 crash or hang, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
+import argparse
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli
-from deepseek_sft.training import launch, nodes, stage
+from deepseek_sft.training import early_stop
+
+early_stop.catch()  # before the slow imports: Slurm's signal would kill this process until then
+
+from deepseek_sft import cli  # noqa: E402
+from deepseek_sft.training import launch, nodes, stage  # noqa: E402
 
 
 def main() -> int:
@@ -31,6 +36,14 @@ def main() -> int:
     parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
     parser.add_argument("--stop-file", type=Path, help="file whose appearance makes training save and stop")
     options = parser.parse_args()
+    try:
+        return train(options)
+    finally:
+        early_stop.ignore()
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train on this node; returns the exit code."""
     node = nodes.detect(options.accelerator, options.ranks_per_node)
     run = stage.prepare(
         options.base_receipt, options.tokens_receipt, options.settings, options.output, node, options.accelerator

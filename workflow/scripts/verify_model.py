@@ -3,7 +3,8 @@
 Against the base: names, shapes, dtypes, config, tokenizer; all values finite; untouched tensors equal; no weight moved
 further than AdamW can move it (with --train-receipt, or --learning-rate and --steps), or than 100 % of a tensor's norm
 (without).
-Against the checkpoint, if given: equal bit for bit, in samples of every tensor or, with --full, everywhere.
+Against the checkpoint, if given: equal bit for bit, in samples of every tensor or, with --full, everywhere. An FP8
+model is compared code by code and factor by factor, and its dequantised values with the master weights.
 Exit code 3 and the names of all failing tensors and files if a check fails; the receipt holds every file's sha256.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
-from deepseek_sft.checkpoint import base_model, memory, verify, zero3
+from deepseek_sft.checkpoint import base_model, memory, verify, zero
 from deepseek_sft.checkpoint.weight_checks import ChangeBound
 from deepseek_sft.errors import BadInputError
 
@@ -21,8 +22,8 @@ from deepseek_sft.errors import BadInputError
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="converted model folder")
-    parser.add_argument("--base", type=Path, required=True, help="BF16 model folder that training started from")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder it was converted from")
+    parser.add_argument("--base", type=Path, required=True, help="model folder that training started from")
+    parser.add_argument("--checkpoint", "--against", type=Path, help="checkpoint folder it was converted from")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
     parser.add_argument("--train-receipt", type=Path, help="take the four settings below from this receipt of train")
     parser.add_argument("--learning-rate", type=float, help="highest learning rate of the run")
@@ -50,7 +51,7 @@ def main() -> None:
     if args.steps is not None:
         bound = ChangeBound.of(args.learning_rate, args.steps, args.weight_decay, tuple(args.adam_betas))
     base = base_model.open_model(args.base)
-    checkpoint = zero3.open_checkpoint(args.checkpoint) if args.checkpoint else None
+    checkpoint = zero.open_checkpoint(args.checkpoint) if args.checkpoint else None
     result = verify.verify(args.model, base, checkpoint, bound, args.full, max(1, args.workers))
     for name, check in result.checks.items():
         cli.say(f"FAILED  {name}" if check.failures else f"passed  {name}: {check.detail}")

@@ -9,7 +9,9 @@ from typing import Any
 from ..errors import BadInputError
 from ..model import release
 from ..model.release import TensorSpec
+from . import fp8_blocks
 from .safetensors_files import INDEX_NAME, StoredTensor, read_header
+from .sources import Source
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SAMPLES, SAMPLE_SIZE = 16, 4096  # blocks of each weight file that enter the fingerprint
@@ -38,11 +40,16 @@ class BaseModel:
     quantised: bool
     fingerprint: str
 
-    @property
-    def ordered(self) -> list[tuple[str, TensorSpec]]:
-        """The trained tensors in the order in which they lie in the folder, with their dtypes there (FP8 as BF16)."""
-        found = {name: self.tensors[name].spec.dtype for name in self.tensors if name in self.expected}
-        return [(n, TensorSpec(self.expected[n].shape, "BF16" if d == "F8_E4M3" else d)) for n, d in found.items()]
+    def weights(self, mtp: bool) -> list[str]:
+        """Names of the trained tensors in the order in which they lie in the folder; on demand with those of MTP."""
+        copied = {name for name in self.mtp if not name.endswith(release.SCALE_SUFFIX)} if mtp else set()
+        return [name for name in self.tensors if name in self.expected or name in copied]
+
+    def source(self, name: str) -> Source:
+        """Where a weight's values are read, dequantised if it is FP8."""
+        stored = self.tensors[name]
+        factors = self.tensors[name + release.SCALE_SUFFIX] if stored.spec.dtype == "F8_E4M3" else None
+        return Source(stored, 0, stored.spec.shape, factors)
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -148,17 +155,17 @@ def _check_tensors(
         found = tensors[name]
         if found.spec.shape != spec.shape:
             raise BadInputError(f"{found.file}: {name} has shape {found.spec.shape}, config.json asks for {spec.shape}")
-        if found.spec.dtype == "F8_E4M3" and quantised:
-            scale = tensors.get(name + release.SCALE_SUFFIX)
-            wanted = TensorSpec(release.scale_shape(spec.shape), "F32")
-            if scale is None or scale.spec != wanted:
-                found_text = "is missing" if scale is None else f"is {scale.spec}"
-                raise BadInputError(f"{folder}: the scale of {name} {found_text}, needed is {wanted}")
-        elif found.spec.dtype not in ("BF16", spec.dtype):  # the correction bias is FP32 in the release
-            raise BadInputError(
+        if found.spec.dtype not in ("BF16", spec.dtype) and not (found.spec.dtype == "F8_E4M3" and quantised):
+            raise BadInputError(  # the correction bias is FP32 in the release
                 f"{found.file}: {name} is {found.spec.dtype}; needed is BF16 or the release's FP8",
                 "convert the model to BF16 first",
             )
+    for name in (name for name, tensor in tensors.items() if tensor.spec.dtype == "F8_E4M3"):
+        scale = tensors.get(name + release.SCALE_SUFFIX)
+        wanted = fp8_blocks.factors_spec(tensors[name].spec)
+        if len(wanted.shape) != 2 or scale is None or scale.spec != wanted:
+            found_text = "is missing" if scale is None else f"is {scale.spec}"
+            raise BadInputError(f"{folder}: the scale of {name} {found_text}, needed is {wanted}")
 
 
 def figures(model: BaseModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a ZeRO-3 checkpoint to a Hugging Face folder with the base model's tensors, by streaming."""
+"""From a ZeRO checkpoint to a Hugging Face folder with the base model's tensors, by streaming."""
 
 import json
 import time
@@ -9,25 +9,32 @@ from typing import Any
 import numpy as np
 
 from .. import cli, files
+from ..errors import BadInputError
 from ..model import release
-from ..model.release import TensorSpec
-from . import memory, number_formats
+from . import fp8_blocks, memory, number_formats
 from .base_model import BaseModel
 from .byte_ranges import OpenFiles, allow_open_files
 from .model_writer import Plan, Progress, write_model
-from .number_formats import WIDTHS
-from .release_names import Source, prefix_of, release_sources
-from .safetensors_files import ITEM_SIZES, Shard, StoredTensor, lay_out
+from .outputs import Rows, copied_sources, output_config, output_shards, output_specs
+from .release_names import prefix_of, release_sources
+from .safetensors_files import Shard, StoredTensor
 from .sizes import show_size
-from .zero3 import Checkpoint, Partitioned
+from .sources import Source
+from .zero import Checkpoint
 
-OUTPUT_DTYPES = {"bf16": "BF16", "fp32": "F32"}
-BYTES_PER_ELEMENT = 8  # of a work item: FP32 read, BF16 or FP32 to write
+BYTES_PER_ELEMENT = 8  # of a work item: FP32 read, BF16, FP32 or FP8 to write
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; ``memory`` is ``auto`` or a size, ``mtp`` what becomes of the untrained prediction layer."""
+    """How to convert.
+
+    Attributes:
+        dtype: ``bf16``, ``fp32`` or ``fp8``.
+        mtp: ``drop`` or ``copy`` from the base, the multi-token-prediction layer, which is not trained.
+        largest_shard: bytes of an output file at most; 0: the base's own files.
+        memory: ``auto`` or a size.
+    """
 
     dtype: str = "bf16"
     mtp: str = "drop"
@@ -50,20 +57,15 @@ class Conversion:
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.spec.elements for shard in self.shards for tensor in shard.tensors.values())
+        return sum(np.prod(source.shape, dtype=np.int64).item() for source in self.sources.values())
 
     @property
     def bytes_to_read(self) -> int:
-        return sum(np.prod(s.shape, dtype=np.int64).item() * ITEM_SIZES[s.dtype] for s in self.sources.values())
+        return sum(source.stored_bytes for source in self.sources.values())
 
     @property
     def bytes_to_write(self) -> int:
         return sum(shard.size for shard in self.shards)
-
-
-def output_config(base: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The base's ``config.json`` for the converted model: its dtype, and no multi-token-prediction layer."""
-    return {**base, "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype], "num_nextn_predict_layers": 0}
 
 
 def restore_biases(sources: dict[str, Source], base: BaseModel) -> list[str]:
@@ -83,23 +85,12 @@ def restore_biases(sources: dict[str, Source], base: BaseModel) -> list[str]:
             if not name.endswith(release.CORRECTION_BIAS) or stored.spec.dtype != "F32" or unrounded:
                 continue
             expected = opened.read(stored.file, stored.offset, np.float32, stored.spec.elements)
-            found = read_source(opened, source, 0, stored.spec.elements)
+            found = source.read(opened, 0, stored.spec.elements)
             rounded, _ = number_formats.convert(found, source.dtype, "BF16")
             if np.array_equal(rounded, number_formats.float32_to_bf16(expected)):
                 sources[name] = Source(stored, 0, stored.spec.shape)
                 restored.append(name)
     return restored
-
-
-def read_source(opened: OpenFiles, source: Source, start: int, count: int) -> np.ndarray:
-    """Elements ``start`` to ``start + count`` of a release tensor, as bits of the source's dtype."""
-    target = np.empty(count, WIDTHS[source.dtype])
-    if isinstance(source.parameter, Partitioned):
-        source.parameter.read_into(opened, source.start + start, target)
-    else:
-        offset = source.parameter.offset + (source.start + start) * ITEM_SIZES[source.dtype]
-        opened.read_into(source.parameter.file, offset, target)
-    return target
 
 
 def copy_companions(base: BaseModel, config: dict[str, Any], folder: Path) -> None:
@@ -114,19 +105,41 @@ def copy_companions(base: BaseModel, config: dict[str, Any], folder: Path) -> No
     files.write_json(folder / "config.json", config)
 
 
+def trained_sources(checkpoint: Checkpoint, base: BaseModel) -> tuple[dict[str, Source], list[str]]:
+    """Source of every trained tensor of the base, and which of them are the base's own (see ``restore_biases``)."""
+    wanted = {name: base.expected[name] for name in base.weights(mtp=False)}
+    sources = release_sources(checkpoint, wanted)
+    return sources, restore_biases(sources, base)
+
+
+def check_rows(rows: Rows, buffers: memory.Buffers) -> None:
+    """
+    Raises:
+        BadInputError: a work item must be larger than the memory bound lets it be.
+    """
+    if rows.largest > buffers.chunk:
+        raise BadInputError(
+            f"quantising needs {show_size(rows.largest * BYTES_PER_ELEMENT)} for each of {buffers.workers} threads, "
+            f"the memory bound leaves {show_size(buffers.chunk * BYTES_PER_ELEMENT)}",
+            "raise --memory, or give fewer --workers",
+        )
+
+
 def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Options) -> Conversion:
     """Decide everything before the first byte is read; says where prefix and layout were taken from.
 
     Raises:
         BadInputError: checkpoint and base do not fit, or the memory bound is impossible.
     """
-    dtype = OUTPUT_DTYPES[options.dtype]
-    ordered = [(name, TensorSpec(spec.shape, "F32" if dtype == "F32" else spec.dtype)) for name, spec in base.ordered]
-    sources = release_sources(checkpoint, dict(ordered))
-    restored = restore_biases(sources, base)
-    shards = lay_out(ordered, options.largest_shard)
+    specs = output_specs(base, options.dtype, options.mtp)
+    sources, restored = trained_sources(checkpoint, base)
+    copied = [name for name in base.weights(options.mtp == "copy") if name not in base.expected]
+    sources |= copied_sources(base, specs, copied)
+    shards = output_shards(base, specs, options.largest_shard)
+    rows = Rows(specs, sources)
     found = memory.measure()
     buffers = memory.plan_buffers(options.memory, options.workers, BYTES_PER_ELEMENT, found)
+    check_rows(rows, buffers)
     allow_open_files(checkpoint.file_count + len(shards))
 
     if checkpoint.marker:
@@ -137,12 +150,13 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
             f"step {checkpoint.step}, parameter prefix {prefix_of(checkpoint)!r}"
         )
     if base.mtp:
-        cli.say(f"the base's {len(base.mtp)} tensors of the multi-token-prediction layer were not trained: dropped")
+        fate = "copied from the base" if copied else "dropped"
+        cli.say(f"the base's {len(base.mtp)} tensors of the multi-token-prediction layer were not trained: {fate}")
     if restored:
         cli.say(f"{len(restored)} router biases lost precision in training; taken unchanged from the base")
     cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, no swap used")
 
-    config = output_config(base.config, options.dtype)
+    config = output_config(base.config, options.dtype, options.mtp)
     identity = {
         "made_by": "convert_checkpoint",
         "checkpoint": checkpoint.fingerprint,
@@ -158,7 +172,7 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
         identity=identity,
         shards=shards,
         chunk=buffers.chunk,
-        row=lambda name: 1,
+        row=rows,
         workers=buffers.workers,
         finish=lambda folder: copy_companions(base, config, folder),
         replace=options.replace,
@@ -172,19 +186,34 @@ def run(conversion: Conversion) -> tuple[Progress, int, float]:
     Raises:
         BadInputError, CrashError: see ``model_writer.write_model``; a checkpoint file that ends early.
     """
-    dtypes = {name: t.spec.dtype for shard in conversion.shards for name, t in shard.tensors.items()}
     started = time.monotonic()
     lengths: list[int] = []
     with OpenFiles() as opened:
 
-        def produce(name: str, start: int, count: int) -> tuple[np.ndarray, int]:
+        def produce(name: str, start: int, count: int) -> tuple[Any, int]:
             source = conversion.sources[name]
-            values = read_source(opened, source, start, count)
+            values = source.read(opened, start, count)
             lengths.append(values.nbytes)
-            return number_formats.convert(values, source.dtype, dtypes[name])
+            return make(conversion.plan.row, name, start, values)
 
         progress = write_model(conversion.plan, produce)
     return progress, sum(lengths), time.monotonic() - started
+
+
+def make(rows: Rows, name: str, start: int, values: np.ndarray) -> tuple[Any, int]:
+    """What is written of one work item, and the number of non-finite values in it; see ``model_writer.Produce``.
+
+    Args:
+        values: elements ``start`` … of the tensor's source, as bits of the source's dtype.
+    """
+    dtype = rows.sources[name].dtype
+    if not rows.quantises(name):
+        return number_formats.convert(values, dtype, rows.specs[name].dtype)
+    columns = rows.specs[name].shape[1]
+    result = fp8_blocks.quantize(number_formats.to_float32(values, dtype).reshape(-1, columns))
+    band = start // (columns * release.FP8_BLOCK)
+    factors = name + release.SCALE_SUFFIX
+    return [(name, start, result.codes), (factors, band * result.factors.shape[1], result.factors)], result.non_finite
 
 
 def describe(conversion: Conversion) -> str:

@@ -18,13 +18,14 @@ from typing import Any
 
 from .. import cli, files
 from ..errors import BadInputError, CrashError
-from .safetensors_files import INDEX_NAME, ITEM_SIZES, Shard, index_of
+from .safetensors_files import INDEX_NAME, ITEM_SIZES, SINGLE_FILE, Shard, index_of
 from .sizes import show_size
 
 STATE, ORIGIN, LOCK = "state.json", "origin.json", "lock"
 FORMAT = 1
 
-# (tensor name, first element, number of elements) → (its bytes, number of non-finite values among them)
+# (tensor name, first element, number of elements) → (its bytes, number of non-finite values among them); in place of
+# the bytes a list of (tensor name, first element, bytes) where other tensors of the same file are made along with it
 Produce = Callable[[str, int, int], tuple[Any, int]]
 
 
@@ -37,7 +38,7 @@ class Plan:
         identity: what the result is made from and how; restart and re-run compare it.
         shards: the weight files.
         chunk: elements per work item.
-        row: tensor name → elements that must stay together in one work item.
+        row: tensor name → elements that must stay together in one work item; 0 if it is made along with another.
         workers: threads.
         finish: adds the remaining files (config, tokenizer) to the folder it is given.
         replace: whether a result made from something else gives way.
@@ -206,9 +207,10 @@ class _OpenShard:
         write_fully(self.descriptor, shard.header, 0)
 
     def work(self, produce: Produce, name: str, start: int, count: int) -> tuple[str, int]:
-        data, non_finite = produce(name, start, count)
-        tensor = self.shard.tensors[name]
-        write_fully(self.descriptor, data, tensor.offset + start * ITEM_SIZES[tensor.spec.dtype])
+        made, non_finite = produce(name, start, count)
+        for target, first, data in made if isinstance(made, list) else [(name, start, made)]:
+            tensor = self.shard.tensors[target]
+            write_fully(self.descriptor, data, tensor.offset + first * ITEM_SIZES[tensor.spec.dtype])
         return name, non_finite
 
     def publish(self) -> None:
@@ -234,6 +236,8 @@ def write_fully(descriptor: int, data: Any, offset: int) -> None:
 def _items(plan: Plan, shard: Shard) -> Iterator[tuple[str, int, int]]:
     for name, tensor in shard.tensors.items():
         row = plan.row(name)
+        if not row:
+            continue
         step = max(row, plan.chunk // row * row)
         for start in range(0, tensor.spec.elements, step):
             yield name, start, min(step, tensor.spec.elements - start)
@@ -281,7 +285,7 @@ def _write_shards(plan: Plan, produce: Produce, progress: Progress) -> None:
 
 
 def _publish(plan: Plan, progress: Progress) -> None:
-    if len(plan.shards) > 1:
+    if [shard.name for shard in plan.shards] != [SINGLE_FILE]:
         files.write_json(plan.incomplete / INDEX_NAME, index_of(plan.shards))
     origin = {"format": FORMAT, "identity": plan.identity, "non_finite": progress.non_finite}
     files.write_json(plan.incomplete / ORIGIN, origin)

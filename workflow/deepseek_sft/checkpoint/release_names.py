@@ -9,29 +9,17 @@ moves no elements.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ..errors import BadInputError
 from ..model.release import TensorSpec
-from .safetensors_files import StoredTensor
-from .zero3 import Checkpoint, Partitioned
+from .number_formats import FLOATS
+from .partitioned import Partitioned
+from .sources import Source
+from .zero import Checkpoint
 
 STOCK_PREFIXES = ("llm.", "module.", "")
 FUSED = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(w1w3|w2)")
 COMPUTED = re.compile(r"(^|\.)rotary_emb\.\w+$")  # buffers that follow from config.json
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Where a release tensor comes from: a range of a partitioned parameter, or a whole buffer."""
-
-    parameter: Partitioned | StoredTensor
-    start: int  # first element in the flattened parameter
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        return self.parameter.dtype if isinstance(self.parameter, Partitioned) else self.parameter.spec.dtype
 
 
 def prefix_of(checkpoint: Checkpoint) -> str:
@@ -74,20 +62,21 @@ def release_sources(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec]) ->
     """
     prefix = prefix_of(checkpoint)
     found: dict[str, Source] = {}
-    entries = list(checkpoint.parameters.items()) + list(checkpoint.buffers.items())
-    for training_name, parameter in entries:
-        if COMPUTED.search(training_name):
-            continue
-        name = training_name.removeprefix(prefix)
-        if isinstance(parameter, Partitioned):
-            parts = unmerge(name, parameter)
-            _check_shard(checkpoint, training_name, parameter)
-        else:
-            parts = {name: Source(parameter, 0, parameter.spec.shape)}
-        for release_name, source in parts.items():
-            if release_name in found:
-                raise BadInputError(f"{checkpoint.folder}: two parameters would become {release_name}")
-            found[release_name] = source
+
+    def add(sources: Mapping[str, Source]) -> None:
+        for name, source in sources.items():
+            if name in found:
+                raise BadInputError(f"{checkpoint.folder}: two parameters would become {name}")
+            found[name] = source
+
+    for training_name, parameter in checkpoint.parameters.items():
+        _check_shard(checkpoint, training_name, parameter)
+        add(unmerge(training_name.removeprefix(prefix), parameter))
+    for training_name, stored in checkpoint.buffers.items():
+        if not COMPUTED.search(training_name):
+            add({training_name.removeprefix(prefix): Source(stored, 0, stored.spec.shape)})
+    for alias, training_name in checkpoint.shared.items():
+        _add_tied(found, wanted, alias.removeprefix(prefix), training_name.removeprefix(prefix))
     missing, unknown = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
     if missing or unknown:
         text = "; ".join(
@@ -101,8 +90,23 @@ def release_sources(checkpoint: Checkpoint, wanted: Mapping[str, TensorSpec]) ->
         )
     for name, spec in wanted.items():
         if tuple(found[name].shape) != spec.shape:
-            raise BadInputError(f"{name} has shape {found[name].shape} in the checkpoint, {spec.shape} in the base")
+            raise BadInputError(
+                f"{checkpoint.folder}: {name} has shape {found[name].shape}, in the base model {spec.shape}",
+                "give the base model that this training run started from",
+            )
+        if found[name].dtype not in FLOATS:
+            raise BadInputError(f"{checkpoint.folder}: {name} is {found[name].dtype}, which is no weight")
     return {name: found[name] for name in wanted}
+
+
+def _add_tied(found: dict[str, Source], wanted: Mapping[str, TensorSpec], alias: str, name: str) -> None:
+    """One parameter under two names: the release keeps both, or the one that its config asks for."""
+    if name in found:
+        found.setdefault(alias, found[name])
+        if alias in wanted and name not in wanted:
+            del found[name]
+        elif name in wanted and alias not in wanted:
+            del found[alias]
 
 
 def _check_shard(checkpoint: Checkpoint, name: str, parameter: Partitioned) -> None:

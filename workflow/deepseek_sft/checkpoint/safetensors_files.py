@@ -7,16 +7,17 @@ Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endia
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
-from ..model.release import TensorSpec
+from ..model.release import SCALE_SUFFIX, TensorSpec
 
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+SINGLE_FILE = "model.safetensors"  # of a model without index
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -96,20 +97,39 @@ def _stored(path: Path, entries: dict[str, Any], data_start: int) -> tuple[dict[
 def lay_out(tensors: Iterable[tuple[str, TensorSpec]], largest_shard: int) -> list[Shard]:
     """Distribute tensors in the given order over files of at most ``largest_shard`` data bytes.
 
-    A tensor larger than that gets a file of its own. A single file is called ``model.safetensors``.
+    The block factors that follow an FP8 tensor stay in its file. A tensor larger than that gets a file of its own. A
+    single file is called ``model.safetensors``.
     """
+    units: list[dict[str, TensorSpec]] = []
+    for name, spec in tensors:
+        if units and name.removesuffix(SCALE_SUFFIX) in units[-1]:
+            units[-1][name] = spec
+        else:
+            units.append({name: spec})
     groups: list[dict[str, TensorSpec]] = [{}]
     filled = 0
-    for name, spec in tensors:
-        size = spec.elements * ITEM_SIZES[spec.dtype]
+    for unit in units:
+        size = sum(spec.elements * ITEM_SIZES[spec.dtype] for spec in unit.values())
         if groups[-1] and filled + size > largest_shard:
             groups.append({})
             filled = 0
-        groups[-1][name] = spec
+        groups[-1] |= unit
         filled += size
     if len(groups) == 1:
-        return [_shard("model.safetensors", groups[0])]
+        return [_shard(SINGLE_FILE, groups[0])]
     return [_shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def lay_out_like(tensors: Iterable[tuple[str, TensorSpec]], places: Mapping[str, str]) -> list[Shard]:
+    """Distribute tensors over the files that another model keeps them in.
+
+    Args:
+        places: tensor → file name there; block factors stay with their tensor.
+    """
+    groups: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in tensors:
+        groups.setdefault(places[name.removesuffix(SCALE_SUFFIX)], {})[name] = spec
+    return [_shard(file, groups[file]) for file in sorted(groups)]
 
 
 def _shard(name: str, specs: dict[str, TensorSpec]) -> Shard:

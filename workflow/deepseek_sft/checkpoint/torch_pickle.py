@@ -7,21 +7,26 @@ frameworks become inert records of their arguments, and every other name is refu
 """
 
 import collections
+import contextlib
 import io
 import math
 import pickle
 import re
+import resource
 import struct
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from ..errors import BadInputError
 from ..model.release import TensorSpec
 from .safetensors_files import ITEM_SIZES, StoredTensor
 
 LARGEST_PICKLE = 1 << 30  # bytes; shapes and settings of a 671B checkpoint take about one megabyte
+LARGEST_GROWTH = 4 << 30  # bytes of address space that unpickling may take: a hostile memo index asks for any number
+PAGE = resource.getpagesize()
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -84,12 +89,14 @@ class Archive:
 
     Attributes:
         path: the file.
+        name: that under which it was written, without suffix ("archive" if it was written to a stream).
         records: storage key → (absolute byte offset, bytes).
         pickle: content of ``data.pkl``.
         directory: name, size and CRC-32 of every record: identifies the content without reading it.
     """
 
     path: Path
+    name: str
     records: dict[str, tuple[int, int]]
     pickle: bytes
     directory: list[tuple[str, int, int]]
@@ -160,6 +167,36 @@ def _corrupt(path: Path, reason: object) -> NoReturn:
     raise BadInputError(f"{path} is cut or corrupt: {reason}", "restore this file, or use an older checkpoint")
 
 
+def _data_start(path: Path, stream: BinaryIO, entry: zipfile.ZipInfo, next_start: int) -> int:
+    """Where a record's bytes begin; what stands before and after them must agree with the directory.
+
+    torch writes a descriptor after the bytes (signature, CRC-32, sizes); other writers none.
+    """
+    stream.seek(entry.header_offset)
+    local = stream.read(30)
+    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+        _corrupt(path, f"record {entry.filename} has no local header")
+    flags, method = struct.unpack("<HH", local[6:10])
+    name_length, extra_length = struct.unpack("<HH", local[26:30])
+    name = stream.read(name_length)
+    start = entry.header_offset + 30 + name_length + extra_length
+    end = start + entry.file_size
+    descriptor = b""
+    if flags & 0x8 and end < next_start:
+        stream.seek(end)
+        descriptor = stream.read(8)
+    expected = struct.pack("<II", 0x08074B50, entry.CRC) if descriptor else b""
+    after = (16, 24) if descriptor else (0,)
+    if (
+        name.decode("utf-8" if flags & 0x800 else "cp437") != entry.orig_filename
+        or method != zipfile.ZIP_STORED
+        or descriptor != expected
+        or next_start - end not in after
+    ):
+        _corrupt(path, f"the header of record {entry.filename} contradicts the directory")
+    return start
+
+
 def open_archive(path: Path) -> Archive:
     """Read the directory and the pickle of a file written by ``torch.save``.
 
@@ -168,40 +205,49 @@ def open_archive(path: Path) -> Archive:
     """
     records: dict[str, tuple[int, int]] = {}
     directory: list[tuple[str, int, int]] = []
-    content = None
+    content, name = None, ""
     try:
-        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
-            for entry in archive.infolist():
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
+            if len({entry.filename for entry in entries}) < len(entries):
+                _corrupt(path, "it holds two records of one name")
+            for entry, next_start in zip(entries, ends, strict=True):
                 directory.append((entry.filename, entry.file_size, entry.CRC))
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    _corrupt(path, f"record {entry.filename} is compressed")
                 if match := re.fullmatch(r"[^/]+/data/(\w+)", entry.filename):
-                    if entry.compress_type != zipfile.ZIP_STORED:
-                        _corrupt(path, f"record {entry.filename} is compressed")
-                    if not entry.file_size:  # ZeRO-3 leaves an empty tensor for every parameter
-                        records[match[1]] = (0, 0)
-                        continue
-                    stream.seek(entry.header_offset)
-                    local = stream.read(30)
-                    if len(local) < 30 or local[:4] != b"PK\x03\x04":
-                        _corrupt(path, f"record {entry.filename} has no local header")
-                    name_length, extra_length = struct.unpack("<HH", local[26:30])
-                    start = entry.header_offset + 30 + name_length + extra_length
-                    if start + entry.file_size > size:
-                        _corrupt(path, f"record {entry.filename} ends after the file")
+                    # ZeRO-3 leaves an empty tensor for every parameter
+                    start = _data_start(path, stream, entry, next_start) if entry.file_size else 0
                     records[match[1]] = (start, entry.file_size)
-                elif entry.filename.endswith("/data.pkl"):
+                elif match := re.fullmatch(r"([^/]+)/data\.pkl", entry.filename):
                     if entry.file_size > LARGEST_PICKLE:
                         _corrupt(path, f"its pickle has {entry.file_size} bytes")
-                    content = archive.read(entry)
+                    content, name = archive.read(entry), match[1]
                 elif entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
                     _corrupt(path, "it was written on a big-endian machine")
     except OSError as error:
         raise BadInputError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         _corrupt(path, error)
     if content is None:
         _corrupt(path, "it holds no data.pkl")
-    return Archive(path, records, content, directory)
+    return Archive(path, name, records, content, directory)
+
+
+@contextlib.contextmanager
+def _bounded_growth() -> Iterator[None]:
+    """Let this process take only so much more address space: what asks for more gets MemoryError, not the machine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as stream:
+        limit = int(stream.read().split()[0]) * PAGE + LARGEST_GROWTH
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def load(archive: Archive) -> Any:
@@ -211,7 +257,8 @@ def load(archive: Archive) -> Any:
         BadInputError: malformed, or it asks for a name that is not known.
     """
     try:
-        return DescriptorUnpickler(archive).load()
+        with _bounded_growth():
+            return DescriptorUnpickler(archive).load()
     except RefusedError as error:
         raise BadInputError(
             f"{archive.path} is refused: {error}",

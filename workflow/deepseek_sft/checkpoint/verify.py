@@ -14,15 +14,15 @@ from .. import cli, files
 from ..errors import BadInputError, GateError
 from ..model import release
 from .base_model import BaseModel
-from .convert import restore_biases
-from .release_names import Source, release_sources
+from .convert import trained_sources
+from .outputs import TORCH_DTYPES, copied_sources, output_config, output_specs
 from .safetensors_files import INDEX_NAME, StoredTensor, read_header
-from .weight_checks import ChangeBound, Measured, measure_file
-from .zero3 import Checkpoint
+from .sources import Source
+from .weight_checks import E4M3_LARGEST_ERROR, ChangeBound, Measured, measure_file
+from .zero import Checkpoint
 
-ADAPTED_KEYS = ("torch_dtype", "dtype", "num_nextn_predict_layers", "transformers_version")
+FREE_KEYS = ("transformers_version",)
 LARGEST_RELATIVE_CHANGE = 1.0  # without learning rate and steps; an unrelated tensor of equal size changes by 1.41
-DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 SHOWN = 20  # failing tensors named per check
 
 
@@ -66,29 +66,47 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def check_config(model: Path, base: BaseModel) -> Check:
-    """The config may differ from the base's in what conversion adapts, and in nothing else."""
-    check = Check(f"equal to the base's but for {', '.join(ADAPTED_KEYS)}")
-    config = _read_json(model / "config.json")
+@dataclass(frozen=True)
+class Kind:
+    """What kind of output a model says it is: see ``convert.Options``."""
+
+    dtype: str
+    mtp: str
+
+
+def kind_of(config: dict[str, Any], base: BaseModel) -> Kind:
+    """By its ``config.json``; ``bf16`` where that says nothing known, which the check of the config reports."""
+    named = config.get("torch_dtype", config.get("dtype"))
+    dtype = next((dtype for dtype, name in TORCH_DTYPES.items() if name == named), "bf16")
+    if config.get("quantization_config") is not None:
+        dtype = "fp8"
+    return Kind(dtype, "copy" if config.get("num_nextn_predict_layers") and base.mtp else "drop")
+
+
+def check_config(config: Any, base: BaseModel, kind: Kind) -> Check:
+    """The config is what conversion must make of the base's, in every key."""
+    check = Check(f"the base's, adapted to {kind.dtype}, multi-token prediction: {kind.mtp}")
     if not isinstance(config, dict):
         check.failures.append("config.json is missing or unreadable")
         return check
-    for key in sorted({*config, *base.config} - {*ADAPTED_KEYS}):
-        if config.get(key) != base.config.get(key):
-            check.failures.append(f"{key} is {config.get(key)!r}, the base has {base.config.get(key)!r}")
-    if config.get("torch_dtype") not in DTYPES:
-        check.failures.append(f"torch_dtype is {config.get('torch_dtype')!r}")
-    if config.get("num_nextn_predict_layers", 0) != 0:
-        check.failures.append("num_nextn_predict_layers is not 0, but that layer was not trained")
+    expected = {"num_nextn_predict_layers": 0} | output_config(base.config, kind.dtype, kind.mtp)
+    for key in sorted({*config, *expected} - {*FREE_KEYS}):
+        found = config.get(key, 0 if key == "num_nextn_predict_layers" else None)
+        if found != expected.get(key):
+            check.failures.append(f"{key} is {found!r}, must be {expected.get(key)!r}")
     return check
 
 
 def check_companions(model: Path, base: BaseModel) -> Check:
-    """Tokenizer and generation files are the base's, byte for byte."""
+    """Tokenizer, generation and code files are the base's, byte for byte."""
     names = [
         path.name
         for path in sorted(base.folder.iterdir())
-        if path.is_file() and path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "generation_config"))
+        if path.is_file()
+        and (
+            path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "generation_config"))
+            or path.suffix in (".py", ".jinja")
+        )
     ]
     check = Check(f"{len(names)} files equal: {', '.join(names)}")
     for name in names:
@@ -131,26 +149,31 @@ def _compare_sets(found: Iterable[str], expected: Iterable[str]) -> list[str]:
     return [f"{n} is missing" for n in sorted(expected - found)] + [f"{n} is new" for n in sorted(found - expected)]
 
 
-def check_tensors(base: BaseModel, tensors: dict[str, StoredTensor], dtype: str) -> dict[str, Check]:
-    """Names, shapes and dtypes are the base's (without its multi-token-prediction layer)."""
-    expected = dict(base.ordered)
-    elements = sum(spec.elements for spec in expected.values())
+def check_tensors(base: BaseModel, tensors: dict[str, StoredTensor], kind: Kind) -> dict[str, Check]:
+    """Names, shapes and dtypes are the base's, with block factors if FP8."""
+    expected = output_specs(base, kind.dtype, kind.mtp)
+    elements = sum(base.tensors[name].spec.elements for name in base.weights(kind.mtp == "copy"))
     names = Check(f"{len(expected)} tensors, {elements} parameters", _compare_sets(tensors, expected))
-    shapes, dtypes = Check("as in the base"), Check(f"{dtype}; router biases as in the base")
+    shapes, dtypes = Check("as in the base"), Check(f"{kind.dtype}; router biases as in the base")
     for name in sorted(tensors.keys() & expected.keys()):
         spec, wanted = tensors[name].spec, expected[name]
         if spec.shape != wanted.shape:
-            shapes.failures.append(f"{name} has {list(spec.shape)}, the base {list(wanted.shape)}")
-        wanted_dtype = "F32" if dtype == "F32" else wanted.dtype
-        if spec.dtype != wanted_dtype:
-            dtypes.failures.append(f"{name} is {spec.dtype}, not {wanted_dtype}")
+            shapes.failures.append(f"{name} has {list(spec.shape)}, must have {list(wanted.shape)}")
+        if spec.dtype != wanted.dtype:
+            dtypes.failures.append(f"{name} is {spec.dtype}, not {wanted.dtype}")
     return {"names": names, "shapes": shapes, "dtypes": dtypes}
 
 
-def check_values(measured: dict[str, Measured], bound: ChangeBound | None, with_checkpoint: bool) -> dict[str, Check]:
-    """Finite, untouched tensors equal, changes within the bound, equal to the checkpoint."""
+def check_values(
+    measured: dict[str, Measured], bound: ChangeBound | None, copied: set[str], with_checkpoint: bool
+) -> dict[str, Check]:
+    """Finite, untouched tensors equal, changes within the bound, equal to the checkpoint.
+
+    Args:
+        copied: names of the tensors that come from the base.
+    """
     finite = Check("all values")
-    untouched = Check("router biases equal the base's")
+    untouched = Check("router biases" + (f" and {len(copied)} copied tensors" if copied else "") + " equal the base's")
     limit = (
         f"|change| ≤ {bound.drift:.3g} besides rounding" if bound else f"‖change‖/‖base‖ ≤ {LARGEST_RELATIVE_CHANGE}"
     )
@@ -160,16 +183,27 @@ def check_values(measured: dict[str, Measured], bound: ChangeBound | None, with_
             finite.failures.append(f"{name}: {figures.non_finite} values")
         if name.endswith(release.CORRECTION_BIAS) and figures.differing:
             untouched.failures.append(f"{name}: {figures.differing} values differ")
+        elif name in copied and figures.unequal:
+            untouched.failures.append(f"{name}: {figures.unequal} values differ")
+        if name in copied:
+            continue
         if bound and figures.largest_excess > bound.drift * 1.001:
             change.failures.append(f"{name}: an element moved by {figures.largest_excess:.3g}")
         if not bound and figures.relative_change > LARGEST_RELATIVE_CHANGE:
             change.failures.append(f"{name}: relative change {figures.relative_change:.3g}")
     checks = {"finite": finite, "untouched": untouched, "change": change}
     if with_checkpoint:
-        compared = sum(figures.compared for figures in measured.values())
-        equal = Check(f"{compared} values equal bit for bit")
-        equal.failures = [f"{n}: {m.unequal} of {m.compared} values" for n, m in sorted(measured.items()) if m.unequal]
-        checks["checkpoint"] = equal
+        trained = {name: figures for name, figures in sorted(measured.items()) if name not in copied}
+        compared = sum(figures.compared for figures in trained.values())
+        checks["checkpoint"] = Check(
+            f"{compared} values equal bit for bit",
+            [f"{n}: {m.unequal} of {m.compared} values" for n, m in trained.items() if m.unequal],
+        )
+        checks["checkpoint"].failures += [
+            f"{n}: dequantised, it is off by {m.fp8_error:.3g} of a block's largest value"
+            for n, m in trained.items()
+            if m.fp8_error > E4M3_LARGEST_ERROR * 1.001
+        ]
     return checks
 
 
@@ -185,39 +219,41 @@ def verify(
 
     Args:
         model: converted folder.
-        base: BF16 base it was trained from.
+        base: what it was trained from, in BF16 or the release's FP8.
         checkpoint: what it was converted from, or None to leave that comparison out.
         bound: how far training can have moved an element, or None to use the relative bound alone.
         full: compare every element with the checkpoint instead of samples of each tensor.
         workers: files checked at the same time.
 
     Raises:
-        BadInputError: the base is no BF16 model, or the checkpoint does not belong to it.
+        BadInputError: the checkpoint does not belong to the base.
     """
-    if base.quantised:
-        raise BadInputError(f"{base.folder} is FP8", "give the BF16 base that training started from (prepare_model)")
-    config = _read_json(model / "config.json") or {}
-    dtype = DTYPES.get(config.get("torch_dtype"), "BF16")
-    checks = {"config": check_config(model, base), "tokenizer": check_companions(model, base)}
+    config = _read_json(model / "config.json")
+    kind = kind_of(config if isinstance(config, dict) else {}, base)
+    checks = {"config": check_config(config, base, kind), "tokenizer": check_companions(model, base)}
     checks["files"], found = read_files(model)
     tensors = {name: tensor for held in found.values() for name, tensor in held.items()}
-    checks |= check_tensors(base, tensors, dtype)
-    sources: dict[str, Source] | None = None
+    checks |= check_tensors(base, tensors, kind)
+    extra = [name for name in base.weights(kind.mtp == "copy") if name not in base.expected]
+    sources: dict[str, Source] = copied_sources(base, output_specs(base, kind.dtype, kind.mtp), extra)
+    copied = set(sources)
     if checkpoint:
-        sources = release_sources(checkpoint, dict(base.ordered))
-        restore_biases(sources, base)
+        sources |= trained_sources(checkpoint, base)[0]
 
     measured: dict[str, Measured] = {}
     hashes: dict[str, str] = {}
     decay = bound.decay if bound else 0.0
     with concurrent.futures.ThreadPoolExecutor(workers) as executor:
-        tasks = {executor.submit(measure_file, p, held, base, sources, decay, full): p for p, held in found.items()}
+        tasks = {
+            executor.submit(measure_file, path, held, tensors, base, sources, decay, full): path
+            for path, held in found.items()
+        }
         for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
             digest, figures = task.result()
             hashes[tasks[task].name] = digest
             measured |= figures
             cli.say(f"{tasks[task].name}: {len(figures)} tensors checked, {done}/{len(tasks)}")
-    checks |= check_values(measured, bound, checkpoint is not None)
+    checks |= check_values(measured, bound, copied, checkpoint is not None)
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name not in hashes:
             hashes[path.name] = files.fingerprint_file(path, full=True).removeprefix("sha256:")
@@ -226,12 +262,14 @@ def verify(
     return Verification(
         checks,
         {
+            "dtype": kind.dtype,
             "tensors": len(tensors),
-            "parameters": sum(t.spec.elements for t in tensors.values()),
+            "parameters": sum(t.spec.elements for n, t in tensors.items() if not n.endswith(release.SCALE_SUFFIX)),
             "largest_relative_change": changes[largest] if largest else 0.0,
             "most_changed_tensor": largest,
             "unchanged_tensors": sum(m.differing == 0 for m in measured.values()),
-            "values_compared_with_checkpoint": sum(m.compared for m in measured.values()),
+            "values_compared_with_checkpoint": sum(m.compared for n, m in measured.items() if n not in copied),
+            "largest_fp8_error": max((m.fp8_error for m in measured.values()), default=0.0),
             "sha256": dict(sorted(hashes.items())),
         },
     )

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInputError
-from . import number_formats
+from ..model.release import FP8_BLOCK, SCALE_SUFFIX
+from . import fp8_blocks, number_formats
 from .base_model import BaseModel
 from .byte_ranges import OpenFiles
-from .convert import read_source
-from .number_formats import BLOCK, WIDTHS
-from .release_names import Source
+from .number_formats import BLOCK, FLOATS, WIDTHS
 from .safetensors_files import ITEM_SIZES, StoredTensor
+from .sources import Source
 
 SAMPLE_BLOCK, SAMPLE_BLOCKS = 1 << 16, 4  # elements compared with the checkpoint per block, blocks per tensor
-FLOATS = ("F32", "BF16")
-BF16_HALF_ULP = 2.0**-8  # relative: BF16 keeps 8 significant bits
+# Largest rounding error of each dtype, in parts of the rounded value: half of the last of 8, 4 or 24 significant bits.
+HALF_ULP = {"BF16": 2.0**-8, "F8_E4M3": 2.0**-4, "F32": 2.0**-22}
+E4M3_SUBNORMAL_HALF_ULP = 2.0**-10  # in block factors
+E4M3_LARGEST_ERROR = 16 / number_formats.E4M3_LARGEST  # in parts of the block's largest magnitude
 
 
 def adamw_ratio(beta1: float, beta2: float) -> float:
@@ -67,7 +69,8 @@ class Measured:
         squared_change, squared_base: sums over elements.
         largest_excess: largest |change| beyond rounding and decay; to compare with ``ChangeBound.drift``.
         differing: elements that differ from the base's.
-        compared: elements compared with the checkpoint, and ``unequal`` how many of them differ.
+        compared: elements compared with their source, and ``unequal`` how many of them differ.
+        fp8_error: largest |dequantised − source| in parts of the block's largest magnitude.
     """
 
     non_finite: int = 0
@@ -77,6 +80,7 @@ class Measured:
     differing: int = 0
     compared: int = 0
     unequal: int = 0
+    fp8_error: float = 0.0
 
     @property
     def relative_change(self) -> float:
@@ -86,16 +90,12 @@ class Measured:
         return math.sqrt(self.squared_change / self.squared_base) if self.squared_base else math.inf
 
 
-def _as_float32(values: NDArray, dtype: str) -> NDArray[np.float32]:
-    return values.view(np.float32) if dtype == "F32" else number_formats.bf16_to_float32(values)
-
-
-def measure_block(result: Measured, new: NDArray, old: NDArray, dtype: str, decay: float) -> None:
+def measure_block(result: Measured, new: NDArray, old: NDArray, half_ulp: float, decay: float) -> None:
     """Add one block.
 
     Args:
         new, old: float32 [n], the model's and the base's values.
-        dtype: that ``new`` was stored in.
+        half_ulp: largest rounding error of ``new`` in parts of its value.
     """
     finite = np.isfinite(new)
     if not finite.all():
@@ -105,45 +105,87 @@ def measure_block(result: Measured, new: NDArray, old: NDArray, dtype: str, deca
     result.differing += int(np.count_nonzero(change))
     result.squared_change += float(np.dot(change, change))
     result.squared_base += float(np.dot(old, old))
-    change -= (BF16_HALF_ULP if dtype == "BF16" else 2.0**-22) * np.abs(new)
+    change -= half_ulp * np.abs(new)
     change -= decay * np.abs(old)
     result.largest_excess = max(result.largest_excess, float(change.max(initial=0.0)))
 
 
+def _step(*row_lengths: int) -> int:
+    """About ``BLOCK`` elements: a multiple of the longest of the row lengths, which are equal where not 1."""
+    row = max(row_lengths)
+    return max(1, BLOCK // row) * row
+
+
+def _factors(opened: OpenFiles, tensor: StoredTensor) -> NDArray[np.float32]:
+    values = opened.read(tensor.file, tensor.offset, np.float32, tensor.spec.elements)
+    return values.reshape(tensor.spec.shape)
+
+
+def _old_values(opened: OpenFiles, base: Source, start: int, count: int) -> NDArray[np.float32]:
+    """The base's values as training starts from them: what is FP8 there is rounded to BF16."""
+    values = number_formats.to_float32(base.read(opened, start, count), base.dtype)
+    if base.factors:
+        values = number_formats.bf16_to_float32(number_formats.float32_to_bf16(values))
+    return values
+
+
 def measure_tensor(
-    opened: OpenFiles, hasher: "hashlib._Hash", model: StoredTensor, base: StoredTensor | None, decay: float
+    opened: OpenFiles,
+    hasher: "hashlib._Hash",
+    model: StoredTensor,
+    factors: StoredTensor | None,
+    base: Source | None,
+    decay: float,
 ) -> Measured:
-    """Read one tensor of the model and of the base once; the bytes of the model also enter ``hasher``."""
+    """Read one tensor of the model and of the base once; the bytes of the model also enter ``hasher``.
+
+    Args:
+        factors: block factors of the model's tensor if it is FP8.
+        base: the same tensor of the base, or None.
+    """
     result = Measured()
-    dtype = model.spec.dtype
-    for start in range(0, model.spec.elements, BLOCK):
-        count = min(BLOCK, model.spec.elements - start)
-        item = ITEM_SIZES[dtype]
+    dtype, item = model.spec.dtype, ITEM_SIZES[model.spec.dtype]
+    scales = _factors(opened, factors) if factors else None
+    columns = model.spec.shape[-1] if scales is not None else 1
+    step = _step(columns, base.row if base else 1)
+    for start in range(0, model.spec.elements, step):
+        count = min(step, model.spec.elements - start)
         raw = opened.read(model.file, model.offset + start * item, np.uint8, count * item)
         hasher.update(raw)
-        if dtype not in FLOATS:  # the dtype check reports it
+        if scales is not None:
+            row = start // columns
+            band = scales[row // FP8_BLOCK :]
+            new = fp8_blocks.dequantize(raw.reshape(-1, columns), band, row % FP8_BLOCK).reshape(-1)
+        elif dtype in FLOATS:
+            new = number_formats.to_float32(raw.view(WIDTHS[dtype]), dtype)
+        else:  # the dtype check reports it
             continue
-        bits = raw.view(WIDTHS[dtype])
-        new = _as_float32(bits, dtype)
         if base is None:
             result.non_finite += int(np.count_nonzero(~np.isfinite(new)))
-            continue
-        offset = base.offset + start * ITEM_SIZES[base.spec.dtype]
-        old = _as_float32(opened.read(base.file, offset, WIDTHS[base.spec.dtype], count), base.spec.dtype)
-        measure_block(result, new, old, dtype, decay)
+        else:
+            measure_block(result, new, _old_values(opened, base, start, count), HALF_ULP.get(dtype, 0.0), decay)
+    if scales is not None:
+        smallest = E4M3_SUBNORMAL_HALF_ULP * float(scales.max(initial=0.0))
+        result.largest_excess = max(0.0, result.largest_excess - smallest)
     return result
 
 
-def sampled_ranges(name: str, elements: int, full: bool) -> Iterator[tuple[int, int]]:
-    """(start, count) of the elements to compare: all, or the first, the last and two blocks chosen by the name."""
-    if full or elements <= SAMPLE_BLOCK * SAMPLE_BLOCKS:
-        for start in range(0, elements, BLOCK):
-            yield start, min(BLOCK, elements - start)
+def sampled_ranges(name: str, elements: int, full: bool, row: int = 1) -> Iterator[tuple[int, int]]:
+    """(start, count) of the elements to compare: all, or the first, the last and two blocks chosen by the name.
+
+    Args:
+        row: elements that stay together; all starts are multiples of it.
+    """
+    sample = max(1, SAMPLE_BLOCK // row) * row
+    if full or elements <= sample * SAMPLE_BLOCKS:
+        step = max(1, BLOCK // row) * row
+        for start in range(0, elements, step):
+            yield start, min(step, elements - start)
         return
-    last = elements - SAMPLE_BLOCK
+    last = (elements - sample) // row * row
     random = np.random.default_rng(zlib.crc32(name.encode()))
-    for start in sorted({0, last, *random.integers(0, last, SAMPLE_BLOCKS - 2).tolist()}):
-        yield int(start), SAMPLE_BLOCK
+    for start in sorted({0, last, *(random.integers(0, last, SAMPLE_BLOCKS - 2) // row * row).tolist()}):
+        yield int(start), min(sample, elements - int(start)) if start < last else elements - int(start)
 
 
 def compare_with_source(
@@ -151,31 +193,76 @@ def compare_with_source(
 ) -> None:
     """Compare bit for bit with the checkpoint's master weights, rounded as the conversion must round them."""
     dtype = model.spec.dtype
-    for start, count in sampled_ranges(name, model.spec.elements, full):
+    for start, count in sampled_ranges(name, model.spec.elements, full, source.row):
         found = opened.read(model.file, model.offset + start * ITEM_SIZES[dtype], WIDTHS[dtype], count)
-        expected, _ = number_formats.convert(read_source(opened, source, start, count), source.dtype, dtype)
+        expected, _ = number_formats.convert(source.read(opened, start, count), source.dtype, dtype)
         result.compared += count
-        result.unequal += int(np.count_nonzero(found != expected.view(found.dtype)))
+        bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}[ITEM_SIZES[dtype]]
+        result.unequal += int(np.count_nonzero(found.view(bits) != expected.view(bits)))
+
+
+def compare_quantized(
+    opened: OpenFiles,
+    name: str,
+    model: StoredTensor,
+    factors: StoredTensor,
+    source: Source,
+    full: bool,
+    result: Measured,
+) -> None:
+    """Compare codes and factors bit for bit with the source's, quantised anew, and the dequantised values with it."""
+    columns = model.spec.shape[1]
+    found_factors = _factors(opened, factors)
+    for start, count in sampled_ranges(name, model.spec.elements, full, FP8_BLOCK * columns):
+        codes = opened.read(model.file, model.offset + start, np.uint8, count).reshape(-1, columns)
+        values = number_formats.to_float32(source.read(opened, start, count), source.dtype).reshape(-1, columns)
+        expected = fp8_blocks.quantize(values)
+        top = start // columns // FP8_BLOCK
+        held = found_factors[top : top + len(expected.factors)]
+        result.compared += count
+        result.unequal += int(np.count_nonzero(codes != expected.codes))
+        result.unequal += int(np.count_nonzero(held.view(np.uint32) != expected.factors.view(np.uint32)))
+        for band in range(len(held)):
+            lines = slice(band * FP8_BLOCK, (band + 1) * FP8_BLOCK)
+            error = np.abs(fp8_blocks.dequantize(codes[lines], held[band : band + 1]) - values[lines]).max(axis=0)
+            largest = np.maximum.reduceat(np.where(np.isfinite(error), error, 0), np.arange(0, columns, FP8_BLOCK))
+            relative = largest / (number_formats.E4M3_LARGEST * held[band])
+            result.fp8_error = max(result.fp8_error, float(relative.max(initial=0.0)))
 
 
 def measure_file(
     path: Path,
-    tensors: dict[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor],
+    everything: Mapping[str, StoredTensor],
     base: BaseModel,
-    sources: dict[str, Source] | None,
+    sources: Mapping[str, Source],
     decay: float,
     full: bool,
 ) -> tuple[str, dict[str, Measured]]:
-    """sha256 of a weight file and the figures of its tensors, which must be in the order of their offsets."""
+    """sha256 of a weight file and the figures of its tensors.
+
+    Args:
+        tensors: those in the file, in the order of their offsets.
+        everything: those of all files; block factors may lie elsewhere.
+        sources: where tensors were converted or copied from, as far as they are to be compared with it.
+    """
     hasher = hashlib.sha256()
     figures = {}
     with OpenFiles() as opened:
         header = min((t.offset for t in tensors.values()), default=path.stat().st_size)
         hasher.update(opened.read(path, 0, np.uint8, header))
         for name, tensor in tensors.items():
-            old = base.tensors.get(name)
-            comparable = old is not None and old.spec.shape == tensor.spec.shape
-            figures[name] = measure_tensor(opened, hasher, tensor, old if comparable else None, decay)
-            if sources and name in sources and comparable and tensor.spec.dtype in FLOATS:
-                compare_with_source(opened, name, tensor, sources[name], full, figures[name])
+            factors = everything.get(name + SCALE_SUFFIX) if tensor.spec.dtype == "F8_E4M3" else None
+            if factors and factors.spec != fp8_blocks.factors_spec(tensor.spec):
+                factors = None  # the shape check reports it
+            known = name in base.tensors and not name.endswith(SCALE_SUFFIX)
+            old = base.source(name) if known and base.tensors[name].spec.shape == tensor.spec.shape else None
+            figures[name] = measure_tensor(opened, hasher, tensor, factors, old, decay)
+            source = sources.get(name)
+            if source is None or tuple(source.shape) != tensor.spec.shape:
+                continue
+            if factors and source.dtype != "F8_E4M3":
+                compare_quantized(opened, name, tensor, factors, source, full, figures[name])
+            elif tensor.spec.dtype in ("F32", "BF16", source.dtype):
+                compare_with_source(opened, name, tensor, source, full, figures[name])
     return hasher.hexdigest(), figures

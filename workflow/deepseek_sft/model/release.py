@@ -169,9 +169,11 @@ def is_mtp(config: dict[str, Any], name: str) -> bool:
 def is_quantised(config: dict[str, Any], name: str) -> bool:
     """Whether the FP8 release stores this tensor in FP8 with one scale per block.
 
-    Linear layers are; embeddings, head, norms, the router and its bias are not.
+    The linear layers of attention and feed-forward blocks are; embeddings, head, norms, the router, its bias and the
+    projection ``eh_proj`` that joins the multi-token-prediction layer to the model are not.
     """
-    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight"))
+    linear = name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight"))
+    return linear and not name.endswith(".eh_proj.weight")
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from .. import __version__
-from . import collect, formatting, overview, plots
+from . import calibration, collect, formatting, overview, plots
 from .collect import Stage, mapping
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
@@ -20,7 +20,9 @@ PURPOSE = {
     "tokenize_data": "Chats to token ids and loss masks",
     "plan": "Whether the run fits the cluster",
     "prepare_model": "Base model in BF16",
-    "preflight": "Nodes checked before training",
+    "refine_plan": "The plan again, with counted tokens",
+    "preflight": "Nodes checked without training",
+    "train_preflight": "Nodes checked as training's first step",
     "train": "Full-parameter fine-tuning",
     "convert_checkpoint": "Checkpoint to a Hugging Face folder",
     "verify_model": "Converted model against base and checkpoint",
@@ -51,8 +53,10 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
     collect.check_folder(results, logs)
     stages = collect.stages(results, logs)
     metrics = collect.training_metrics(results, stages["train"])
+    planned = stages["refine_plan"] if "refine_plan" in stages else stages["plan"]
+    compared = calibration.compare(planned, stages["train"], metrics)
     verdict = overview.verdict(stages)
-    views = [_view(results, stage, metrics, samples) for stage in stages.values()]
+    views = [_view(results, stage, metrics, samples, compared) for stage in stages.values()]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,  # everything on the page but our own drawings is data
@@ -76,11 +80,15 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
         "verdict": verdict[1],
         "bytes": len(html.encode()),
         "plots": sum(len(view["plots"]) for view in views),
+        "planned_against_measured": {one.name: one.text() for one in compared},
+        "calibration": {one.name: round(one.difference_share, 4) for one in compared},
     }
     return Report(html, figures)
 
 
-def _view(results: Path, stage: Stage, metrics: list[dict[str, Any]], samples: int) -> dict[str, Any]:
+def _view(
+    results: Path, stage: Stage, metrics: list[dict[str, Any]], samples: int, compared: list[calibration.Comparison]
+) -> dict[str, Any]:
     """What the template shows of one stage."""
     receipt, figures = stage.receipt, stage.figures
     slurm = mapping(receipt.get("slurm"))
@@ -101,6 +109,8 @@ def _view(results: Path, stage: Stage, metrics: list[dict[str, Any]], samples: i
         else:
             plain.append((formatting.label(key), formatting.value(key, item)))
     drawn = plots.training(metrics) if stage.rule == "train" else []
+    if stage.rule == "train" and compared:
+        tables.append(("planned against measured", [(one.name, one.text(), None) for one in compared]))
     if stage.rule == "tokenize_data":
         statistics = _json(collect.result_path(results, stage, "statistics"))
         drawn = [plot for plot in (plots.lengths(statistics), plots.reasoning_by_answer(statistics)) if plot]
@@ -114,7 +124,7 @@ def _view(results: Path, stage: Stage, metrics: list[dict[str, Any]], samples: i
     transcript = collect.transcript_path(results, stage)
     settings = formatting.without_secrets(mapping(receipt.get("settings")))
     inputs = mapping(receipt.get("inputs"))
-    plan = formatting.clean(str(figures.get("verdict") or "")) if stage.rule == "plan" else ""
+    plan = formatting.clean(str(figures.get("verdict") or "")) if stage.rule in ("plan", "refine_plan") else ""
     return {
         "rule": formatting.clean(stage.rule),
         "purpose": PURPOSE.get(stage.rule, ""),

@@ -18,15 +18,18 @@ CHAIN = (
     "tokenize_data",
     "plan",
     "prepare_model",
+    "refine_plan",
     "preflight",
+    "train_preflight",
     "train",
     "convert_checkpoint",
     "verify_model",
     "smoke_test",
 )
-OPTIONAL = {"preflight"}  # shown only where it ran: it is also the first step inside train
+OPTIONAL = {"preflight", "train_preflight", "refine_plan"}  # shown only where they ran
 UPSTREAM = {
     "tokenize_data": ("prepare_data",),
+    "refine_plan": ("tokenize_data",),
     "train": ("tokenize_data", "prepare_model"),
     "convert_checkpoint": ("train",),
     "verify_model": ("convert_checkpoint",),
@@ -139,6 +142,8 @@ def stages(results: Path, logs: Path | None) -> dict[str, Stage]:
     rules = [rule for rule in CHAIN if rule not in OPTIONAL or rule in known] + sorted(known - set(CHAIN))
     found = {rule: _stage(results, logs, rule) for rule in rules}
     for rule, upstream in UPSTREAM.items():
+        if rule not in found:
+            continue
         stage = found[rule]
         newer = [name for name in upstream if _finished(found[name]) > _finished(stage) > ""]
         if stage.state == "complete" and newer:

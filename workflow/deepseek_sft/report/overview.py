@@ -7,7 +7,7 @@ from typing import Any
 from . import collect, formatting, plots
 from .collect import Stage, mapping
 
-ADVISORY = {"plan", "preflight"}  # an experiment is complete without them
+ADVISORY = {"plan", "refine_plan", "preflight", "train_preflight"}  # an experiment is complete without them
 LEVEL = {"complete": "good", "failed": "bad", "unreadable": "bad", "out of date": "warn", "result gone": "warn"}
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from ..errors import BadInputError, CrashError
 
 KILLED = re.compile(r"killed by|is gone")
+LOST = re.compile(r"has gone")
+_KILLED_OR_LOST = re.compile(f"{KILLED.pattern}|{LOST.pattern}")
 KILLED_WORKER = re.compile(r"WorkerProc.* died unexpectedly|worker.*died unexpectedly", re.IGNORECASE)
 MEMORY_HINT = (
     "if nobody ended it, the kernel or Slurm did for lack of memory: compare the job's memory with `mem_mb` of this "
@@ -107,7 +109,7 @@ class NodeFailure(CrashError):
 
     def __init__(self, reports: list[dict[str, Any]]):
         # A killed process is a likelier cause than one that gave up with an exit code of its own.
-        self.reports = sorted(reports, key=lambda report: not KILLED.search(report["exit"]))
+        self.reports = sorted(reports, key=lambda report: not _KILLED_OR_LOST.search(report["exit"]))
         parts = []
         for report in self.reports:
             lines = "".join(f"\n  {report['node']}| {line}" for line in report["lines"])
@@ -142,4 +144,6 @@ def find_cause(reports: list[dict[str, Any]]) -> tuple[str, Cause, str] | None:
 
 
 def _killed(report: dict[str, Any]) -> bool:
-    return "SIGKILL" in report["exit"] or any(KILLED_WORKER.search(line) for line in report["exceptions"])
+    if "SIGKILL" in report["exit"] or LOST.search(report["exit"]):
+        return True
+    return any(KILLED_WORKER.search(line) for line in report["exceptions"])

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import time
@@ -16,7 +17,7 @@ from ..cli import say
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-ENGINE_PROCESSES = ("VLLM::", "ray::")  # how vLLM and Ray name processes that hold a part of the model
+ENGINE_PROCESS = re.compile(r"VLLM::(Worker|EngineCore)|ray::RayWorker")  # titles that vLLM and Ray set
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -112,15 +113,22 @@ def stop(children: list[Child], grace_s: float) -> None:
     say(f"warning: processes that cannot be ended: {[each.pid for each in me.children(recursive=True)]}")
 
 
-def describe(children: list[Child]) -> list[dict[str, Any]]:
-    """Name and id of the processes that run, and of the engine's own processes below them (they name themselves)."""
-    found = [{"name": child.name, "pid": child.pid} for child in children if child.exit_code() is None]
-    for process in psutil.Process().children(recursive=True):
+def engine_processes(descendants: list[psutil.Process]) -> dict[psutil.Process, str]:
+    """Those of ``descendants`` that hold a part of the model or drive it, with the names they give themselves."""
+    found = {}
+    for process in descendants:
         with contextlib.suppress(psutil.Error):
-            name = " ".join(process.cmdline())
-            if name.startswith(ENGINE_PROCESSES):
-                found.append({"name": name.split(" ")[0], "pid": process.pid})
+            title = " ".join(process.cmdline())
+            if ENGINE_PROCESS.match(title):
+                found[process] = title.split(" ")[0]
     return found
+
+
+def describe(children: list[Child]) -> list[dict[str, Any]]:
+    """Name and id of the processes that run, and of the engine's own processes below them."""
+    found = [{"name": child.name, "pid": child.pid} for child in children if child.exit_code() is None]
+    engine = engine_processes(psutil.Process().children(recursive=True))
+    return found + [{"name": name, "pid": process.pid} for process, name in engine.items()]
 
 
 def _reap() -> None:

@@ -36,9 +36,9 @@ class Segments:
         self._before = {entry.inode() for entry in _entries()}
         self._seen: set[int] = set()
 
-    def observe(self) -> None:
+    def observe(self, descendants: Iterable[psutil.Process]) -> None:
         """Remember what this program's descendants have mapped right now."""
-        for process in psutil.Process().children(recursive=True):
+        for process in descendants:
             self._seen |= mapped_inodes(process.pid)
 
     def remove(self) -> list[str]:

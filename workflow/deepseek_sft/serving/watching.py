@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..cli import say
 from ..errors import BadInputError, CrashError, StoppedError
 from . import control, network, processes, reading_logs
@@ -15,8 +17,10 @@ from .failures import NodeFailure, StopRequest
 from .shared_memory import Segments
 
 PROGRESS_EVERY_S = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK_S = 0.25
-OBSERVE_EVERY_S = 2.0  # shared memory; reading all maps of a node's processes takes some 10 ms
+OBSERVE_EVERY_S = 2.0  # all descendants; reading their maps takes some 10 ms
+LOST_S = 5.0  # time for a program to end by itself, with its own words, after a process of its engine is gone
 SETTLE_S = 2.0  # after a death, time for the other nodes to report theirs: the first to be noticed may be a consequence
 PART_S = 10.0  # beyond the grace, until the other nodes have stopped everything
 SHOWN_LINES = 25
@@ -49,10 +53,12 @@ class Watch:
         self._signal: int | None = None
         self._segments = Segments()
         self._observed = 0.0
+        self._engine: dict[psutil.Process, str] = {}
+        self._lost: dict[psutil.Process, float] = {}
 
     def catch_signals(self) -> None:
         """Let TERM, INT and USR1 (Slurm's warning before the time limit) end the deployment in order."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def start(
@@ -101,7 +107,7 @@ class Watch:
             raise StoppedError(f"{self.name}: stopped by {signal.Signals(self._signal).name}")
         if time.monotonic() - self._observed > OBSERVE_EVERY_S:
             self._observed = time.monotonic()
-            self._segments.observe()
+            self._observe()
         dead = [child for child in self.children if child.name not in self.finished and child.exit_code() is not None]
         if dead:
             raise NodeFailure([self.report(child) for child in dead])
@@ -110,6 +116,21 @@ class Watch:
             (self.run_dir / "stop").unlink(missing_ok=True)
             say(f"{self.name}: stopping, as {self.run_dir / 'stop'} asks")
             raise StopRequest
+
+    def _observe(self) -> None:
+        """Look at all descendants; raises NodeFailure when a process of the engine is gone and nothing follows.
+
+        Under Ray, vLLM 0.32 goes on after the loss of a worker: /health stays 200 and requests wait for ever.
+        """
+        descendants = psutil.Process().children(recursive=True)
+        self._segments.observe(descendants)
+        living = processes.engine_processes(descendants)
+        now = time.monotonic()
+        for process in set(self._engine) - set(living):
+            if now - self._lost.setdefault(process, now) > LOST_S:
+                exits = f"(pid {process.pid}) has gone, and the engine did not end by itself"
+                raise NodeFailure([self._report(self._engine[process], exits)])
+        self._engine |= living
 
     def _on_message(self, message: control.Message) -> None:
         if message["event"] == "start":
@@ -136,10 +157,13 @@ class Watch:
 
     def report(self, child: processes.Child) -> dict[str, Any]:
         """What other nodes and the reader need to know about a process that ended."""
+        return self._report(child.name, processes.describe_exit(child.exit_code()))
+
+    def _report(self, process: str, exits: str) -> dict[str, Any]:
         return {
             "node": self.name,
-            "process": child.name,
-            "exit": processes.describe_exit(child.exit_code()),
+            "process": process,
+            "exit": exits,
             "log": str(self.log),
             "exceptions": reading_logs.exceptions(self.log, self.log_start),
             "lines": reading_logs.last_lines(self.log, SHOWN_LINES),
@@ -160,6 +184,11 @@ class Watch:
                 if child.name not in self.finished and child.exit_code() is not None:
                     found.setdefault((self.name, child.name), self.report(child))
             time.sleep(TICK_S)
+        if isinstance(self.channel, control.HeadChannel) and not any(node == self.name for node, _ in found):
+            # Under Ray the words of all workers are in the head's log.
+            ours = self._report("the head's processes", "go on") | {"lines": []}
+            if ours["exceptions"]:
+                found[self.name, ""] = ours
         return list(found.values())
 
     def end(self, outcome: dict[str, Any], grace: float, folder: Path) -> None:
@@ -171,11 +200,14 @@ class Watch:
             self.channel.broadcast(outcome)
         elif self.channel and outcome["event"] != "stop":
             self.channel.send(outcome)
-        self._segments.observe()
+        self._segments.observe(psutil.Process().children(recursive=True))
         processes.stop(self.children, grace)
         removed = self._segments.remove()
         if removed:
             say(f"{self.name}: removed {len(removed)} segments that were left in /dev/shm")
         shutil.rmtree(folder, ignore_errors=True)
+        # Nothing is left to stop: Slurm's TERM after the first node's exit must not make this one's exit code 143.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         if self.channel:
             self.channel.part(grace + PART_S)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,31 @@ def sizes(folder: Path) -> dict[str, int]:
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in found if p.name != MARKER and p.name[0] != "."}
 
 
-def commit(folder: Path, marker: dict[str, Any]) -> Checkpoint:
+def files_of_rank(folder: Path, rank: int) -> dict[str, int]:
+    """Name and size of the files that ``rank`` wrote."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_*"))}
+
+
+def commit(folder: Path, marker: dict[str, Any], written: dict[str, int], patience: float = 60.0) -> Checkpoint:
     """Write the marker of a checkpoint whose files are complete; ``files`` and ``format`` are added.
 
+    Args:
+        written: name and size of every file, as the ranks that wrote them say.
+        patience: seconds for the files of other nodes to show up here, since network file systems cache.
+
     Raises:
-        RuntimeError: not two files of each rank (optimizer and model states).
+        RuntimeError: not two files of each rank (optimizer and model states), or other sizes here than there.
     """
-    found = sizes(folder)
+    deadline = time.monotonic() + patience
+    while (found := sizes(folder)) != written and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if found != written:
+        different = [name for name in sorted(found.keys() | written) if found.get(name) != written.get(name)]
+        name = different[0]
+        raise RuntimeError(
+            f"checkpoint {folder} is not complete: {len(different)} files differ from what their ranks wrote; "
+            f"{name}: {found.get(name, 'no')} bytes here, {written.get(name, 'none')} written"
+        )
     ranks = {m[1] for name in found if (m := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states", name))}
     models = {m[1] for name in found if (m := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_model_states", name))}
     expected = {str(rank) for rank in range(marker["world_size"])}
@@ -59,6 +78,7 @@ def commit(folder: Path, marker: dict[str, Any]) -> Checkpoint:
         raise RuntimeError(f"checkpoint {folder} is not complete: {len(ranks)} of {len(expected)} ranks wrote theirs")
     complete = {"format": FORMAT} | marker | {"files": found}
     files.write_json(folder / MARKER, complete)
+    files.fsync_directory(folder.parent)  # the folder's own name
     return Checkpoint(folder, complete)
 
 
@@ -113,6 +133,15 @@ def set_aside(run: Path, run_id: str) -> list[Path]:
             moved.append(target)
             say(f"checkpoint {folder.name} does not count ({problem}): set aside as {target.name}")
     return moved
+
+
+def make_room(run: Path, expected: int) -> None:
+    """Remove what was set aside when ``expected`` bytes would not fit; otherwise it waits for the next commit."""
+    aside = list(run.glob(f"step_*{INCOMPLETE}"))
+    if aside and shutil.disk_usage(run).free < expected:
+        say(f"removing {', '.join(folder.name for folder in aside)}: the next checkpoint needs the space")
+        for folder in aside:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(run: Path, run_id: str, keep: int) -> None:

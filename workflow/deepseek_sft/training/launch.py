@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -9,15 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..cli import say
-from . import run_folder
+from . import early_stop, run_folder, watchdog
 from .nodes import NodeEnvironment, threads_per_rank
 
 WORKER = "deepseek_sft.training.xtuner_engine.worker"
 WORKFLOW = Path(__file__).resolve().parents[2]
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
-TAIL_LINES = 25
+TAIL_LINES, HANG_LINES = 25, 80  # shown of a rank's log; a hang's ends with all its threads
 PR_SET_PDEATHSIG = 1
 # On CPU a third of a step went into page faults, since glibc gives large tensors back to the kernel after each use; and
 # oneDNN keeps a compiled kernel for each of the ever-changing numbers of tokens per expert (1,024 of them: 0.6 GiB).
@@ -46,19 +48,38 @@ def attempt_folder(run: Path, attempt: str) -> Path:
     return run / "logs" / attempt
 
 
-def command_of(node: NodeEnvironment, run: Path, accelerator: str, stop_file: Path | None) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What the ranks of a start are told.
+
+    Attributes:
+        run: the run's folder.
+        accelerator: ``cuda`` or ``cpu``.
+        hang_minutes: limit of each phase.
+        stop_file: file whose appearance asks to save and stop.
+    """
+
+    run: Path
+    accelerator: str
+    hang_minutes: dict[str, float]
+    stop_file: Path | None = None
+
+
+def command_of(node: NodeEnvironment, start: Start) -> list[str]:
     """The torchrun command of this node: static rendezvous, no restarts (a requeue or a retry restarts the job)."""
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += ["--nnodes", str(node.nodes), "--node-rank", str(node.node_rank)]
     command += ["--nproc-per-node", str(node.ranks_per_node), "--max-restarts", "0"]
     command += ["--master-addr", node.main_host, "--master-port", str(node.main_port)]
-    logs = attempt_folder(run, node.attempt) / f"node{node.node_rank}"
+    logs = attempt_folder(start.run, node.attempt) / f"node{node.node_rank}"
     command += ["--log-dir", str(logs), "--redirects", "3", "--tee", "3", "--module", WORKER]
-    command += ["--run-folder", str(run), "--attempt", node.attempt, "--accelerator", accelerator]
-    return command + (["--stop-file", str(stop_file)] if stop_file else [])
+    command += ["--run-folder", str(start.run), "--attempt", node.attempt, "--accelerator", start.accelerator]
+    for phase, minutes in start.hang_minutes.items():
+        command += [f"--hang-{phase}", str(minutes * 60)]
+    return command + (["--stop-file", str(start.stop_file)] if start.stop_file else [])
 
 
-def environment_of(node: NodeEnvironment, accelerator: str) -> dict[str, str]:
+def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
     """Environment of the ranks; what the user has set is kept."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WORKFLOW), os.environ.get("PYTHONPATH")]))
@@ -69,7 +90,14 @@ def environment_of(node: NodeEnvironment, accelerator: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    if accelerator == "cpu":
+    if start.accelerator == "cuda":
+        # NCCL's flight recorder: when a collective times out, which rank had entered which one.
+        defaults |= {
+            "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(attempt_folder(start.run, node.attempt) / "nccl-trace-rank"),
+        }
+    if start.accelerator == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         defaults |= CPU_MEMORY
         if node.nodes == 1:
@@ -77,7 +105,7 @@ def environment_of(node: NodeEnvironment, accelerator: str) -> dict[str, str]:
     return defaults | environment
 
 
-def run_ranks(node: NodeEnvironment, run: Path, accelerator: str, stop_file: Path | None) -> int:
+def run_ranks(node: NodeEnvironment, start: Start) -> int:
     """Run this node's ranks to their end and return torchrun's exit code.
 
     USR1 becomes a stop request that the ranks see after their current step. torchrun itself ignores it: Slurm sends
@@ -86,16 +114,19 @@ def run_ranks(node: NodeEnvironment, run: Path, accelerator: str, stop_file: Pat
     Raises:
         Terminated: on SIGTERM or SIGINT, once the ranks are gone.
     """
-    attempt_folder(run, node.attempt).mkdir(parents=True, exist_ok=True)
+    attempt_folder(start.run, node.attempt).mkdir(parents=True, exist_ok=True)
 
     def before_exec() -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        early_stop.allow_termination()
         die_with_parent(signal.SIGTERM)
 
-    with _handlers(run):
+    with _handlers(start.run):
+        if early_stop.arrived():
+            (start.run / run_folder.STOP).touch()
         process = subprocess.Popen(
-            command_of(node, run, accelerator, stop_file),
-            env=environment_of(node, accelerator),
+            command_of(node, start),
+            env=environment_of(node, start),
             preexec_fn=before_exec,  # safe: this process has one thread
             start_new_session=True,
         )
@@ -106,27 +137,39 @@ def run_ranks(node: NodeEnvironment, run: Path, accelerator: str, stop_file: Pat
             raise
 
 
+def failures(run: Path, node: NodeEnvironment) -> list[dict[str, Any]]:
+    """Last words of this start's ranks, of all nodes."""
+    records = []
+    for path in attempt_folder(run, node.attempt).glob("failure-rank*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            records.append(json.loads(path.read_text()))
+    return records
+
+
 def explain_failure(run: Path, node: NodeEnvironment) -> str:
     """What is known of a crash: the first rank that left a message, its last lines, and the ranks that left none."""
     folder = attempt_folder(run, node.attempt)
-    records = []
-    for path in folder.glob("failure-rank*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            records.append(json.loads(path.read_text()))
+    records = failures(run, node)
     first_rank = node.node_rank * node.ranks_per_node
     own = set(range(first_rank, first_rank + node.ranks_per_node))
     silent = sorted(own - {record["rank"] for record in records})
-    lines = []
+    lines, found = [], []
+    hung = [record for record in records if "hang" in record]
+    if hung and len(hung) == len(records):
+        lines += watchdog.explain(hung, node.world_size, node.ranks_per_node, node.hosts)
+        silent = []
+        found = watchdog.suspects(hung, node.world_size)
     if records:
         first = min(records, key=lambda record: record["time"])
-        lines.append(f"rank {first['rank']} on {first['host']}: {first['error']}")
+        if not lines:
+            lines.append(f"rank {first['rank']} on {first['host']}: {first['error']}")
     if silent:
         names = ", ".join(map(str, silent))
         lines.append(f"without a last word on this node: rank {names} (killed from outside, or out of memory)")
-    shown = first["rank"] if records else silent[0] if silent else first_rank
+    shown = found[0] if found else first["rank"] if records else silent[0] if silent else first_rank
     logs = sorted((folder / f"node{shown // node.ranks_per_node}").glob(f"**/{shown % node.ranks_per_node}/stderr.log"))
     if logs:
-        text = logs[-1].read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        text = logs[-1].read_text(errors="replace").splitlines()[-(HANG_LINES if hung else TAIL_LINES) :]
         lines += [f"last lines of rank {shown} ({logs[-1]}):", *(f"  | {line}" for line in text)]
     return "\n".join(lines) or f"no rank left a message; logs are in {folder}"
 
@@ -143,8 +186,10 @@ def _handlers(run: Path) -> Iterator[None]:
     before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, stop)}
     before |= {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        early_stop.allow_termination()
         yield
     finally:
+        early_stop.hold_termination()
         for number, handler in before.items():
             signal.signal(number, handler)
 

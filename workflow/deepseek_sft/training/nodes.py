@@ -24,6 +24,7 @@ class NodeEnvironment:
         ranks_per_node: processes per node.
         job_id: Slurm job id, or None outside Slurm.
         attempt: name of this start, the same on all nodes.
+        hosts: names of all nodes in the order of their ranks.
     """
 
     nodes: int
@@ -33,6 +34,7 @@ class NodeEnvironment:
     ranks_per_node: int
     job_id: str | None
     attempt: str
+    hosts: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -50,7 +52,8 @@ def detect(
     ranks = ranks_per_node or _default_ranks(accelerator, environment)
     job_id = environment.get("SLURM_JOB_ID")
     if not job_id or "SLURM_NODEID" not in environment:
-        return NodeEnvironment(1, 0, "127.0.0.1", _free_port(), ranks, job_id, f"{job_id or 'local'}-{os.getpid()}")
+        attempt = f"{job_id or 'local'}-{os.getpid()}"
+        return NodeEnvironment(1, 0, "127.0.0.1", _free_port(), ranks, job_id, attempt, (socket.gethostname(),))
     nodes, node_rank = _number(environment, "SLURM_NNODES"), _number(environment, "SLURM_NODEID")
     hosts = expand_hosts(environment.get("SLURM_JOB_NODELIST", ""))
     if len(hosts) != nodes or not 0 <= node_rank < nodes:
@@ -63,7 +66,7 @@ def detect(
         raise BadInputError(f"train.py must be started once per node, Slurm says {tasks} tasks per node")
     port = FIRST_PORT + int(job_id) % PORTS if job_id.isdigit() else FIRST_PORT
     attempt = f"{job_id}-{environment.get('SLURM_RESTART_COUNT', '0')}-{environment.get('SLURM_STEP_ID', '0')}"
-    return NodeEnvironment(nodes, node_rank, hosts[0], port, ranks, job_id, attempt)
+    return NodeEnvironment(nodes, node_rank, hosts[0], port, ranks, job_id, attempt, tuple(hosts))
 
 
 def expand_hosts(nodelist: str) -> list[str]:

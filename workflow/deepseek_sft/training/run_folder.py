@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import files
 from ..errors import BadInputError, GateError, StageError, StoppedError
+from .settings import Settings
 
 METRICS, STATUS, GATE, STOP, CONFIG = "metrics.jsonl", "status.json", "gate.json", "stop", "sft_config.py"
 
@@ -57,12 +58,12 @@ def read_status(run: Path, attempt: str, patience: float = 10.0) -> Status | Non
 
 
 def write_gate(run: Path, kind: str, message: str, value: float | None) -> None:
-    """Record a failed gate: ``first_loss`` with the loss, or ``not_finite``."""
+    """Record a failed gate: ``first_loss`` with the loss, ``not_finite``, or ``spike``."""
     files.write_json(run / GATE, {"kind": kind, "message": message, "value": value})
 
 
-def check_gate(run: Path, first_loss_max: float | None) -> None:
-    """Stop a run whose gate failed before; a first-loss gate that was raised or removed since is forgotten.
+def check_gate(run: Path, settings: Settings) -> None:
+    """Stop a run whose gate failed before; a gate that the settings have opened since is forgotten.
 
     Raises:
         GateError: the gate still stands.
@@ -72,13 +73,19 @@ def check_gate(run: Path, first_loss_max: float | None) -> None:
         gate = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    value = gate.get("value")
-    if gate["kind"] == "first_loss" and value is not None and (first_loss_max is None or value <= first_loss_max):
+    limit, value = settings.first_loss_max, gate.get("value")
+    opened = {
+        "first_loss": value is not None and (limit is None or value <= limit),
+        "not_finite": settings.on_not_finite == "skip",
+        "spike": settings.on_spike != "stop" or settings.spike_factor is None,
+    }
+    if opened.get(gate["kind"], False):
         path.unlink(missing_ok=True)  # every node forgets it
         return
     raise GateError(
         f"this run failed a gate before: {gate['message']}",
-        f"change the settings (that makes a new run), or remove {path} to try the same again",
+        "change the settings (config/README.md, train.first_loss_max, train.on_not_finite, train.on_spike), "
+        f"or remove {path} to try the same again",
     )
 
 

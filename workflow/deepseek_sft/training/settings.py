@@ -11,13 +11,29 @@ from ..errors import BadInputError
 # Part of the run id: raise it when a change of the training code changes what the same settings train.
 CODE_VERSION = 1
 
-OPERATIONAL = ("save_every_steps", "keep_checkpoints", "log_every_steps", "first_loss_max")
+# Changing them re-runs nothing.
+STEERING = (
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "log_every_steps",
+    "first_loss_max",
+    "on_not_finite",
+    "spike_factor",
+    "on_spike",
+    "hang_minutes",
+)
+# Not part of the run id: the same run goes on when they change.
+OPERATIONAL = (*STEERING, "gpu_tflops", "max_hours")
+PHASES = ("start", "step", "save")  # each with a limit in hang_minutes
 CHOICES = {
     "engine": ("xtuner",),
     "strategy": ("zero3", "zero3_offload"),
     "lr_schedule": ("cosine", "constant"),
     "dtype": ("bfloat16", "float32"),
     "attention": ("auto", "sdpa", "flash"),
+    "on_not_finite": ("stop", "skip"),
+    "on_spike": ("warn", "skip", "stop"),
 }
 
 
@@ -44,15 +60,26 @@ class Settings:
     dtype: str
     activation_checkpointing: bool
     seed: int
+    max_hours: float | None
     save_every_steps: int
+    save_every_minutes: float | None
     keep_checkpoints: int
     log_every_steps: int
     first_loss_max: float | None
+    on_not_finite: Literal["stop", "skip"]
+    spike_factor: float | None
+    on_spike: Literal["warn", "skip", "stop"]
+    hang_minutes: dict[str, float]
+    gpu_tflops: float | None
     attention: str
     run_name: str
 
+    @property
+    def max_seconds(self) -> float | None:
+        return None if self.max_hours is None else self.max_hours * 3600
+
     def shaping(self) -> dict[str, Any]:
-        """The settings that decide what is trained, without the operational ones."""
+        """The settings that decide what is trained, without the operational ones and the early end."""
         values = dataclasses.asdict(self)
         return {key: value for key, value in values.items() if key not in OPERATIONAL}
 
@@ -87,6 +114,12 @@ def read(path: str | Path) -> Settings:
     for key in ("epochs", "learning_rate", "max_grad_norm"):
         if not _is_number(values[key]) or values[key] <= 0:
             raise BadInputError(f"{path}: {key} must be above 0, found {values[key]!r}")
+    for key in ("max_hours", "save_every_minutes", "first_loss_max", "spike_factor", "gpu_tflops"):
+        if values[key] is not None and (not _is_number(values[key]) or values[key] <= 0):
+            raise BadInputError(f"{path}: {key} must be above 0 or null, found {values[key]!r}")
+    limits = values["hang_minutes"]
+    if not isinstance(limits, dict) or limits.keys() != set(PHASES) or not all(map(_is_positive, limits.values())):
+        raise BadInputError(f"{path}: hang_minutes must give {', '.join(PHASES)} in minutes, found {limits!r}")
     for key in ("min_learning_rate", "weight_decay", "warmup_ratio", "auxiliary_loss_weight"):
         if not _is_number(values[key]) or values[key] < 0:
             raise BadInputError(f"{path}: {key} must not be negative, found {values[key]!r}")
@@ -125,6 +158,10 @@ def identity(receipt: dict[str, Any]) -> str:
     inputs = {name: entry["fingerprint"] for name, entry in receipt["inputs"].items()}
     fingerprints = {k: v for k, v in receipt["figures"].items() if "fingerprint" in k}
     return files.digest([receipt["rule"], inputs, receipt["settings"], fingerprints], 64)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
 
 
 def _is_number(value: Any) -> bool:

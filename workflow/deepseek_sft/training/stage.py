@@ -13,7 +13,7 @@ from .. import files, receipts
 from ..cli import say
 from ..errors import BadInputError, CrashError, StoppedError
 from ..model import release
-from . import checkpoints, launch, lock, run_folder, schedule, settings
+from . import checkpoints, early_stop, launch, lock, run_folder, schedule, settings
 from .nodes import NodeEnvironment
 from .schedule import Schedule
 from .settings import Settings
@@ -37,6 +37,12 @@ class Run:
     settings: Settings
     schedule: Schedule
     inputs: dict[str, dict[str, str]]
+
+    def ends_with(self, checkpoint: checkpoints.Checkpoint) -> bool:
+        """Whether nothing is left to train after ``checkpoint``: the last step, or the end of the time."""
+        limit = self.settings.max_seconds
+        timed_out = limit is not None and checkpoint.progress.get("wall_seconds", 0.0) >= limit
+        return checkpoint.step >= self.schedule.steps or timed_out
 
 
 def prepare(
@@ -71,18 +77,21 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
         StoppedError, GateError, BadInputError, CrashError: as the contract of exit codes says.
         launch.Terminated: on SIGTERM or SIGINT.
     """
+    if early_stop.arrived():
+        raise StoppedError("stopped on request before training began", "the same command starts it again")
+    start = launch.Start(run.folder, accelerator, run.settings.hang_minutes, stop_file)
     if node.node_rank > 0:
         if not _is_finished(run, node, stop_file):
-            _conclude(run, node, launch.run_ranks(node, run.folder, accelerator, stop_file))
+            _conclude(run, node, _run_ranks(run, node, start))
         return
     say(f"run {run.run_id} in {run.folder}")
     say(run.schedule.describe())
     with lock.hold(run.folder):
         if _is_finished(run, node, stop_file):
-            say(f"finished already at step {run.schedule.steps}; nothing to train (train.run_name forces a new run)")
+            say("finished already; nothing to train (train.run_name forces a new run)")
         else:
             _write_run(run, node, accelerator)
-            _conclude(run, node, launch.run_ranks(node, run.folder, accelerator, stop_file))
+            _conclude(run, node, _run_ranks(run, node, start))
         write_receipt(run, receipt)
 
 
@@ -93,14 +102,14 @@ def write_receipt(run: Run, receipt: Path) -> None:
         CrashError: the last step has no committed checkpoint.
     """
     last = checkpoints.newest(run.folder, run.run_id)
-    if last is None or last.step != run.schedule.steps:
+    if last is None or not run.ends_with(last):
         found = f"step {last.step}" if last else "none"
         raise CrashError(f"training ended, but the newest committed checkpoint in {run.folder} is {found}")
     receipts.write(
         receipt,
         "train",
         inputs=run.inputs,
-        settings=run.settings.shaping(),
+        settings=run.settings.shaping() | {"max_hours": run.settings.max_hours},
         result={
             "checkpoint": str(last.folder),
             "run": str(run.folder),
@@ -118,15 +127,22 @@ def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
     return {
         "run_id": run_id,
         "steps": last.step,
+        "planned_steps": last.marker["steps"],
+        "skipped_steps": progress["health"]["skipped"],
+        "spikes": progress["health"]["spikes"],
         "resumed_from_step": progress["resumed_from_step"],
         "first_loss": progress["first_loss"],
-        "last_loss": sum(recent) / len(recent),
+        "last_loss": sum(recent) / len(recent) if recent else None,
         "tokens": progress["tokens"],
         "trained_tokens": progress["trained_tokens"],
         "world_size": last.marker["world_size"],
         "nodes": progress["nodes"],
         "seconds": progress["seconds"],
         "tokens_per_second": progress["tokens"] / max(progress["seconds"], 1e-9),
+        "tflops_per_rank": progress["tflops_per_rank"],
+        "mfu": progress["mfu"],
+        "save_seconds": progress["save_seconds"],
+        "wall_seconds": progress["wall_seconds"],
         "parameters": progress["parameters"],
         "checkpoint_bytes": sum(last.marker["files"].values()),
         "peak_memory_gib": progress["peak_memory_gib"],
@@ -136,9 +152,9 @@ def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
 def _is_finished(run: Run, node: NodeEnvironment, stop_file: Path | None) -> bool:
     """Whether the last step is committed; raises where this start must not go on."""
     newest = checkpoints.newest(run.folder, run.run_id)
-    if newest and newest.step >= run.schedule.steps:
+    if newest and run.ends_with(newest):
         return True
-    run_folder.check_gate(run.folder, run.settings.first_loss_max)
+    run_folder.check_gate(run.folder, run.settings)
     if stop_file and stop_file.exists():
         raise StoppedError(f"the stop file {stop_file} exists", "remove it to train on")
     if newest and newest.marker["world_size"] != node.world_size:
@@ -171,6 +187,20 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
     text = config.render(run, node, accelerator)
     files.write_text(run.folder / run_folder.CONFIG, text)
     files.write_text(run.output / run_folder.CONFIG, text)
+
+
+def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start) -> int:
+    """Run this node's ranks.
+
+    A termination after they have agreed on an end, or after a rank has crashed, is srun's for another node's exit code.
+    """
+    try:
+        return launch.run_ranks(node, start)
+    except launch.Terminated:
+        agreed = run_folder.read_status(run.folder, node.attempt, patience=0)
+        if agreed is None and not launch.failures(run.folder, node):
+            raise
+        return 1
 
 
 def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:

@@ -43,6 +43,11 @@ class MicroBatch:
     def tokens(self) -> int:
         return int(self.valid.sum())
 
+    @property
+    def attention_pairs(self) -> int:
+        """Queries and the keys before them in their sample, itself included."""
+        return int(((self.position_ids + 1) * self.valid).sum())
+
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
         return MicroBatch(**moved)

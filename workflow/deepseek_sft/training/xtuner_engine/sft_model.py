@@ -14,6 +14,7 @@ from ...model import attention as attention_functions
 from ...model.experts import AuxiliaryLoss
 from ...model.training_model import TrainingModel, build
 from .data import NO_LOSS, MicroBatch
+from .expert_load import ExpertLoad
 
 
 class DeepseekSFT(SupervisedFinetune):
@@ -41,6 +42,7 @@ class DeepseekSFT(SupervisedFinetune):
         )
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight
+        self.expert_load: ExpertLoad | None = None  # counts, once training begins
 
     def build_llm_from_cfg(
         self, llm: TrainingModel, use_varlen_attn: bool, max_position_embeddings: None
@@ -60,6 +62,8 @@ class DeepseekSFT(SupervisedFinetune):
             auxiliary = AuxiliaryLoss(self.auxiliary_loss_weight / micro_batches, self._part(batch.valid))
             for router in self.llm.routers():
                 router.auxiliary = auxiliary
+        if self.expert_load is not None:
+            self.expert_load.valid = self._part(batch.valid)
         hidden = self.llm.model(
             input_ids=self._part(batch.input_ids), position_ids=self._part(batch.position_ids), packing=packing
         ).last_hidden_state

@@ -16,11 +16,15 @@ import traceback
 from pathlib import Path
 
 from deepseek_sft import files
-from deepseek_sft.errors import GateError, StageError, StoppedError
+from deepseek_sft.cli import say
+from deepseek_sft.errors import StageError, StoppedError
 from deepseek_sft.training import checkpoints, launch, run_folder
 from deepseek_sft.training.run_folder import Status
+from deepseek_sft.training.settings import PHASES
+from deepseek_sft.training.watchdog import Watchdog
 
-TIMEOUT = datetime.timedelta(hours=1)  # of a collective: ranks may wait this long for another's checkpoint files
+COLLECTIVE_MARGIN = 600.0  # seconds that a collective waits longer than the watchdog, which knows more
+COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "IBV_")  # prefixes of variables worth a line
 
 
 def main() -> None:
@@ -29,11 +33,15 @@ def main() -> None:
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--stop-file")
+    for phase in PHASES:
+        parser.add_argument(f"--hang-{phase}", type=float, required=True, help="seconds")
     options = parser.parse_args()
     launch.die_with_parent(signal.SIGKILL)
     rank = int(os.environ["RANK"])
+    limits = {phase: getattr(options, f"hang_{phase}") for phase in PHASES}
+    watchdog = Watchdog(rank, launch.attempt_folder(options.run, options.attempt), limits)
     try:
-        train(options, rank)
+        train(options, rank, watchdog)
     except BaseException as error:
         _leave_word(options, rank, error)
         raise
@@ -41,7 +49,7 @@ def main() -> None:
     os._exit(0)  # interpreter teardown beside live communication threads can hang or crash; everything is on disk
 
 
-def train(options: argparse.Namespace, rank: int) -> None:
+def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
     """Train to the end, or to a stop, and write the status."""
     from deepseek_sft.training.xtuner_engine import compat
 
@@ -53,22 +61,24 @@ def train(options: argparse.Namespace, rank: int) -> None:
     if options.accelerator == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.logger.setLevel("WARNING")
-    deepspeed.init_distributed("gloo" if options.accelerator == "cpu" else "nccl", timeout=TIMEOUT, verbose=False)
+    timeout = datetime.timedelta(seconds=max(watchdog.limits.values()) + COLLECTIVE_MARGIN)
+    backend = "gloo" if options.accelerator == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+    if rank == 0:
+        say(f"{dist.get_world_size()} ranks over {backend}{_communication()}")
     try:
-        status = _run(options, rank)
+        status = _run(options, rank, watchdog)
     except StageError as error:  # raised on all ranks alike
         outcome = {2: "bad_input", 3: "gate", 4: "stopped"}.get(error.exit_code)
         if outcome is None:
             raise
         status = Status(options.attempt, outcome, error.problem, error.fix)
-        if rank == 0 and isinstance(error, GateError) and not (options.run / run_folder.GATE).exists():
-            run_folder.write_gate(options.run, "not_finite", error.problem, None)
     if rank == 0:
         run_folder.write_status(options.run, status)
     dist.barrier()
 
 
-def _run(options: argparse.Namespace, rank: int) -> Status:
+def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
     from mmengine.config import Config
     from mmengine.runner import FlexibleRunner
     from xtuner.parallel.sequence import init_sequence_parallel
@@ -85,6 +95,7 @@ def _run(options: argparse.Namespace, rank: int) -> Status:
     config.resume = start["checkpoint"]
     config.work_dir = str(launch.attempt_folder(options.run, options.attempt) / "mmengine")
     runner = FlexibleRunner.from_cfg(config)
+    runner.watchdog = watchdog
     runner.train()
     if runner.train_loop.stopped:
         raise StoppedError(
@@ -92,6 +103,12 @@ def _run(options: argparse.Namespace, rank: int) -> Status:
             "the same command continues from it",
         )
     return Status(options.attempt, "finished", f"step {runner.iter} of {runner.max_iters}")
+
+
+def _communication() -> str:
+    """Settings of the communication libraries in this process's environment."""
+    names = sorted(name for name in os.environ if name.startswith(COMMUNICATION))
+    return "".join(f"  {name}={os.environ[name]}" for name in names)
 
 
 def _decide_start(options: argparse.Namespace, rank: int) -> dict:

@@ -1,0 +1,143 @@
+"""Promises of training runs when something breaks: hangs, kills inside a save, bad steps, early signals, early ends."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from training_inputs import Trainer, make_inputs, ranks_of
+
+pytestmark = pytest.mark.stage("train")
+STAGES = Path(__file__).resolve().parent
+SETTINGS = {"sequence_parallel_size": 2, "micro_batch_size": 4, "max_steps": 9, "save_every_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def trainer(environment, tmp_path_factory):
+    inputs = make_inputs(tmp_path_factory.mktemp("inputs"))
+
+    def make() -> Trainer:
+        return Trainer(environment("train"), inputs, tmp_path_factory.mktemp("run"))
+
+    return make
+
+
+def block_second_save(run: Trainer) -> Path:
+    """Have rank 1 hang when it opens its file of step 6: a pipe that nobody reads."""
+    folder = run.run_folder / "step_6"
+    folder.mkdir()
+    os.mkfifo(folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    return folder
+
+
+def test_a_hang_and_a_kill_inside_a_save_lose_no_checkpoint_and_no_step(trainer):
+    undisturbed = trainer()
+    undisturbed.run(2, **SETTINGS)
+    run = trainer()
+
+    process = run.start(2, **SETTINGS, hang_minutes={"start": 5, "step": 5, "save": 0.05})
+    run.wait_for(process, lambda: run.steps_done() >= 1)
+    block_second_save(run)
+    text = run.finish(process, expected=5)
+    assert "hang: rank 1 on " in text
+    assert "serialization.py" in text  # where it stands
+    assert (run.run_folder / "step_3" / "committed.json").exists()
+
+    process = run.start(2, **SETTINGS)
+    run.wait_for(process, lambda: (run.run_folder / "step_6.incomplete").exists())
+    folder = block_second_save(run)
+    run.wait_for(process, lambda: len(list(folder.iterdir())) > 2)
+    ranks_of(process)[0].kill()
+    text = run.finish(process, expected=5)
+    assert "without a last word on this node: rank 0" in text
+    assert not (folder / "committed.json").exists()
+    assert (run.run_folder / "step_3" / "committed.json").exists()
+
+    text = run.run(2, **SETTINGS)
+    assert "step_6 does not count (no commit marker)" in text
+    assert run.losses() == undisturbed.losses()
+    assert sorted(path.name for path in run.run_folder.glob("step_*")) == ["step_6", "step_9"]
+
+
+def test_a_skipped_update_leaves_weights_and_moments_as_they_were(trainer, environment):
+    # After the first 20 steps every gradient counts as a spike.
+    run = trainer()
+    policy = {"spike_factor": 1e-9, "on_spike": "skip"}
+    production = {"strategy": "zero3_offload", "dtype": "bfloat16"}
+    run.run(1, micro_batch_size=4, max_steps=23, save_every_steps=20, **policy, **production)
+    assert [line["update"] for line in run.metrics()] == ["applied"] * 20 + ["skipped"] * 3
+    assert run.receipt["figures"]["skipped_steps"] == 3
+    folders = [str(run.run_folder / name) for name in ("step_20", "step_23")]
+    command = [str(environment("train")), str(STAGES / "same_state.py"), *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert set(json.loads(done.stdout.splitlines()[-1]).values()) == {0.0}
+
+
+def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted_until_none_is_good(trainer):
+    run = trainer()
+    text = run.run(1, expected=3, learning_rate=1e30, micro_batch_size=2, max_steps=30, on_not_finite="skip")
+    assert "its update was skipped" in text
+    assert "10 steps before it were skipped as well" in text
+    lines = run.metrics()
+    assert lines[-1]["update"] == "skipped"
+    assert lines[-1]["loss"] is None
+
+
+def test_a_run_saves_by_minutes_ends_by_hours_and_goes_on_with_more_of_them(trainer):
+    run = trainer()
+    settings = {"micro_batch_size": 4, "max_steps": 100_000, "save_every_steps": 100_000, "log_every_steps": 1}
+    settings |= {"save_every_minutes": 0.01, "keep_checkpoints": 100}
+    run.run(1, **settings, max_hours=4 / 3600)
+    figures = run.receipt["figures"]
+    assert 1 < figures["steps"] < figures["planned_steps"] == 100_000
+    assert figures["wall_seconds"] >= 4
+    assert len(list(run.run_folder.glob("step_*/committed.json"))) >= 3
+    assert "finished already" in run.run(1, **settings, max_hours=4 / 3600)
+    run.run(1, **settings, max_hours=6 / 3600)
+    assert run.receipt["figures"]["resumed_from_step"] == figures["steps"]
+    assert run.receipt["figures"]["run_id"] == figures["run_id"]
+
+
+def test_the_stop_signal_is_kept_from_the_first_moment_on(trainer):
+    run = trainer()
+    # As the rendered script starts it.
+    command = ["bash", "-c", 'trap "" USR1; exec "$@"', "train", *run.command(1, max_steps=1000)]
+    log = run.work / "early.log"
+    with open(log, "w") as stream:
+        process = subprocess.Popen(command, stderr=stream, stdout=stream)
+    time.sleep(0.02)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.005)
+    assert process.wait(60) == 4, log.read_text()
+    assert "stopped on request" in log.read_text()
+
+
+def test_a_rank_that_cannot_even_import_is_a_crash_with_its_reason(trainer, tmp_path):
+    (tmp_path / "deepspeed.py").write_text("raise ImportError('broken installation')\n")
+    run = trainer()
+    process = run.start(1, environment={"PYTHONPATH": str(tmp_path)})
+    text = run.finish(process, expected=5)
+    assert "ImportError: broken installation" in text
+
+
+def test_what_a_person_reads_before_spending_gpu_hours_is_there(trainer):
+    run = trainer()
+    text = run.run(1, micro_batch_size=2, max_steps=1, gpu_tflops=1e-3)
+    assert "sampled weights equal the base on all ranks" in text
+    checks = json.loads((run.run_folder / "start_checks.json").read_text())
+    assert checks["problems"] == []
+    assert checks["ranks"][0]["elements"] > 5000
+    shown = (run.run_folder / "first_batch.txt").read_text()
+    assert shown.count("== micro batch 0, row") == 2
+    line = run.metrics()[0]
+    assert 0 < line["mfu"] < 1
+    assert sum(line[f"seconds_{phase}"] for phase in ("data", "forward", "backward", "update")) <= line["seconds"]
+    layers = 2  # of the three, the first is dense
+    for key in ("expert_load_entropy", "dead_experts", "busiest_expert_load"):
+        assert len(line[key]) == layers
+    assert all(0 < entropy <= 1 for entropy in line["expert_load_entropy"])

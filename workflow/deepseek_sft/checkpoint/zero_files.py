@@ -1,0 +1,241 @@
+"""The files of a ZeRO checkpoint folder: which there must be, and what each says about itself."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadInputError
+from . import torch_pickle
+from .byte_ranges import OpenFiles
+from .safetensors_files import StoredTensor
+
+RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt")
+WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"  # stages 1 and 2: one for all ranks
+FLAT_GROUPS = {3: "fp32_flat_groups", 2: "single_partition_of_fp32_groups", 1: "single_partition_of_fp32_groups"}
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """The state files of a folder: by rank, and the one of all ranks (stages 1 and 2)."""
+
+    folder: Path
+    optimizer: dict[int, Path]
+    model: dict[int, Path]
+
+    @staticmethod
+    def find(folder: Path) -> "RankFiles":
+        """
+        Raises:
+            BadInputError: no such folder, no such files, files of other kinds of parallelism, or two of one rank.
+        """
+        if not folder.is_dir():
+            raise BadInputError(f"checkpoint folder {folder} does not exist")
+        found: dict[str, dict[int, Path]] = {"optim": {}, "model": {}}
+        for path in sorted(folder.iterdir()):
+            if re.fullmatch(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_(model|optim)_states\.pt", path.name):
+                raise BadInputError(f"{path}: checkpoints of DeepSpeed's expert parallelism are not supported")
+            if not (match := RANK_FILE.fullmatch(path.name)):
+                continue
+            rank, model_parallel_rank, kind = int(match[1]), int(match[2]), match[3]
+            if model_parallel_rank:
+                raise BadInputError(f"{path}: checkpoints with model parallelism are not supported")
+            if rank in found[kind]:
+                other = found[kind][rank].name
+                raise BadInputError(f"{path} and {other} are both of rank {rank}", "remove the stale one")
+            found[kind][rank] = path
+        if not found["optim"]:
+            inside = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*zero_pp_rank_*"))]
+            hint = f"give one of its folders: {', '.join(inside)}" if inside else "give the folder with *_states.pt"
+            raise BadInputError(f"{folder} holds no ZeRO checkpoint (zero_pp_rank_*_optim_states.pt)", hint)
+        return RankFiles(folder, found["optim"], found["model"])
+
+    def check(self, stage: int, world_size: int) -> None:
+        """
+        Raises:
+            BadInputError: naming the missing or left-over files of ``world_size`` ranks.
+        """
+        kinds = [("optim_states", self.optimizer)]
+        if stage == 3:
+            kinds.append(("model_states", self.model))
+        elif self.model:
+            name = next(iter(self.model.values())).name
+            raise BadInputError(f"{self.folder} holds {name}, but its optimizer states are of stage {stage}")
+        elif not (self.folder / WHOLE_MODEL_FILE).is_file():
+            raise BadInputError(
+                f"{self.folder / WHOLE_MODEL_FILE} is missing", "restore it, or use an older checkpoint"
+            )
+        for kind, files in kinds:
+            missing = [rank for rank in range(world_size) if rank not in files]
+            extra = [files[rank].name for rank in files if rank >= world_size]
+            if missing:
+                shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+                raise BadInputError(
+                    f"{self.folder} is incomplete: of {world_size} ranks the {kind} file of {len(missing)} is missing: "
+                    f"zero_pp_rank_[{shown}]_mp_rank_00_{kind}.pt",
+                    "restore the missing files, or use an older checkpoint",
+                )
+            if extra:
+                raise BadInputError(
+                    f"{self.folder} holds files of more than {world_size} ranks: {extra[0]}", "remove them"
+                )
+
+    def model_paths(self, stage: int, world_size: int) -> list[Path]:
+        return [self.model[rank] for rank in range(world_size)] if stage == 3 else [self.folder / WHOLE_MODEL_FILE]
+
+
+class Loader:
+    """Unpickles files and hashes name, size and CRC-32 of all their records."""
+
+    def __init__(self) -> None:
+        self.hasher = hashlib.sha256()
+
+    def __call__(self, path: Path) -> Any:
+        """
+        Raises:
+            BadInputError: cut, corrupt, refused, or written as the file of another rank.
+        """
+        archive = torch_pickle.open_archive(path)
+        written, named = RANK_FILE.fullmatch(f"{archive.name}.pt"), RANK_FILE.fullmatch(path.name)
+        if written and named and written.groups() != named.groups():
+            raise BadInputError(
+                f"{path} was written as {archive.name}.pt, so it is of another rank",
+                "files were swapped or renamed: restore their names",
+            )
+        self.hasher.update(f"{path.name}\0{archive.directory}\n".encode())
+        return torch_pickle.load(archive)
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What a rank's optimizer file says.
+
+    Attributes:
+        stage: 1, 2 or 3. DeepSpeed's BF16 optimizer names none; its layout is that of stage 1.
+        world_size: ranks that share the parameters.
+        groups: the rank's flat master weights, one tensor per parameter group (stage 3: per sub-group).
+        steps: optimizer steps recorded in it.
+    """
+
+    stage: int
+    world_size: int
+    groups: list[StoredTensor]
+    steps: set[int] = field(default_factory=set)
+
+
+def read_optimizer(path: Path, load: Callable[[Path], Any]) -> OptimizerState:
+    """
+    Raises:
+        BadInputError: it is no optimizer state of ZeRO, or of a kind that is not supported.
+    """
+    content = load(path)
+    state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not ("zero_stage" in state or FLAT_GROUPS[1] in state):
+        raise BadInputError(f"{path} holds no ZeRO optimizer state")
+    stage = state.get("zero_stage", 1)
+    stage = stage.args[0] if isinstance(stage, torch_pickle.Inert) and stage.args else stage
+    if stage not in (1, 2, 3):
+        raise BadInputError(f"{path} was written by ZeRO stage {stage}; stages 1, 2 and 3 are supported")
+    counts = state.get("partition_count")
+    counts = counts if isinstance(counts, list) and counts else [counts]
+    if not all(isinstance(count, int) and count >= 1 for count in counts):
+        raise BadInputError(f"{path}: partition_count {state.get('partition_count')!r} is no number of ranks")
+    if len(set(counts)) > 1:
+        raise BadInputError(f"{path}: its parameter groups are spread over {counts} ranks; they must be equal")
+    groups = state.get(FLAT_GROUPS[stage])
+    if not isinstance(groups, list) or not all(isinstance(g, StoredTensor) for g in groups):
+        raise BadInputError(f"{path} holds no flat master weights ({FLAT_GROUPS[stage]})")
+    dtypes = {group.spec.dtype for group in groups}
+    if len(dtypes) > 1 or not dtypes <= {"F32", "BF16"}:
+        raise BadInputError(f"{path}: its master weights are {', '.join(sorted(dtypes))}; needed is F32 or BF16")
+    return OptimizerState(stage, counts[0], groups, _steps(state.get("optimizer_state_dict")))
+
+
+def _steps(inner: Any) -> set[int]:
+    """Steps in a torch optimizer's state: a number or a one-element tensor for each tensor, or in its groups."""
+    if not isinstance(inner, dict):
+        return set()
+    states, groups = inner.get("state"), inner.get("param_groups")
+    holders = [*(states.values() if isinstance(states, dict) else ()), *(groups if isinstance(groups, list) else ())]
+    steps = set()
+    with OpenFiles() as files:
+        for holder in holders:
+            step = holder.get("step") if isinstance(holder, dict) else None
+            if isinstance(step, StoredTensor) and step.spec.dtype == "F32" and step.spec.elements == 1:
+                step = files.read(step.file, step.offset, np.float32, 1)[0]
+            if isinstance(step, (int, float, np.floating)) and np.isfinite(step):
+                steps.add(int(step))
+    return steps
+
+
+Shapes = list[dict[str, tuple[int, ...]]]  # one mapping of name to shape per flat tensor
+
+
+@dataclass
+class ModelState:
+    """What a model state file says.
+
+    Attributes:
+        shapes: of the trained parameters, in the order of the flat tensors.
+        frozen_shapes, frozen: of parameters that are not trained; this file's part of each (stage 3).
+        shared: name → the name under which the same parameter is stored.
+        tensors: everything in the module's state.
+        buffers: those of ``tensors`` that are buffers.
+        world_size: number of ranks it speaks of, if any.
+        step: steps by DeepSpeed's count, if any.
+        skipped: those of them that the optimizer left out (overflows of FP16).
+    """
+
+    shapes: Shapes
+    frozen_shapes: dict[str, tuple[int, ...]]
+    frozen: dict[str, StoredTensor]
+    shared: dict[str, str]
+    tensors: dict[str, StoredTensor]
+    buffers: dict[str, StoredTensor]
+    world_size: int | None
+    step: int | None
+    skipped: int
+
+
+def read_model_state(path: Path, load: Callable[[Path], Any]) -> ModelState:
+    """
+    Raises:
+        BadInputError: it is no model state of ZeRO.
+    """
+    state = load(path)
+    if not isinstance(state, dict):
+        raise BadInputError(f"{path} holds no model state")
+    shapes = state.get("param_shapes")
+    if not isinstance(shapes, list) or not all(isinstance(group, dict) for group in shapes):
+        raise BadInputError(f"{path} holds no param_shapes")
+    module, shared = state.get("module") or {}, state.get("shared_params") or {}
+    frozen_shapes, frozen = state.get("frozen_param_shapes") or {}, state.get("frozen_param_fragments") or {}
+    if not all(isinstance(part, dict) for part in (module, shared, frozen_shapes, frozen)):
+        raise BadInputError(f"{path}: module, shared_params or frozen parameters are no mappings of names")
+    tensors = {name: tensor for name, tensor in module.items() if isinstance(tensor, StoredTensor)}
+    names = set(state.get("buffer_names") or ())
+    return ModelState(
+        shapes=[{name: _shape(path, name, shape) for name, shape in group.items()} for group in shapes],
+        frozen_shapes={name: _shape(path, name, shape) for name, shape in frozen_shapes.items()},
+        frozen={name: part for name, part in frozen.items() if isinstance(part, StoredTensor)},
+        shared={str(alias): str(name) for alias, name in shared.items()},
+        tensors=tensors,
+        buffers={name: tensor for name, tensor in tensors.items() if name in names},
+        world_size=_number(state.get("dp_world_size")),
+        step=_number(state.get("global_steps")),
+        skipped=_number(state.get("skipped_steps")) or 0,
+    )
+
+
+def _shape(path: Path, name: str, shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, tuple) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise BadInputError(f"{path}: the shape of {name} is {shape!r}")
+    return shape
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,212 @@
+"""Memory of one rank's device at the three moments that can be its peak. Reasons and sources: docs/planning.md."""
+
+import math
+from dataclasses import dataclass
+
+from .counting import Model
+from .settings import GIB, Cluster, Samples, Training
+from .terms import Term, total
+
+# DeepSpeed 0.18.9 defaults (runtime/zero/config.py), which the training configuration leaves alone; elements.
+MAX_LIVE_PARAMETERS = 1_000_000_000
+PREFETCH_BUCKET = 50_000_000
+REDUCE_BUCKET = 500_000_000
+SUB_GROUP = 1_000_000_000
+MAX_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}  # elements, as in model/loss.py
+CONTEXT = 1.0 * GIB  # CUDA context, kernels, cuBLAS and flash-attention workspaces
+NCCL = 2.0 * GIB  # buffers of the world, sequence-parallel and data-parallel communicators over several nodes
+SLACK = 0.05  # of what PyTorch allocates: blocks rounded to 2 MiB and cut, not given back
+CPU_PROCESS = (
+    0.62 * GIB
+)  # resident size of a rank on CPU with torch, deepspeed, xtuner, transformers and gloo; measured
+CPU_KEPT = 0.64 * GIB  # freed memory that glibc keeps (trim threshold 512 MiB on each of two threads); measured
+
+
+@dataclass(frozen=True)
+class Peak:
+    """One moment at which memory can be highest, with everything that is held then."""
+
+    moment: str
+    terms: list[Term]
+
+    @property
+    def bytes(self) -> float:
+        return total(self.terms)
+
+
+def tokens_per_rank(training: Training, samples: Samples) -> int:
+    """Tokens of the largest micro batch on one rank: rows padded to the longest, split over the sequence group."""
+    return training.micro_batch_size * math.ceil(samples.longest_row / training.sequence_parallel_size)
+
+
+def saved_per_token(model: Model, width: int, moe: bool) -> list[Term]:
+    """Bytes per token that autograd keeps of one layer from its (recomputed) forward pass to its backward pass."""
+    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    query, value = model["qk_nope_head_dim"] + model["qk_rope_head_dim"], model["v_head_dim"]
+    q_rank, kv_rank = model.config.get("q_lora_rank") or 0, model["kv_lora_rank"]
+    norm = (4 + 2 * width) * hidden
+    ranks = q_rank + kv_rank
+    terms = [
+        Term("two norms", 2 * norm, f"2 × (fp32 copy 4 + 2 × {width}) × {hidden:,}"),
+        Term("latent projections", (4 + 3 * width) * ranks, f"(4 + 3 × {width}) × ({q_rank:,} + {kv_rank:,})"),
+        Term(
+            "query, key, value, output of the kernel",
+            4 * width * heads * query + 4 * heads,
+            f"4 × {width} × {heads} heads × {query} (value padded) + 4 × {heads}",
+        ),
+        Term("attention output", width * heads * value, f"{width} × {heads} heads × {value}"),
+    ]
+    if not moe:
+        size = model["intermediate_size"]
+        return [*terms, Term("dense MLP", 4 * width * size, f"4 × {width} × {size:,}")]
+    chosen, size = model["num_experts_per_tok"], model["moe_intermediate_size"]
+    shared = model.shared_experts
+    return [
+        *terms,
+        Term("router input", 4 * hidden, f"4 × {hidden:,} (fp32)"),
+        Term("dispatched inputs", width * chosen * hidden, f"{width} × {chosen} experts × {hidden:,}"),
+        Term("inside experts", 4 * width * chosen * size, f"4 × {width} × {chosen} experts × {size:,}"),
+        Term("expert outputs", width * chosen * hidden, f"{width} × {chosen} experts × {hidden:,}"),
+        Term("shared experts", 4 * width * shared * size, f"4 × {width} × {shared} × {size:,}"),
+    ]
+
+
+def backward_per_token(model: Model, width: int, moe: bool) -> Term:
+    """Bytes per token of the largest temporaries while a layer's backward pass begins."""
+    hidden = model["hidden_size"]
+    if not moe:
+        return Term("gradients in the MLP", 3 * width * model["intermediate_size"], f"3 × {width} × intermediate size")
+    chosen = model["num_experts_per_tok"]
+    return Term(
+        "fp32 gradients of weighted outputs",
+        (3 * 4 * chosen + 4) * hidden,
+        f"(3 × 4 × {chosen} experts + 4) × {hidden:,}: the gradient and its products with weights and outputs",
+    )
+
+
+def peaks(model: Model, training: Training, samples: Samples, cluster: Cluster) -> list[Peak]:
+    """Memory of the fullest rank at each possible peak, largest first."""
+    held = tokens_per_rank(training, samples)
+    always = _always(model, training, cluster)
+    moments = [
+        ("backward pass of a layer", always + _layer(model, training, held)),
+        ("loss", always + _loss(model, training, cluster, held)),
+    ]
+    if not training.offload or cluster.cpu:
+        partition = model.partition(cluster.ranks, training.experts_per_shard)
+        size = min(SUB_GROUP, partition)
+        step = Term("fp32 gradients of a sub-group", 4 * size, f"4 × min({SUB_GROUP:,}, {partition:,}) elements")
+        moments.append(("optimizer step", [*always, step]))
+    outside = _outside(cluster)
+    found = []
+    for moment, terms in moments:
+        slack = Term("allocator slack", SLACK * total(terms), f"{SLACK:.0%} of the above")
+        found.append(Peak(moment, [*terms, slack, *outside]))
+    return sorted(found, key=lambda peak: -peak.bytes)
+
+
+def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
+    width = training.width
+    partition = model.partition(cluster.ranks, training.experts_per_shard)
+    split = f"{partition:,} elements of {model.trained:,} on {cluster.ranks} ranks"
+    states = [
+        Term("parameters, partitioned", width * partition, f"{width} × {split}"),
+        Term("gradients, partitioned", width * partition, f"{width} × {split}"),
+        Term("fp32 master weights", 4 * partition, f"4 × {split}"),
+        Term("Adam moments", 8 * partition, f"8 × {split}"),
+    ]
+    scattered = min(REDUCE_BUCKET, model.trained)
+    bucket = (scattered if cluster.cpu else REDUCE_BUCKET) + scattered  # untouched pages take no memory on CPU
+    live = min(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, model.trained)
+    buffers = [
+        Term("live and prefetched parameters", width * live, f"{width} × {live:,} (stage3_max_live_parameters)"),
+        Term(
+            "gradient bucket and its scatter",
+            width * bucket,
+            f"{width} × {bucket:,} (twice reduce_bucket_size at most)",
+        ),
+    ]
+    return buffers if training.offload and not cluster.cpu else states + buffers
+
+
+def _layer(model: Model, training: Training, held: int) -> list[Term]:
+    """Checkpointed inputs of all layers, and everything of the layer whose backward pass runs."""
+    width, hidden, layers = training.width, model["hidden_size"], model.layers
+    shard = training.experts_per_shard * model.expert_parameters
+    moe = model.moe_layers > 0
+    saved = saved_per_token(model, width, moe)
+    backward = backward_per_token(model, width, moe)
+    if training.activation_checkpointing:
+        checkpoints = Term(
+            "checkpointed layer inputs",
+            width * hidden * layers * held,
+            f"{width} × {hidden:,} × {layers} layers × {held:,} tokens",
+        )
+        kept_layers = 1
+    else:
+        checkpoints = Term("checkpointed layer inputs", 0, "none: activation_checkpointing is off")
+        kept_layers = layers
+    return [
+        checkpoints,
+        _held_experts(model, training),
+        Term(
+            "gradients of one shard",
+            width * (shard * 2 // 3 * 2 + shard // 3),
+            f"{width} × (2 × w1w3 + w2) of {training.experts_per_shard} experts × {model.expert_parameters:,}",
+        ),
+        *(
+            Term(
+                f"activations: {term.name}",
+                term.value * kept_layers * held,
+                f"({term.formula}) × {kept_layers} × {held:,} tokens",
+            )
+            for term in saved
+        ),
+        Term(f"temporaries: {backward.name}", backward.value * held, f"({backward.formula}) × {held:,} tokens"),
+    ]
+
+
+def _held_experts(model: Model, training: Training) -> Term:
+    """Gathered experts of every layer that autograd still needs: an expert's weights are a view of its shard's, and
+    autograd keeps the view's memory from the forward to the backward pass although ZeRO-3 has released the shard.
+    """
+    experts = model["n_routed_experts"] * model.expert_parameters
+    layers = 1 if training.activation_checkpointing else model.moe_layers
+    return Term(
+        "gathered experts that autograd holds",
+        training.width * experts * layers,
+        f"{training.width} × {model['n_routed_experts']} experts × {model.expert_parameters:,} × {layers} layers",
+    )
+
+
+def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list[Term]:
+    """Checkpointed inputs, the output layer with its gradient in fp32, one chunk of logits."""
+    width, hidden, vocabulary = training.width, model["hidden_size"], model["vocab_size"]
+    weights = hidden * vocabulary
+    rows = max(1, MAX_LOGITS["cpu" if cluster.cpu else "cuda"] // vocabulary)
+    chunk = min(rows, held) * vocabulary
+    layers, kept = model.layers, width * hidden
+    if not training.activation_checkpointing:
+        kept = int(total(saved_per_token(model, width, model.moe_layers > 0)))
+    return [
+        Term("kept of the layers", kept * layers * held, f"{kept:,} × {layers} layers × {held:,} tokens"),
+        *([] if training.activation_checkpointing else [_held_experts(model, training)]),
+        Term("output layer, gathered", width * weights, f"{width} × {vocabulary:,} × {hidden:,}"),
+        Term("its gradient", (4 + width) * weights, f"(4 fp32 sum + {width}) × {vocabulary:,} × {hidden:,}"),
+        Term("chunk of logits", (2 * width + 4) * chunk, f"(2 × {width} + 4) × {chunk:,} elements"),
+        Term("hidden states", (4 + 3 * width) * hidden * held, f"(4 + 3 × {width}) × {hidden:,} × {held:,} tokens"),
+    ]
+
+
+def _outside(cluster: Cluster) -> list[Term]:
+    """Memory that PyTorch's allocator does not count."""
+    if cluster.cpu:
+        return [
+            Term("process", CPU_PROCESS, "resident size of a rank before training, measured"),
+            Term("freed memory that glibc keeps", CPU_KEPT, "MALLOC_TRIM_THRESHOLD_ of two threads, measured"),
+        ]
+    several = cluster.ranks > 1
+    return [
+        Term("CUDA context", CONTEXT, "context, kernels and workspaces"),
+        Term("NCCL buffers", NCCL if several else 0, "communicators of world, sequence and data parallel groups"),
+    ]

@@ -1,0 +1,38 @@
+"""Space that results need on the shared file system."""
+
+from .counting import CHECKPOINT_BYTES, Model
+from .settings import Cluster, Training
+from .terms import Term
+
+RANK_STATE = (
+    31_000  # bytes of a rank's model_states file of a small model: names and shapes; more layers, a little more
+)
+
+
+def checkpoint_bytes(model: Model, training: Training, cluster: Cluster) -> float:
+    """One checkpoint: every rank writes its partition's master weights and moments, padding included."""
+    partition = model.partition(cluster.ranks, training.experts_per_shard)
+    return cluster.ranks * (CHECKPOINT_BYTES * partition + RANK_STATE)
+
+
+def disk(model: Model, training: Training, cluster: Cluster, served_dtype: str) -> list[Term]:
+    """Bytes by what is kept.
+
+    Args:
+        served_dtype: dtype of the converted model, ``bf16`` or ``fp32``.
+    """
+    each = checkpoint_bytes(model, training, cluster)
+    count = training.keep_checkpoints + 1
+    output = model.fp32_bytes if served_dtype == "fp32" else model.bf16_bytes
+    terms = [
+        Term(
+            "checkpoints",
+            count * each,
+            f"({training.keep_checkpoints} kept + 1 being written) × {cluster.ranks} ranks × {CHECKPOINT_BYTES} × "
+            f"{model.partition(cluster.ranks, training.experts_per_shard):,} elements",
+        ),
+        Term("converted model", output, f"{model.total:,} parameters in {served_dtype}"),
+    ]
+    if model.quantised:
+        terms.append(Term("base in BF16", model.bf16_bytes, f"{model.total:,} parameters, from FP8"))
+    return terms

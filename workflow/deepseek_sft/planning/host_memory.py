@@ -1,0 +1,79 @@
+"""Memory of one node's host: what ZeRO-3 offload keeps there, and the processes themselves."""
+
+import math
+
+from .counting import Model
+from .device_memory import SUB_GROUP, Peak
+from .settings import GIB, Cluster, Training
+from .terms import Term
+
+PROCESS = 3.0 * GIB  # resident size of a CUDA rank: libraries, driver mappings, NCCL's host side
+CPU_NODE = 0.3 * GIB  # torchrun 0.22, train.py 0.06; measured
+NODE = 4.0 * GIB  # torchrun, train.py, kernel memory charged to the job
+ESTIMATOR_BYTES, ESTIMATOR_FACTOR = 18, 1.5  # of DeepSpeed's own estimator
+
+
+def pinned(size: float) -> int:
+    """Bytes that pinning ``size`` bytes takes: CUDA's host allocator of PyTorch rounds up to a power of two."""
+    return 1 << math.ceil(math.log2(size)) if size > 1 else int(size)
+
+
+def sub_groups(partition: int) -> list[int]:
+    """Elements of each optimizer sub-group of a rank's partition: closed at the first parameter past the size."""
+    whole, rest = divmod(partition, SUB_GROUP)
+    return [SUB_GROUP] * whole + ([rest] if rest else [])
+
+
+def host_memory(model: Model, training: Training, cluster: Cluster, device: Peak) -> list[Term]:
+    """Bytes per node by component.
+
+    Args:
+        device: the device peak; on CPU ranks live in host memory.
+    """
+    ranks = cluster.ranks_per_node
+    if cluster.cpu:
+        return [
+            Term("ranks", ranks * device.bytes, f"{ranks} ranks × {device.bytes / GIB:,.2f} GiB"),
+            Term("node", CPU_NODE, "torchrun and train.py, measured"),
+        ]
+    base = [
+        Term("processes", ranks * PROCESS, f"{ranks} ranks × {PROCESS / GIB:.0f} GiB"),
+        Term("node", NODE, "launchers and kernel memory"),
+    ]
+    if not training.offload:
+        return base
+    partition = model.partition(cluster.ranks, training.experts_per_shard)
+    groups = sub_groups(partition)
+    each = f"{ranks} ranks × {{}} × {partition:,} elements"
+    rounded = f"{each}, {len(groups)} sub-groups, each pinned buffer rounded up to a power of two"
+    width = training.width
+    return [
+        Term("fp32 master weights", ranks * 4 * partition, each.format(4)),
+        Term("Adam moments", ranks * 8 * partition, each.format(8)),
+        Term("fp32 gradients, pinned", ranks * sum(pinned(4 * size) for size in groups), rounded.format(4)),
+        Term("parameters, pinned", ranks * sum(pinned(width * size) for size in groups), rounded.format(width)),
+        Term(
+            "gradients, pinned",
+            ranks * pinned(width * partition),
+            f"{each.format(width)}, one buffer rounded up to a power of two",
+        ),
+        *base,
+    ]
+
+
+def estimator_host_bytes(model: Model, training: Training, cluster: Cluster) -> float:
+    """Host bytes per node that DeepSpeed's estimate_zero3_model_states_mem_needs gives (stage3.py, zero_init)."""
+    if training.offload:
+        return model.trained * ESTIMATOR_BYTES / cluster.nodes * ESTIMATOR_FACTOR
+    return _largest_layer(model) * 4 * cluster.ranks_per_node * ESTIMATOR_FACTOR
+
+
+def estimator_device_bytes(model: Model, training: Training, cluster: Cluster) -> float:
+    """Device bytes per rank that the estimator gives: model states and the largest layer, no activations."""
+    largest = 4 * _largest_layer(model)
+    return largest if training.offload else largest + int(ESTIMATOR_BYTES * model.trained / cluster.ranks)
+
+
+def _largest_layer(model: Model) -> int:
+    """The estimator counts the parameters that one module holds itself: here the embedding."""
+    return model["vocab_size"] * model["hidden_size"]

@@ -1,0 +1,50 @@
+"""A plan from a resolved configuration, the profile's resources and, once counted, the tokens."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..model import release, tiny
+from . import plan as planning
+from .counting import Model, count
+from .settings import Cluster, Samples, Training
+
+
+def model_of(config: dict[str, Any]) -> Model:
+    """The model that will be trained: counted from the base's ``config.json``, or from the tiny model's sizes.
+
+    Raises:
+        BadInputError: no base folder, no ``config.json`` in it, or another architecture.
+    """
+    small = config["model"]["tiny"]
+    if small is None:
+        return count(release.read_config(Path(config["model"]["base"])))
+    shape = tiny.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
+    return count(tiny.config_of(shape))
+
+
+def free_bytes(folder: str) -> int:
+    """Free space of the file system that ``folder`` lies on or will be made on."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def from_config(
+    config: dict[str, Any], resources: dict[str, Any], tokens: dict[str, Any] | None = None
+) -> planning.Plan:
+    """Plan an experiment.
+
+    Args:
+        config: the resolved configuration.
+        resources: what the profile gives to ``train``: nodes, gpus_per_node, mem_mb, runtime, signal_lead_s.
+        tokens: receipt of tokenize_data, or None for an estimate.
+
+    Raises:
+        BadInputError: what is missing to plan.
+    """
+    samples = Samples.counted(tokens) if tokens else Samples.estimated(config)
+    cluster = Cluster.from_config(config, resources, free_bytes(config["results"]))
+    training = Training.from_config(config["train"])
+    return planning.make(model_of(config), training, samples, cluster, config["convert"]["dtype"])

@@ -1,0 +1,141 @@
+"""What a plan is made for: training settings, the samples, the cluster."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BadInputError
+
+GIB, MB = 1 << 30, 1 << 20  # Slurm's MB are powers of two
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Training:
+    """The part of the configuration's ``train`` section that decides memory, disk and time."""
+
+    strategy: str
+    sequence_parallel_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    epochs: float
+    max_steps: int | None
+    experts_per_shard: int
+    dtype: str
+    activation_checkpointing: bool
+    save_every_steps: int
+    keep_checkpoints: int
+
+    @classmethod
+    def from_config(cls, train: dict[str, Any]) -> "Training":
+        return cls(**{field.name: train[field.name] for field in dataclasses.fields(cls)})
+
+    @property
+    def offload(self) -> bool:
+        return self.strategy == "zero3_offload"
+
+    @property
+    def width(self) -> int:
+        """Bytes of one element of parameters and activations."""
+        return DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The rows to train on.
+
+    Attributes:
+        rows: rows of the token dataset; None where neither counted nor estimated.
+        mean_length: tokens of a row on average.
+        longest_row: tokens of the longest row: a micro batch is padded to its longest, so this decides memory.
+        source: ``estimated`` from the configuration or ``counted`` by tokenize_data.
+    """
+
+    rows: int | None
+    mean_length: float
+    longest_row: int
+    source: str
+
+    @classmethod
+    def estimated(cls, config: dict[str, Any]) -> "Samples":
+        """From the configuration's ``plan`` and ``data`` sections; rows as long as allowed where nothing is said."""
+        plan, longest = config["plan"], config["data"]["max_length"]
+        longest = min(plan["longest_row"] or longest, longest)
+        return cls(plan["samples"], min(plan["mean_length"] or longest, longest), longest, "estimated")
+
+    @classmethod
+    def counted(cls, receipt: dict[str, Any]) -> "Samples":
+        """From the receipt of tokenize_data."""
+        figures = receipt["figures"]
+        return cls(figures["rows"], figures["mean_length"], figures["longest"], "counted")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What training runs on. Bandwidths are 10⁹ bytes per second; None where unknown, which is not judged.
+
+    Attributes:
+        nodes, ranks_per_node: shape of the allocation.
+        gpu_bytes: memory of one GPU that PyTorch can use; None on CPU.
+        host_bytes: memory that a node's job gets.
+        storage_bytes: free space for results.
+        gpu_tflops: peak of dense BF16 matrix products of one GPU.
+        node_gb_per_second: network of one node.
+        memory_gb_per_second: host memory of one node.
+        storage_gb_per_second: shared file system, all nodes together.
+        failures_per_1000_node_days: how often a node fails.
+        runtime_minutes: time limit of the job.
+        signal_lead_s: seconds before the limit at which Slurm asks training to save.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    gpu_bytes: float | None
+    host_bytes: float | None
+    storage_bytes: float | None
+    gpu_tflops: float
+    node_gb_per_second: float
+    memory_gb_per_second: float
+    storage_gb_per_second: float
+    failures_per_1000_node_days: float
+    runtime_minutes: int | None = None
+    signal_lead_s: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def cpu(self) -> bool:
+        return self.gpu_bytes is None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], resources: dict[str, Any], storage_bytes: float | None) -> "Cluster":
+        """Shape and memory from the profile's resources of ``train``, speeds from the ``plan`` section.
+
+        Raises:
+            BadInputError: the number of ranks per node is not known.
+        """
+        plan, cpu = config["plan"], config["accelerator"] == "cpu"
+        ranks = config["train"]["ranks_per_node"] if cpu else resources.get("gpus_per_node")
+        if not ranks:
+            raise BadInputError(
+                "the number of GPUs per node is not known: the profile asks for none for rule train",
+                'write `gres: "gpu:8"` below set-resources: train: in the profile, or give '
+                """--resources '{"nodes": 32, "gpus_per_node": 8}'""",
+            )
+        stated = plan["storage_tb"]
+        return cls(
+            nodes=resources.get("nodes", 1),
+            ranks_per_node=ranks,
+            gpu_bytes=None if cpu else plan["gpu_memory_gib"] * GIB,
+            host_bytes=resources["mem_mb"] * MB if resources.get("mem_mb") else None,
+            storage_bytes=storage_bytes if stated is None else stated * 1e12,
+            gpu_tflops=plan["gpu_tflops"],
+            node_gb_per_second=plan["node_gb_per_second"],
+            memory_gb_per_second=plan["memory_gb_per_second"],
+            storage_gb_per_second=plan["storage_gb_per_second"],
+            failures_per_1000_node_days=plan["failures_per_1000_node_days"],
+            runtime_minutes=resources.get("runtime"),
+            signal_lead_s=resources.get("signal_lead_s"),
+        )

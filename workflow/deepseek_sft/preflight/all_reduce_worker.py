@@ -1,0 +1,89 @@
+"""One rank of the all-reduce check; started by bandwidth.py with torch's usual variables. Prints one line of JSON.
+
+Bus bandwidth as NCCL's tests define it: 2 (n − 1) / n × bytes / seconds, comparable over any number of ranks. Where it
+is below the floor, all pairs of neighbouring nodes are measured one after the other: a slow node is slow with both.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+ROUNDS = {"nccl": 10, "gloo": 3}
+
+
+def bus_bandwidth(tensor: torch.Tensor, rounds: int, group: dist.ProcessGroup | None = None) -> float:
+    """GB/s of the slowest rank of a group."""
+    ranks = dist.get_world_size(group)
+    _synchronise(tensor)
+    dist.all_reduce(tensor, group=group)  # warm up: connections are made here
+    _synchronise(tensor)
+    started = time.perf_counter()
+    for _ in range(rounds):
+        dist.all_reduce(tensor, group=group)
+    _synchronise(tensor)
+    seconds = torch.tensor([(time.perf_counter() - started) / rounds], device=tensor.device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)
+    return 2 * (ranks - 1) / ranks * tensor.numel() * tensor.element_size() / 1e9 / seconds.item()
+
+
+def is_correct(device: torch.device) -> bool:
+    """Whether a sum over ranks is exact: small whole numbers, different at each place, are exact in fp32."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    places = torch.arange(65536, device=device, dtype=torch.float32) % 64
+    summed = places * (rank + 1)
+    dist.all_reduce(summed)
+    right = torch.equal(summed, places * (ranks * (ranks + 1) // 2))
+    wrong = torch.tensor([0 if right else 1], device=device)
+    dist.all_reduce(wrong)
+    return wrong.item() == 0
+
+
+def pairs(tensor: torch.Tensor, ranks_per_node: int, rounds: int) -> dict[int, float]:
+    """Peer node → GB/s, for the pairs of neighbouring nodes that this node is in; all ranks take part in all groups."""
+    nodes, own = dist.get_world_size() // ranks_per_node, dist.get_rank() // ranks_per_node
+    found = {}
+    for first in range(nodes if nodes > 2 else 1):
+        second = (first + 1) % nodes
+        members = [node * ranks_per_node + i for node in sorted((first, second)) for i in range(ranks_per_node)]
+        group = dist.new_group(members)
+        if own in (first, second):
+            found[first if own == second else second] = bus_bandwidth(tensor, rounds, group)
+        dist.barrier()
+    return found
+
+
+def _synchronise(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=("nccl", "gloo"), required=True)
+    parser.add_argument("--megabytes", type=float, required=True)
+    parser.add_argument("--ranks-per-node", type=int, required=True)
+    parser.add_argument("--floor", type=float, help="GB/s below which pairs of nodes are measured")
+    options = parser.parse_args()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if options.backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(options.backend, timeout=datetime.timedelta(seconds=120))
+    correct = is_correct(device)
+    tensor = torch.zeros(max(1, int(options.megabytes * 1e6) // 4), device=device)
+    rounds = ROUNDS[options.backend]
+    speed = bus_bandwidth(tensor, rounds)
+    facts = {"correct": correct, "gb_per_second": speed, "ranks": dist.get_world_size()}
+    if options.floor is not None and speed < options.floor and facts["ranks"] > options.ranks_per_node:
+        facts["pairs"] = pairs(tensor, options.ranks_per_node, rounds)
+    dist.barrier()
+    dist.destroy_process_group()
+    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Check the nodes of a job before training starts on them; started once per node, inside the allocation.
+
+    srun --ntasks-per-node=1 python workflow/scripts/preflight.py --settings preflight.json \\
+        --results results/EXPERIMENT --receipt results/EXPERIMENT/receipts/preflight.json \\
+        --plan-receipt … --base-receipt … --tokens-receipt …
+
+Each node checks its memory, /dev/shm, limits, disks, GPUs, InfiniBand ports, code, packages and files; that the
+rendezvous port of training is free and reachable from every node; that the results folder is one and the same. Then all
+nodes sum over the network together. The first node writes the table <results>/preflight/table.txt and the receipt.
+
+Exit codes (first node): 0 all nodes are fit, 2 bad input, 3 a node is not (each named, with the --exclude to use),
+5 crash.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli, receipts
+from deepseek_sft.preflight import settings as preflight_settings
+from deepseek_sft.preflight import stage
+from deepseek_sft.preflight.node_report import Place
+from deepseek_sft.training import nodes
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--settings", type=Path, required=True, help="JSON file of preflight settings")
+    parser.add_argument("--results", type=Path, required=True, help="results/<experiment>, on the shared storage")
+    parser.add_argument("--plan-receipt", type=Path, help="receipt of plan or refine_plan: its needs are thresholds")
+    parser.add_argument("--base-receipt", type=Path, help="receipt of prepare_model: its folder must look alike")
+    parser.add_argument("--tokens-receipt", type=Path, help="receipt of tokenize_data: likewise")
+    parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda", help="what to train on")
+    parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
+    parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
+    parser.add_argument("--rule", choices=("preflight", "train_preflight"), default="preflight", help="whose it is")
+    options = parser.parse_args()
+
+    chosen = preflight_settings.read(options.settings)
+    needs = preflight_settings.needs_of(options.plan_receipt)
+    node = nodes.detect(options.accelerator, options.ranks_per_node)
+    hosts = [socket.gethostname()]
+    if node.nodes > 1:
+        hosts = nodes.expand_hosts(os.environ["SLURM_JOB_NODELIST"])
+    folders, inputs = {}, {}
+    for name, rule, path in (
+        ("base", "prepare_model", options.base_receipt),
+        ("tokens", "tokenize_data", options.tokens_receipt),
+    ):
+        if path is not None:
+            folders[name] = Path(receipts.read(path, rule)["result"][name])
+            inputs[name] = receipts.input_entry(path)
+    if options.plan_receipt is not None:
+        inputs["plan"] = receipts.input_entry(options.plan_receipt)
+    options.results.mkdir(parents=True, exist_ok=True)
+    place = Place(
+        node=node,
+        hosts=hosts,
+        accelerator=options.accelerator,
+        results=options.results,
+        output=options.results / "preflight",
+        folders=folders,
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+    outcome = stage.run(place, chosen, needs)
+    if outcome is None:
+        return
+    stage.gate(place, outcome)
+    receipts.write(
+        options.receipt,
+        options.rule,
+        inputs=inputs,
+        settings=vars(chosen) | {"skip": list(chosen.skip)},
+        result={"table": str(place.output / "table.txt"), "nodes": str(place.output / "nodes.json")},
+        figures=stage.figures(outcome, chosen, len(hosts)),
+        hosts=hosts,
+    )
+    cli.say(f"all {len(hosts)} nodes are fit; receipt {options.receipt}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
