@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepseek_sft.serving import failures, reading_logs
+from deepseek_sft.serving import failures, memory_kills, reading_logs
 
 
 def test_phase_is_the_last_milestone_in_the_log(tmp_path):
@@ -101,3 +101,30 @@ def test_killed_process_is_the_cause_whatever_the_others_complain_about():
     assert failure.problem.splitlines()[1].startswith("n1: vllm was killed by SIGKILL")
     assert failure.exit_code == 5
     assert "mem_mb" in failure.fix
+
+
+def test_process_that_the_kernel_killed_for_lack_of_memory_is_told_so_with_the_fix():
+    ended = f"ended with exit code 1{failures.lack_of_memory(1)}"
+    failure = failures.NodeFailure([report("n0", "is gone"), report("n1", ended)])
+    assert failure.problem.splitlines()[0] == "the deployment ended: n1: out of host memory"
+    assert "n1: vllm ended with exit code 1; the kernel killed 1 process here for lack of memory" in failure.problem
+    assert failure.fix.startswith("raise `mem_mb` of this rule in the profile")
+    assert failure.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("membership", "file"),
+    [
+        ("0::/slurm/job_7/step_0/task_0", "slurm/job_7/step_0/task_0/memory.events"),
+        ("4:cpuset,memory:/slurm/job_7\n0::/", "memory/slurm/job_7/memory.oom_control"),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_kernels_kills_are_read_from_the_groups_of_both_versions(tmp_path, membership, file):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(membership + "\n")
+    assert memory_kills.count(tmp_path / "proc", tmp_path / "groups") == 0  # nobody counts here
+    counted = tmp_path / "groups" / file
+    counted.parent.mkdir(parents=True)
+    counted.write_text("oom 4\noom_kill 3\noom_group_kill 0\n")
+    assert memory_kills.count(tmp_path / "proc", tmp_path / "groups") == 3

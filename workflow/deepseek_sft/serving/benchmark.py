@@ -7,7 +7,6 @@ absent or does not work, the same load is sent from here, which counts the same 
 import dataclasses
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import say
-from . import versions
+from . import versions, vllm_bench
 from .api import Api, CheckFailed, Reply
 
-SEED = 0
+LIBRARY = Path(__file__).resolve().parents[2]
 STARTING_S = 300  # vLLM's command line imports most of vLLM, from a file system that may be slow
 
 
@@ -65,7 +64,7 @@ def measure(api: Api, url: str, tokenizer: Path | None, to_do: list[Load], api_k
     """Figures of all loads.
 
     Args:
-        url: base URL of the server.
+        url: base URL of the server, with or without ``/v1``.
         tokenizer: folder with the model's tokenizer, which ``vllm bench serve`` needs; None measures without it.
 
     Returns:
@@ -77,21 +76,19 @@ def measure(api: Api, url: str, tokenizer: Path | None, to_do: list[Load], api_k
         CheckFailed: requests failed.
         httpx.HTTPError: the connection broke.
     """
-    program, why = _program(), "no `vllm` is installed here"
-    if program and tokenizer:
-        try:
-            figures = {load.concurrency: _by_vllm(program, api, url, tokenizer, load, api_key) for load in to_do}
-            version = ".".join(map(str, versions.installed() or ()))
-            return _figures(f"vllm bench serve {version}".strip(), to_do, figures)
-        except ToolFailed as failure:
-            why = str(failure)
-            say(f"  measuring without vllm bench serve: {why}")
-    elif program:
-        why = "no tokenizer is at hand for vllm bench serve"
-    return _figures(f"built in ({why})", to_do, {load.concurrency: by_hand(api, load) for load in to_do})
-
-
-def _figures(tool: str, to_do: list[Load], figures: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    levels = ", ".join(str(load.concurrency) for load in to_do)
+    say(f"  … measuring speed with {levels} requests at a time")
+    try:
+        if not vllm_bench.entry_point():
+            raise ToolFailed("no `vllm` is installed here")
+        if not tokenizer:
+            raise ToolFailed("no tokenizer is at hand for vllm bench serve")
+        figures = _by_vllm(api, url, tokenizer, to_do, api_key)
+        tool = f"vllm bench serve {'.'.join(map(str, versions.installed() or ()))}".strip()
+    except ToolFailed as why:
+        say(f"  measuring without vllm bench serve: {why}")
+        figures = {load.concurrency: by_hand(api, load) for load in to_do}
+        tool = f"built in ({why})"
     return {
         "tool": tool,
         "input_tokens": to_do[0].input_tokens,
@@ -100,18 +97,13 @@ def _figures(tool: str, to_do: list[Load], figures: dict[int, dict[str, Any]]) -
     }
 
 
-def _program() -> str | None:
-    """vLLM's command line, of the environment that runs this."""
-    return shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-
-
-def command(program: str, model: str, url: str, tokenizer: Path, load: Load, folder: Path) -> list[str]:
-    """``vllm bench serve`` with options that all versions since 0.8.5 have; the rest are their defaults.
+def arguments(model: str, url: str, tokenizer: Path, load: Load, folder: Path) -> list[str]:
+    """Arguments of ``vllm`` for one load: options that all versions since 0.8.5 have; the rest are their defaults.
 
     The default back end, named differently over time, is /v1/completions.
     """
     options = {
-        "base-url": url,
+        "base-url": url.rstrip("/").removesuffix("/v1"),
         "model": model,  # --served-model-name is newer; with a tokenizer of its own, --model is only a name
         "tokenizer": tokenizer,
         "dataset-name": "random",
@@ -119,46 +111,57 @@ def command(program: str, model: str, url: str, tokenizer: Path, load: Load, fol
         "random-output-len": load.output_tokens,
         "num-prompts": load.requests,
         "max-concurrency": load.concurrency,
-        "seed": SEED,
+        "seed": load.concurrency,  # other prompts for each load: the server's cache of prefixes must not answer
         "percentile-metrics": "ttft,tpot",
         "result-dir": folder,
-        "result-filename": "result.json",
+        "result-filename": _result(load),
     }
     words = [f"--{name}={value}" for name, value in options.items()]
-    return [program, "bench", "serve", *words, "--ignore-eos", "--save-result", "--disable-tqdm"]
+    return ["bench", "serve", *words, "--ignore-eos", "--save-result", "--disable-tqdm"]
 
 
-def _by_vllm(program: str, api: Api, url: str, tokenizer: Path, load: Load, api_key: str) -> dict[str, Any]:
+def _result(load: Load) -> str:
+    return f"{load.concurrency}.json"
+
+
+def _by_vllm(api: Api, url: str, tokenizer: Path, to_do: list[Load], api_key: str) -> dict[int, dict[str, Any]]:
     environment = os.environ | ({"OPENAI_API_KEY": api_key} if api_key else {})
     # Like the smoke test's own requests, these must not leave the node by way of a site's proxy.
     environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), "*")
-    limit = STARTING_S + api.timeout_s * (load.requests / load.concurrency + 1)
+    environment["PYTHONPATH"] = f"{LIBRARY}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+    limit = STARTING_S + api.timeout_s * sum(load.requests / load.concurrency + 1 for load in to_do)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        words = command(program, api.model, url, tokenizer, load, Path(folder))
+        runs = Path(folder, "runs.json")
+        runs.write_text(json.dumps([arguments(api.model, url, tokenizer, load, Path(folder)) for load in to_do]))
+        words = [sys.executable, "-m", vllm_bench.__name__, str(runs)]
         try:
             done = subprocess.run(
                 words, env=environment, capture_output=True, text=True, timeout=limit, check=False, errors="replace"
             )
         except subprocess.TimeoutExpired:
             raise ToolFailed(f"vllm bench serve gave no result within {limit:.0f} s") from None
-        except OSError as error:
-            raise ToolFailed(f"{program} cannot be started: {error}") from None
         output = f"{done.stdout}\n{done.stderr}"
-        api.note(" ".join(words), done.returncode, output, begin)
-        try:
-            result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
-            figures = {
-                "requests": load.requests,
-                "tokens_per_second": round(result["output_throughput"], 2),
-                "time_to_first_token_s": round(result["median_ttft_ms"] / 1000, 4),
-                "time_to_first_token_p99_s": round(result["p99_ttft_ms"] / 1000, 4),
-                "time_per_output_token_s": round(result["median_tpot_ms"] / 1000, 5),
-            }
-            completed = int(result["completed"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")
-            raise ToolFailed(f"vllm bench serve ended with {done.returncode} ({error!r}): {last[:300]}") from None
+        api.note(runs.read_text(), done.returncode, output, begin)
+        return {
+            load.concurrency: _figures(load, Path(folder, _result(load)), done.returncode, output) for load in to_do
+        }
+
+
+def _figures(load: Load, result_file: Path, exit_code: int, output: str) -> dict[str, Any]:
+    try:
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+        completed = int(result["completed"])
+        figures = {
+            "requests": load.requests,
+            "tokens_per_second": round(result["output_throughput"], 2),
+            "time_to_first_token_s": round(result["median_ttft_ms"] / 1000, 4),
+            "time_to_first_token_p99_s": round(result["p99_ttft_ms"] / 1000, 4),
+            "time_per_output_token_s": round(result["median_tpot_ms"] / 1000, 5),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")
+        raise ToolFailed(f"vllm bench serve ended with {exit_code} ({error!r}): {last[:300]}") from None
     if completed != load.requests:
         raise CheckFailed(
             f"{load.requests - completed} of {load.requests} requests failed, {load.concurrency} at a time"
@@ -175,8 +178,8 @@ def by_hand(api: Api, load: Load) -> dict[str, Any]:
     text = " ".join(str(number % 10) for number in range(load.input_tokens // 2))
 
     def ask(number: int) -> Reply:
-        # Distinct beginnings: a server's cache of prefixes must not answer for it.
-        messages = [{"role": "user", "content": f"{number} {text}"}]
+        # Beginnings that no other request has: a server's cache of prefixes must not answer for it.
+        messages = [{"role": "user", "content": f"{load.concurrency}-{number} {text}"}]
         return api.stream(messages, load.output_tokens, ignore_eos=True)
 
     begin = time.monotonic()

@@ -12,8 +12,8 @@ import psutil
 
 from ..cli import say
 from ..errors import BadInputError, CrashError, StoppedError
-from . import control, network, processes, reading_logs
-from .failures import NodeFailure, StopRequest
+from . import control, memory_kills, network, processes, reading_logs
+from .failures import NodeFailure, StopRequest, lack_of_memory
 from .shared_memory import Segments
 
 PROGRESS_EVERY_S = 10
@@ -52,6 +52,7 @@ class Watch:
         self.on_ready: Callable[[], None] = lambda: None
         self._signal: int | None = None
         self._segments = Segments()
+        self._memory_kills = memory_kills.count()
         self._observed = 0.0
         self._engine: dict[psutil.Process, str] = {}
         self._lost: dict[psutil.Process, float] = {}
@@ -160,10 +161,11 @@ class Watch:
         return self._report(child.name, processes.describe_exit(child.exit_code()))
 
     def _report(self, process: str, exits: str) -> dict[str, Any]:
+        killed = memory_kills.count() - self._memory_kills
         return {
             "node": self.name,
             "process": process,
-            "exit": exits,
+            "exit": exits + (lack_of_memory(killed) if killed else ""),
             "log": str(self.log),
             "exceptions": reading_logs.exceptions(self.log, self.log_start),
             "lines": reading_logs.last_lines(self.log, SHOWN_LINES),
