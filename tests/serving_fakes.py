@@ -121,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
             usage = {"prompt_tokens": 3, "completion_tokens": 12}
             prompt = self.server.render(body["messages"])
             value = {"choices": [choice], "usage": usage, "prompt_token_ids": prompt}
+            if self.has("no_token_ids"):
+                del value["prompt_token_ids"], choice["token_ids"]
             return self.drip(value) if self.has("drips") else self.answer(value)
         finally:
             with self.server.lock:
@@ -221,6 +223,9 @@ def play_vllm(arguments: list[str]) -> None:
     if "bad-flag" in flaws:
         print("vllm: error: unrecognized arguments: --bad-flag", flush=True)
         sys.exit(2)
+    if "eats-memory" in flaws and "--headless" in arguments:
+        block = b"x" * (800 << 20)
+        print(f"took {len(block)} bytes", flush=True)
     if "stubborn" in flaws:  # ignores TERM, and has a child in a session of its own that does too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         code = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"

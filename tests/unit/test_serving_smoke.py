@@ -209,6 +209,14 @@ def test_incomplete_logprobs_fail_the_check_and_not_the_program(tmp_path, model_
         run(server, tmp_path, model_dir=model_dir, benchmark=False)
 
 
+def test_server_of_an_older_version_that_tells_no_token_ids_passes_and_the_receipt_says_what_was_skipped(
+    tmp_path, model_dir
+):
+    with fake_server("no_token_ids") as server:
+        report = run(server, tmp_path, model_dir=model_dir, benchmark=False)
+    assert "no token ids" in report.skipped["logprobs"]
+
+
 def test_large_model_is_not_compared_and_the_receipt_says_so(tmp_path, model_dir):
     with fake_server() as server:
         report = run(server, tmp_path, model_dir=model_dir, benchmark=False, logprobs_max_parameters=11)

@@ -209,15 +209,17 @@ class _Test:
             report.skip("held_out_loss", samples)
             report.skip("loss_drop", samples)
             samples = []
-        small = "no model folder was given"
+        why_not = "no model folder was given"
         if context.model:
-            small = context.model.too_large(context.settings.logprobs_max_parameters)
-        if small:
-            report.skip("logprobs", small)
-        if small and not samples:
+            why_not = context.model.too_large(context.settings.logprobs_max_parameters)
+        own = [] if why_not else self._own_sequences()
+        if not (why_not or own or samples):
+            why_not = "the server returned no token ids (vLLM does since 0.10.2)"
+        if why_not:
+            report.skip("logprobs", why_not)
+        if not (own or samples):
             return
         try:
-            own = [] if small else self._own_sequences()
             context.api.check = "logprobs"
             served = losses.served_logprobs(
                 context.api, [*own, *(s.ids for s in samples)], context.settings.concurrency
@@ -227,12 +229,15 @@ class _Test:
                 self.evaluation.tuned = losses.measurement(samples, served[len(own) :], name)
         except (CheckFailed, httpx.HTTPError) as error:
             failed = error  # `error` itself ends with this block
-            self._check("logprobs" if not small else "held_out_loss", lambda: _raise(failed))
+            self._check("held_out_loss" if why_not else "logprobs", lambda: _raise(failed))
+            for name in ("logprobs", "held_out_loss", "loss_drop"):
+                if name not in {**report.checks, **report.skipped}:
+                    report.skip(name, "the server gave no usable log-probabilities")
             return
-        base_folder = None if small or self.measured else context.base
-        self._against_transformers(small, own, samples, served, base_folder)
+        if not why_not:
+            self._against_transformers(own, samples, served)
         if samples:
-            self._before_and_after(small)
+            self._before_and_after(why_not)
 
     def _sequences(self) -> list[Sequence] | str:
         """The references as token sequences, or why there are none."""
@@ -248,19 +253,14 @@ class _Test:
         return found or "no held-out sample has a reference that fits the context"
 
     def _own_sequences(self) -> list[list[int]]:
-        """Prompts and the model's own answers to them, as token ids."""
+        """Prompts and the model's own answers to them, as token ids; none where the server does not tell them."""
         told = [reply.token_ids for _, reply in self.context.replies if reply.token_ids]
         unique = dict.fromkeys((*prompt, *answer) for prompt, answer in told)
-        if not unique:
-            raise CheckFailed("the server returned no token ids")
         return [list(ids) for ids in unique][:COMPARED_ANSWERS]
 
-    def _against_transformers(
-        self, small: str, own: list[list[int]], samples: list[Sequence], served: list[list[float]], base: Path | None
-    ) -> None:
-        if small:
-            return
+    def _against_transformers(self, own: list[list[int]], samples: list[Sequence], served: list[list[float]]) -> None:
         context = self.context
+        base = None if self.measured else context.base
         dtype = context.model.dtype(context.dtype)
         jobs = [Job(str(context.model.path), dtype, [*own, *(s.ids for s in samples)], [], 1, [0])]
         if base and samples:
@@ -275,7 +275,7 @@ class _Test:
 
         self._check("logprobs", compared)
 
-    def _before_and_after(self, small: str) -> None:
+    def _before_and_after(self, why_not: str) -> None:
         self.evaluation.base = self.measured
         tuned, base = self.evaluation.tuned, self.measured
         self.report.figures["loss"] = {"base": base.loss if base else None, "tuned": tuned.loss, "tokens": tuned.tokens}
@@ -283,7 +283,7 @@ class _Test:
         if base:
             self._check("loss_drop", evaluation.loss_drop, self.context, self.evaluation)
         else:
-            why = f"the base is not measured: {small or 'its folder is not known'}"
+            why = f"the base is not measured: {why_not or 'its folder is not known'}"
             self.report.skip("loss_drop", f"{why}; see smoke_test.base_measured")
 
 
