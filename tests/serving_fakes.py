@@ -223,6 +223,12 @@ def play_vllm(arguments: list[str]) -> None:
     if "bad-flag" in flaws:
         print("vllm: error: unrecognized arguments: --bad-flag", flush=True)
         sys.exit(2)
+    if "ray-lost-a-worker" in flaws and "--headless" not in arguments:
+        while not (folder / "n1.pid").exists():  # it has said something by then
+            time.sleep(0.05)
+        place = "\tclass_name: RayWorkerProc\n\tpid: 339\n\tname: vllm_PP1\n\tip: 127.0.0.1"
+        print(f"ray.exceptions.ActorDiedError: The actor died unexpectedly.\n{place}", flush=True)
+        sys.exit(1)
     if "eats-memory" in flaws and "--headless" in arguments:
         block = b"x" * (800 << 20)
         print(f"took {len(block)} bytes", flush=True)

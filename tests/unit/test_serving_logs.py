@@ -45,6 +45,16 @@ def test_first_exceptions_are_found_behind_the_logs_prefixes(tmp_path):
     ]
 
 
+def test_worker_that_ray_has_lost_is_found_with_its_address_in_the_heads_log(tmp_path):
+    log = tmp_path / "n0.log"
+    prefix = "(EngineCore pid=461) ERROR 11-24 12:28:01 [core.py:1510] "
+    text = "\tclass_name: RayWorkerProc\n\tactor_id: 72d1ea\n\tpid: 339\n\tname: vllm_PP1\n\tip: 10.0.0.2"
+    words = f"ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n{text}\n"
+    log.write_text("(RayWorkerProc pid=12, ip=10.0.0.7) ready\n" + words.replace("\n", f"\n{prefix}") + "\r\n" + words)
+    assert reading_logs.dead_actors(log) == {"10.0.0.2": "339"}
+    assert len(reading_logs.exceptions(log)) == 1
+
+
 def test_progress_names_the_nodes_where_they_differ(tmp_path):
     (tmp_path / "n1.log").write_text("Starting to load model of an earlier start\n")
     start = (tmp_path / "n1.log").stat().st_size
