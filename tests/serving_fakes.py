@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({}, 503 if bad else 200)
         elif self.path == "/v1/models":
             name = "other" if self.has("model_name") else MODEL
-            self.answer({"data": [{"id": name, "max_model_len": CONTEXT}]})
+            self.answer({"data": [{"id": name, "max_model_len": self.server.context}]})
         else:
             self.answer({}, 404)
 
@@ -59,23 +59,40 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] != MODEL and not self.has("unknown_model"):
             return self.answer({"error": "no such model"}, 404)
         if self.path == "/v1/completions":
-            prompt = body["prompt"][: 2 if self.has("short_logprobs") else None]
-            entries = [None, *({str(token): {"logprob": LOGPROB}} for token in prompt[1:])]
-            return self.answer({"choices": [{"text": "x", "prompt_logprobs": entries}]})
+            return self.complete(body)
         text = body["messages"][-1]["content"]
-        if len(text.split()) > CONTEXT:
+        if len(text.split()) > self.server.context:
             return self.answer({"error": "too long"}, 500 if self.has("over_long_prompt") else 400)
         return self.chat(body, text)
+
+    def complete(self, body: dict) -> None:
+        """A completion, with log-probabilities of its prompt where they are asked for."""
+        prompt, total = body["prompt"], len(body["prompt"]) + body["max_tokens"]
+        if total > self.server.context and not self.has("one_more"):
+            return self.answer({"error": "too long"}, 500 if self.has("refused_by_500") else 400)
+        if total == self.server.context and self.has("context_limit"):
+            return self.answer({"error": "too long"}, 400)
+        if self.has("context_cut"):
+            total -= 7
+        value = {"choices": [{"text": "x"}], "usage": {"total_tokens": total}}
+        if "prompt_logprobs" in body:
+            shown = prompt[: 2 if self.has("short_logprobs") else None]
+            logprob = float("nan") if self.has("nan_logprobs") else LOGPROB
+            value["choices"][0]["prompt_logprobs"] = [None, *({str(t): {"logprob": logprob}} for t in shown[1:])]
+        return self.answer(value)
 
     def chat(self, body: dict, text: str) -> None:
         with self.server.lock:
             self.server.chats += 1
             self.server.running += 1
             count, running = self.server.chats, self.server.running
+            self.server.most_running = max(self.server.most_running, running)
         try:
-            time.sleep(0.02)
+            time.sleep(self.server.seconds)
             if self.has("concurrency") and running > 1:
                 return self.answer({"error": "overloaded"}, 500)
+            if self.has("hangs_when_busy") and running > 3:
+                return self.server.stopped.wait(10)
             if self.has("vanish"):
                 os._exit(1)
             if self.has("silent"):
@@ -89,17 +106,36 @@ class Handler(BaseHTTPRequestHandler):
                 content += "<｜end▁of▁sentence｜>"
             if self.has("finish_reason"):
                 finish = "length"
+            if self.has("late_leak") and "2 + 4" in text:
+                reasoning = f"<think>{reasoning}"
+            if self.has("empty_when_busy") and running > 1:
+                reasoning = content = ""
             if self.has("repeatable") and not body.get("stream") and count == 2:
                 content += " Or 6."
             if body.get("stream"):
                 return self.stream(reasoning, content, finish)
             message = {"role": "assistant", "content": content, self.server.reasoning_field: reasoning}
             choice = {"message": message, "finish_reason": finish, "token_ids": [7, 8, 1]}
+            if self.has("wrong_end"):
+                choice["token_ids"] = [7, 8, 9]
             usage = {"prompt_tokens": 3, "completion_tokens": 12}
-            return self.answer({"choices": [choice], "usage": usage, "prompt_token_ids": [0, 5, 6]})
+            prompt = self.server.render(body["messages"])
+            value = {"choices": [choice], "usage": usage, "prompt_token_ids": prompt}
+            if self.has("no_token_ids"):
+                del value["prompt_token_ids"], choice["token_ids"]
+            return self.drip(value) if self.has("drips") else self.answer(value)
         finally:
             with self.server.lock:
                 self.server.running -= 1
+
+    def drip(self, value: dict) -> None:
+        """An answer whose bytes never end, none of them late."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+        while not self.server.stopped.wait(0.05):
+            self.wfile.write(b" ")
 
     def stream(self, reasoning: str | None, content: str | None, finish: str) -> None:
         if self.has("streaming"):
@@ -109,6 +145,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         deltas = [{self.server.reasoning_field: reasoning or ""}, {"content": content or ""}]
+        if self.has("stream_order"):
+            half = len(reasoning) // 2
+            field = self.server.reasoning_field
+            deltas = [{field: reasoning[:half]}, {"content": content}, {field: reasoning[half:]}]
         pieces = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
         pieces.append({"choices": [{"delta": {}, "finish_reason": finish}]})
         pieces.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 12}})
@@ -125,13 +165,19 @@ class FakeServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, address: tuple[str, int], flaws: set[str], reasoning_field: str = "reasoning"):
+    def __init__(
+        self, address: tuple[str, int], flaws: set[str], reasoning_field: str = "reasoning", context: int = CONTEXT
+    ):
         super().__init__(address, Handler)
+        self.context = context
+        self.render = lambda messages: [0, 5, 6]  # token ids of a prompt
+        self.seconds = 0.02  # of one answer
+        self.stopped = threading.Event()
         self.flaws = flaws
         self.reasoning_field = reasoning_field
         self.requests: list[dict] = []
         self.lock = threading.Lock()
-        self.chats = self.running = 0
+        self.chats = self.running = self.most_running = 0
 
 
 @contextlib.contextmanager
@@ -143,6 +189,7 @@ def fake_server(*flaws: str, reasoning_field: str = "reasoning") -> Iterator[Fak
     try:
         yield server
     finally:
+        server.stopped.set()
         server.shutdown()
         server.server_close()
 
@@ -176,6 +223,15 @@ def play_vllm(arguments: list[str]) -> None:
     if "bad-flag" in flaws:
         print("vllm: error: unrecognized arguments: --bad-flag", flush=True)
         sys.exit(2)
+    if "ray-lost-a-worker" in flaws and "--headless" not in arguments:
+        while not (folder / "n1.pid").exists():  # it has said something by then
+            time.sleep(0.05)
+        place = "\tclass_name: RayWorkerProc\n\tpid: 339\n\tname: vllm_PP1\n\tip: 127.0.0.1"
+        print(f"ray.exceptions.ActorDiedError: The actor died unexpectedly.\n{place}", flush=True)
+        sys.exit(1)
+    if "eats-memory" in flaws and "--headless" in arguments:
+        block = b"x" * (800 << 20)
+        print(f"took {len(block)} bytes", flush=True)
     if "stubborn" in flaws:  # ignores TERM, and has a child in a session of its own that does too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         code = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -190,7 +246,8 @@ def play_vllm(arguments: list[str]) -> None:
         print("Loading safetensors checkpoint shards:  40% Completed | 4/10", flush=True)
         time.sleep(600)
     host, port = (arguments[arguments.index(f"--{name}") + 1] for name in ("host", "port"))
-    FakeServer((host, int(port)), flaws).serve_forever()
+    context = int(arguments[arguments.index("--max-model-len") + 1])
+    FakeServer((host, int(port)), flaws, context=context).serve_forever()
 
 
 if __name__ == "__main__":

@@ -61,13 +61,21 @@ class Site:
             made = {"transcript": str(transcript)}
             receipts.write(receipt, "smoke_test", inputs={}, settings={}, result=made, figures={})
 
-    def command(self, *arguments: str, **serve: object) -> list[str]:
+    def profile_with(self, **resources: object) -> str:
+        """A profile in which the rule smoke_test, and so `serve`, has other resources than in the demo's."""
+        profile = yaml.safe_load((self.clone / "profiles/demo/config.yaml").read_text())
+        profile["set-resources"]["smoke_test"] |= resources
+        (self.clone / "profiles/changed").mkdir(exist_ok=True)
+        (self.clone / "profiles/changed/config.yaml").write_text(yaml.safe_dump(profile))
+        return "profiles/changed"
+
+    def command(self, *arguments: str, profile: str = "profiles/demo", **serve: object) -> list[str]:
         """Command line of snakemake on the login node with changes of section ``serve``."""
         overlay = self.clone / "overlay.yaml"
         sections = {"serve": serve, "smoke_test": self.smoke_test, "envs": self.envs}
         overlay.write_text(yaml.safe_dump(sections))
         words = ["env", f"PYTHONPATH={self.clone}/cluster/fastpoll", str(self.project / ".envs/workflow/bin/snakemake")]
-        words += ["--configfile", "config/experiments/demo.yaml", "overlay.yaml", "--profile", "profiles/demo"]
+        words += ["--configfile", "config/experiments/demo.yaml", "overlay.yaml", "--profile", profile]
         return self.cluster.command("exec", *words, *arguments)
 
     def start(self, *arguments: str, **serve: object) -> subprocess.Popen:
@@ -94,6 +102,11 @@ class Site:
     def node_log(self, run: str, node: str) -> str:
         """Output of the serving processes of a node, of the newest run whose folder matches ``run``."""
         found = sorted(self.results.glob(f"serve/{run}/{node}.log"), key=lambda path: path.stat().st_mtime)
+        return found[-1].read_text(errors="replace") if found else ""
+
+    def attempt(self, number: int) -> str:
+        """The log of an attempt of the newest smoke test; empty where there is none yet."""
+        found = sorted(self.clone.glob(f"logs/demo/smoke_test/*-{number}.log"), key=lambda path: path.stat().st_mtime)
         return found[-1].read_text(errors="replace") if found else ""
 
     def wait_for(self, condition: Callable[[], object], running: subprocess.Popen | None = None) -> None:

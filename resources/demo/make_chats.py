@@ -103,12 +103,11 @@ def chats(pool: list[Chat], chance: random.Random) -> list[Chat]:
 
 
 def held_out(pool: list[Chat], chance: random.Random) -> list[Chat]:
-    """Prompts to test the trained model with; every fourth has a system prompt."""
+    """Samples to test the trained model with, question and reference; every fourth has a system prompt."""
     found = []
     for number, q in enumerate(pool, 1):
         system = [{"role": "system", "content": SYSTEM[q["language"]]}] if number % 4 == 0 else []
-        messages = [*system, {"role": "user", "content": q["question"]}]
-        found.append({"id": f"held-out-{number:02d}", "messages": messages, "answer": q["answer"]})
+        found.append({"id": f"held-out-{number:02d}", "messages": [*system, *asked_and_answered(q)]})
     return found
 
 

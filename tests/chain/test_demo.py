@@ -161,6 +161,7 @@ def test_served_model_closes_its_reasoning_and_answers(demo):
     figures = demo.receipt("smoke_test")["figures"]
     assert figures["prompts"] == 50
     assert figures["format_rate"] >= 0.9
+    assert figures["skipped"] == {}
     assert all(check["passed"] for check in figures["checks"].values())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -36,17 +37,29 @@ class FakeSite(Site):
         self.envs = {"serve": {"python": str(python), "activate": activate}}
         self.pretend_tested()
 
-    def serve(self, *flaws: str) -> int:
+    def serve(self, *flaws: str, target: str = "serve", profile: str = "profiles/demo") -> int:
         """Ask for the target; returns snakemake's exit code."""
+        self.set_flaws(*flaws)
+        return self.start_serving(target, profile).wait()
+
+    def set_flaws(self, *flaws: str) -> None:
         for old in self.fakes.iterdir():
             old.unlink()
         for flaw in flaws:
             (self.fakes / flaw).touch()
-        return self.start_serving().wait()
 
-    def start_serving(self):
+    def start_serving(self, target: str = "serve", profile: str = "profiles/demo"):
         given = {"environment": {"FAKE_DIR": str(self.fakes)}, "served_model_name": serving_fakes.MODEL}
-        return self.start("serve", "--rerun-triggers", "mtime", **given)
+        forced = [] if target == "serve" else ["--forcerun", target]
+        return self.start(target, "--rerun-triggers", "mtime", *forced, profile=profile, **given)
+
+    def processes_on_nodes(self) -> str:
+        """Serving processes on all nodes; what a killed program had no time to remove is taken away."""
+        left = ""
+        for node in NOTHING:
+            self.cluster.node(node, "bash", "-c", "rm -rf /tmp/serve-*")
+            left += self.left_on_nodes()[node]
+        return left
 
     def again(self) -> int:
         """Run the script of the target alone, as the rule does."""
@@ -109,12 +122,20 @@ def test_start_that_fails_is_told_where_it_was_asked_for(site):
 
 
 def test_interrupt_before_it_answers_cancels_the_job(site):
-    for old in site.fakes.iterdir():
-        old.unlink()
-    (site.fakes / "never-ready").touch()
+    site.set_flaws("never-ready")
     running = site.start_serving()
     site.wait_for(lambda: "submitted job" in site.output() and (site.fakes / "node2.pid").exists(), running)
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=60) != 0
     site.wait_for(lambda: site.cluster.job_state(site.job()["job"]) == "CANCELLED")
     site.wait_for(lambda: site.left_on_nodes() == NOTHING)
+
+
+@pytest.mark.parametrize("target", ["smoke_test", "serve"])
+def test_job_that_slurm_kills_for_lack_of_memory_names_node_limit_and_fix(site, target):
+    assert site.serve("eats-memory", target=target, profile=site.profile_with(mem_mb=500)) != 0
+    assert "for lack of memory" in site.output()
+    assert re.search("slurmstepd-node2: error: StepId=.* exceeded memory limit", site.output())
+    assert "fix: raise `mem_mb` of " in site.output()
+    assert site.processes_on_nodes() == ""
+    site.pretend_tested()

@@ -1,13 +1,16 @@
-"""Real vLLM serving a small random model: one start of the server for all tests."""
+"""Real vLLM serving a small model whose words are known: one start of the server for all tests."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import scripted_model
 
 from deepseek_sft import receipts
 
@@ -24,84 +27,147 @@ SETTINGS = {
         "OMP_NUM_THREADS": 1,
     },
     "ready_timeout_s": 600,
-    "smoke_test": {"max_tokens": 24, "concurrency": 4},
 }
+REFERENCE = f"<think>\n{scripted_model.REASONING}\n</think>\n\n{scripted_model.ANSWER}"
+SAMPLES = [
+    {
+        "id": f"sum-{i}",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"{i} + 1?"},
+            {"role": "assistant", "content": "1"},
+            {"role": "user", "content": "And 2 + 3?"},
+            {"role": "assistant", "content": REFERENCE},
+        ],
+    }
+    for i in range(3)
+]
+
+
+class Server:
+    """The running server and its folders: ``model`` is served, ``base`` is the random model it was made from."""
+
+    def __init__(self, folder: Path, scripts: Path, python: Path):
+        self.folder, self.scripts, self.python = folder, scripts, python
+        self.model, self.base = folder / "model", folder / "base"
+        for model in (self.model, self.base):
+            make = ["prepare_model.py", "--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
+            subprocess.run([sys.executable, scripts / make[0], *make[1:]], check=True, capture_output=True)
+        scripted_model.script(self.model)
+        self.verified = folder / "verify_model.json"
+        receipts.write(
+            self.verified,
+            "verify_model",
+            inputs={"base": {"path": str(self.base), "fingerprint": ""}},
+            settings={},
+            result={"model": str(self.model)},
+            figures={},
+        )
+        self.prompts = folder / "held_out.jsonl"
+        self.prompts.write_text("".join(json.dumps(sample) + "\n" for sample in SAMPLES))
+        self.run_dir = folder / "serve" / "job-1"
+        self.log = folder / "server.log"
+
+    def start(self) -> subprocess.Popen:
+        (self.folder / "settings.json").write_text(json.dumps(SETTINGS))
+        command = [self.python, self.scripts / "serve_node.py", "--model-receipt", self.verified]
+        command += ["--settings", self.folder / "settings.json", "--run-dir", self.run_dir]
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        with open(self.log, "w") as output:
+            running = subprocess.Popen(command, env=alone, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 600
+        while not (self.run_dir / "endpoint.json").exists():
+            assert running.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.5)
+        return running
+
+    def run(self, script: str, *arguments: object) -> subprocess.CompletedProcess:
+        """One of the scripts against the server."""
+        endpoint = json.loads((self.run_dir / "endpoint.json").read_text())
+        key = Path(endpoint["api_key_file"]).read_text().strip()
+        words = ["--url", endpoint["url"], "--model", "tiny", "--prompts", self.prompts, "--template", "deepseek-r1"]
+        return subprocess.run(
+            [self.python, self.scripts / script, *map(str, [*words, *arguments])],
+            env=os.environ | {"VLLM_API_KEY": key},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    def smoke_test(self, name: str, *arguments: object) -> subprocess.CompletedProcess:
+        """A smoke test whose files carry ``name``."""
+        files = ["--receipt", self.folder / f"{name}.json", "--transcript", self.folder / name / "transcript.jsonl"]
+        return self.run("smoke_test.py", *files, "--max-tokens", 24, "--max-model-len", 256, *arguments)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, project: Path, environment) -> tuple[subprocess.CompletedProcess, Path]:
-    """A smoke test of a random model from start to end, and the folder of its files."""
-    folder = tmp_path_factory.mktemp("serve")
-    scripts = project / "workflow" / "scripts"
-    model = folder / "model"
-    make = [scripts / "prepare_model.py", "--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
-    subprocess.run([sys.executable, *make], check=True, capture_output=True)
-    receipts.write(
-        folder / "verify_model.json",
-        "verify_model",
-        inputs={},
-        settings={},
-        result={"model": str(model)},
-        figures={},
-    )
-    prompts = folder / "held_out.jsonl"
-    lines = [{"id": str(i), "messages": [{"role": "user", "content": f"{i} + 1?"}], "answer": "x"} for i in range(3)]
-    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = SETTINGS | {"smoke_test": SETTINGS["smoke_test"] | {"prompts": str(prompts)}}
-    (folder / "settings.json").write_text(json.dumps(settings))
-    command = [environment("serve-cpu"), scripts / "serve_node.py", "--model-receipt", folder / "verify_model.json"]
-    command += ["--settings", folder / "settings.json", "--run-dir", folder / "serve" / "job-1"]
-    command += ["--smoke-test", folder / "smoke_test.json"]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=900, check=False)
-    return done, folder
+def server(tmp_path_factory, project: Path, environment) -> Iterator[Server]:
+    """A lasting deployment for all tests of this module."""
+    server = Server(tmp_path_factory.mktemp("serve"), project / "workflow" / "scripts", environment("serve-cpu"))
+    running = server.start()
+    try:
+        yield server
+    finally:
+        (server.run_dir / "stop").touch()
+        running.wait(timeout=60)
 
 
-def verdict(served: tuple[subprocess.CompletedProcess, Path], check: str) -> tuple[str, str]:
-    """Verdict and detail that the output gives for a check."""
-    found = re.search(rf"^  (\S+) +{check}: (.*)$", served[0].stderr, re.MULTILINE)
-    assert found, served[0].stderr
-    return found.groups()
+@pytest.fixture(scope="module")
+def passed(server: Server) -> dict:
+    """The receipt of a smoke test with everything switched on."""
+    load = ["--benchmark-concurrency", "2", "--benchmark-input-tokens", 32, "--benchmark-output-tokens", 8]
+    done = server.smoke_test("smoke_test", "--model-receipt", server.verified, "--model-dir", server.model, *load)
+    assert done.returncode == 0, done.stderr + server.log.read_text()[-3000:]
+    return receipts.read(server.folder / "smoke_test.json", "smoke_test")
 
 
-def test_served_logprobs_equal_transformers(served):
-    word, detail = verdict(served, "logprobs")
-    assert word == "ok", detail
-    assert "bfloat16" in detail
+def test_no_check_is_skipped_and_all_pass(passed):
+    assert passed["figures"]["skipped"] == {}
+    assert {name for name, check in passed["figures"]["checks"].items() if not check["passed"]} == set()
 
 
-def test_random_model_fails_the_format_gate(served):
-    done, folder = served
+def test_served_logprobs_equal_transformers(passed):
+    assert "bfloat16" in passed["figures"]["checks"]["logprobs"]["detail"]
+
+
+def test_prompts_of_several_turns_are_rendered_as_in_training(passed):
+    assert passed["figures"]["checks"]["prompt_as_trained"]["detail"].startswith("3 prompts equal deepseek-r1")
+
+
+def test_loss_lies_below_that_of_the_base_on_the_same_samples(passed):
+    loss = passed["figures"]["loss"]
+    assert loss["tuned"] < loss["base"]
+    assert loss["base"] == pytest.approx(11.8, abs=0.5)  # a random model guesses evenly over 129,280 tokens
+
+
+def test_samples_hold_question_answer_reference_and_the_bases_words(passed):
+    (first, *_) = passed["figures"]["samples"]
+    assert (first["question"], first["answer"]) == ("And 2 + 3?", scripted_model.ANSWER)
+    assert first["reference"]["reasoning"] == scripted_model.REASONING
+    assert first["base"]["reasoning"] != first["reasoning"]
+
+
+def test_speed_is_measured_by_vllms_own_benchmark(passed):
+    benchmark = passed["figures"]["benchmark"]
+    assert benchmark["tool"].startswith("vllm bench serve")
+    assert benchmark["by_concurrency"]["2"]["requests"] == 4
+    assert benchmark["by_concurrency"]["2"]["tokens_per_second"] > 0
+
+
+def test_measured_base_gives_the_loss_that_the_smoke_test_finds(server, passed):
+    output = server.folder / "measured.json"
+    done = server.run("measure_held_out.py", "--tokenizer", server.model, "--output", output, "--max-tokens", 24)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(output.read_text())
+    assert measured["loss"] == pytest.approx(passed["figures"]["loss"]["tuned"], abs=0.02)
+    assert measured["samples"][0]["answer"] == scripted_model.ANSWER
+
+
+def test_other_weights_than_the_converted_ones_fail_the_log_probabilities_alone(server):
+    done = server.smoke_test("other", "--model-dir", server.base, "--no-benchmark")
     assert done.returncode == 3, done.stderr
-    assert verdict(served, "held_out_format") == (
-        "FAILED",
-        "0 of 3 well formed = 0.000, expected at least 0.9; not: 0, 1, 2",
-    )
-    assert not (folder / "smoke_test.json").exists()
-
-
-@pytest.mark.parametrize(
-    "check", ["health", "model_name", "unknown_model", "repeatable", "concurrency", "over_long_prompt", "health_after"]
-)
-def test_checks_of_the_server_itself_pass_whatever_the_model_says(served, check):
-    assert verdict(served, check)[0] == "ok"
-
-
-def test_transcript_holds_the_models_own_words(served):
-    lines = [json.loads(line) for line in (served[1] / "serve" / "transcript.jsonl").read_text().splitlines()]
-    replies = [json.loads(line["response"]) for line in lines if line["check"] == "held_out_format"]
-    assert len(replies) == 3
-    assert all(reply["choices"][0]["message"]["content"] is None for reply in replies)
-
-
-def test_nothing_keeps_running(served):
-    run_dir = str(served[1])
-    left = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_text()
-        except OSError:
-            continue
-        if run_dir in command and int(process.name) != os.getpid():
-            left.append(command)
-    assert left == []
+    assert re.findall(r"^  FAILED (\w+)", done.stderr, re.MULTILINE) == ["logprobs"]
+    assert not (server.folder / "other.json").exists()
+    assert (server.folder / "other" / "transcript.jsonl").stat().st_size > 0

@@ -317,4 +317,4 @@ def test_demo_chats_are_all_accepted_and_broken_ones_all_rejected(tmp_path):
     asked = {m["content"] for r in accepted for m in r["messages"] if m["role"] == "user"}
     held_out = read_lines(DEMO / "held_out.jsonl")
     assert len(held_out) == 50
-    assert not asked & {prompt["messages"][-1]["content"] for prompt in held_out}
+    assert not asked & {prompt["messages"][-2]["content"] for prompt in held_out}

@@ -128,6 +128,27 @@ def test_stage_shows_the_last_lines_of_a_failure(tmp_path):
     assert "exit code 5" in failed.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "slurmstepd-node2: error: StepId=7.0 exceeded memory limit (951066624 > 943718400), being killed",
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.",
+        "srun: error: node2: task 1: Out Of Memory",
+    ],
+)
+def test_stage_that_slurm_killed_for_lack_of_memory_says_so_and_how_to_mend_it(tmp_path, words):
+    failed = stage(tmp_path, 1, f"echo '{words}'; echo 'srun: error: node2: task 1: Killed'; exit 137")
+    (_, message) = failed.stderr.split("error: rule: Slurm killed the step for lack of memory:\n")
+    assert words in message
+    assert "node2: task 1: Killed" in message
+    assert "fix: raise `mem_mb` of this rule in the profile" in message
+
+
+def test_stage_that_was_killed_otherwise_does_not_speak_of_memory(tmp_path):
+    failed = stage(tmp_path, 1, "echo 'srun: error: node2: task 1: Killed'; echo 'CUDA out of memory'; exit 137")
+    assert "lack of memory" not in failed.stderr
+
+
 @pytest.mark.parametrize(("code", "runs_again"), [(2, False), (3, False), (4, True), (5, True)])
 def test_retry_runs_again_only_where_that_can_help(tmp_path, code, runs_again):
     stage(tmp_path, 1, f"exit {code}")

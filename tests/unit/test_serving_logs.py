@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepseek_sft.serving import failures, reading_logs
+from deepseek_sft.serving import failures, memory_kills, reading_logs
 
 
 def test_phase_is_the_last_milestone_in_the_log(tmp_path):
@@ -43,6 +43,16 @@ def test_first_exceptions_are_found_behind_the_logs_prefixes(tmp_path):
         "RayWorkerProc rank=[1] died unexpectedly",
         "RuntimeError: See root cause above.",
     ]
+
+
+def test_worker_that_ray_has_lost_is_found_with_its_address_in_the_heads_log(tmp_path):
+    log = tmp_path / "n0.log"
+    prefix = "(EngineCore pid=461) ERROR 11-24 12:28:01 [core.py:1510] "
+    text = "\tclass_name: RayWorkerProc\n\tactor_id: 72d1ea\n\tpid: 339\n\tname: vllm_PP1\n\tip: 10.0.0.2"
+    words = f"ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n{text}\n"
+    log.write_text("(RayWorkerProc pid=12, ip=10.0.0.7) ready\n" + words.replace("\n", f"\n{prefix}") + "\r\n" + words)
+    assert reading_logs.dead_actors(log) == {"10.0.0.2": "339"}
+    assert len(reading_logs.exceptions(log)) == 1
 
 
 def test_progress_names_the_nodes_where_they_differ(tmp_path):
@@ -101,3 +111,30 @@ def test_killed_process_is_the_cause_whatever_the_others_complain_about():
     assert failure.problem.splitlines()[1].startswith("n1: vllm was killed by SIGKILL")
     assert failure.exit_code == 5
     assert "mem_mb" in failure.fix
+
+
+def test_process_that_the_kernel_killed_for_lack_of_memory_is_told_so_with_the_fix():
+    ended = f"ended with exit code 1{failures.lack_of_memory(1)}"
+    failure = failures.NodeFailure([report("n0", "is gone"), report("n1", ended)])
+    assert failure.problem.splitlines()[0] == "the deployment ended: n1: out of host memory"
+    assert "n1: vllm ended with exit code 1; the kernel killed 1 process here for lack of memory" in failure.problem
+    assert failure.fix.startswith("raise `mem_mb` of this rule in the profile")
+    assert failure.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("membership", "file"),
+    [
+        ("0::/slurm/job_7/step_0/task_0", "slurm/job_7/step_0/task_0/memory.events"),
+        ("4:cpuset,memory:/slurm/job_7\n0::/", "memory/slurm/job_7/memory.oom_control"),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_kernels_kills_are_read_from_the_groups_of_both_versions(tmp_path, membership, file):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(membership + "\n")
+    assert memory_kills.count(tmp_path / "proc", tmp_path / "groups") == 0  # nobody counts here
+    counted = tmp_path / "groups" / file
+    counted.parent.mkdir(parents=True)
+    counted.write_text("oom 4\noom_kill 3\noom_group_kill 0\n")
+    assert memory_kills.count(tmp_path / "proc", tmp_path / "groups") == 3

@@ -204,6 +204,16 @@ def test_lost_worker_ends_every_node_even_if_the_engine_goes_on_as_if_nothing_ha
     assert deployment.alive() == []
 
 
+def test_worker_that_only_ray_misses_is_named_first_with_its_node_and_that_nodes_last_lines(deployment):
+    deployment.start(flaws=("ray-lost-a-worker",))
+    assert deployment.codes() == [5, 5]
+    for each in deployment.programs:
+        (_, first, *_) = deployment.output(each).split("error: ")[1].splitlines()
+        assert first.startswith("n1: Ray's worker (pid 339) has gone")
+        assert "n1| fake vllm on n1" in deployment.output(each)
+        assert "n0: vllm ended with exit code 1" in deployment.output(each)
+
+
 def test_engine_that_dies_before_it_is_ready_ends_the_wait(deployment):
     deployment.start(flaws=("never-ready",))
     os.kill(deployment.pid_of_engine("n1"), signal.SIGKILL)

@@ -8,10 +8,9 @@ import pytest
 import safetensors.numpy
 from serving_fakes import LOGPROB, MODEL, fake_server
 
-from deepseek_sft.errors import BadInputError, CrashError, GateError
-from deepseek_sft.serving import smoke
-from deepseek_sft.serving.held_out import matches, read_prompts
-from deepseek_sft.serving.settings import SmokeSettings
+from deepseek_sft.errors import CrashError, GateError
+from deepseek_sft.serving import comparison, smoke
+from deepseek_sft.serving.smoke_settings import SmokeSettings
 
 PROMPTS = [
     {"id": "a", "messages": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"},
@@ -38,12 +37,10 @@ def model_dir(tmp_path: Path) -> Path:
 def run(server, tmp_path: Path, parser: str | None = "deepseek_r1", model_dir: Path | None = None, **settings):
     options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 1} | settings
     return smoke.run(
-        f"http://127.0.0.1:{server.server_port}",
-        MODEL,
+        smoke.Server(f"http://127.0.0.1:{server.server_port}", MODEL, reasoning_parser=parser, model_dir=model_dir),
         SmokeSettings(**options),
-        reasoning_parser=parser,
-        model_dir=model_dir,
-        transcript=tmp_path / "transcript.jsonl",
+        tmp_path / "transcript.jsonl",
+        tmp_path / "evaluation.jsonl",
     )
 
 
@@ -53,9 +50,9 @@ def failed_checks(error: GateError) -> set[str]:
 
 def test_healthy_server_passes_every_check(tmp_path, prompts):
     with fake_server() as server:
-        report = run(server, tmp_path, prompts=str(prompts))
+        report = run(server, tmp_path, prompts=str(prompts), benchmark_concurrency=(1, 4))
     assert all(entry["passed"] for entry in report.checks.values())
-    assert set(report.skipped) == {"logprobs"}
+    assert set(report.skipped) == {"logprobs", "held_out_loss", "loss_drop", "prompt_as_trained"}
     figures = report.figures
     assert (figures["prompts"], figures["format_rate"], figures["exact_match_rate"]) == (2, 1.0, 0.5)
     assert figures["tokens_per_second"] > 0
@@ -66,7 +63,7 @@ def test_healthy_server_passes_every_check(tmp_path, prompts):
     ("flaw", "checks"),
     [
         ("health", {"health", "health_after"}),
-        ("model_name", {"model_name", "over_long_prompt"}),
+        ("model_name", {"model_name", "over_long_prompt", "context_limit"}),
         ("unknown_model", {"unknown_model"}),
         ("chat", {"chat", "reasoning_separate", "finish_reason"}),
         ("reasoning_separate", {"reasoning_separate"}),
@@ -75,7 +72,13 @@ def test_healthy_server_passes_every_check(tmp_path, prompts):
         ("repeatable", {"repeatable"}),
         ("streaming", {"streaming"}),
         ("stream_end", {"streaming"}),
+        ("stream_order", {"streaming"}),
         ("concurrency", {"concurrency"}),
+        ("empty_when_busy", {"concurrency"}),
+        ("context_limit", {"context_limit"}),
+        ("context_cut", {"context_limit"}),
+        ("one_more", {"context_limit"}),
+        ("refused_by_500", {"context_limit"}),
         ("over_long_prompt", {"over_long_prompt"}),
         ("health_after", {"health_after"}),
     ],
@@ -87,8 +90,46 @@ def test_each_misbehaviour_fails_its_check_by_name(tmp_path, flaw, checks):
 
 
 def test_slow_server_fails_with_the_deadline_named(tmp_path):
-    with fake_server("silent") as server, pytest.raises(GateError, match=r"no answer within 0\.5 s"):
+    with fake_server("silent") as server, pytest.raises(GateError, match=r"no complete answer within 0\.5 s"):
         run(server, tmp_path, benchmark=False, request_timeout_s=0.5, concurrency=1)
+
+
+def test_server_that_hangs_under_load_fails_that_check_within_its_deadline(tmp_path):
+    with fake_server("hangs_when_busy") as server, pytest.raises(GateError) as raised:
+        run(server, tmp_path, benchmark=False, concurrency=8)
+    assert failed_checks(raised.value) == {"concurrency"}
+    assert "no complete answer within 1 s" in raised.value.problem
+
+
+def test_answer_that_never_ends_meets_the_deadline_of_the_whole_request(tmp_path):
+    with fake_server("drips") as server, pytest.raises(GateError, match=r"chat: no complete answer within 0\.5 s"):
+        run(server, tmp_path, benchmark=False, request_timeout_s=0.5, concurrency=1)
+
+
+def test_context_other_than_configured_fails(tmp_path):
+    with fake_server() as server, pytest.raises(GateError, match="context 64 tokens, configured are 128"):
+        url = f"http://127.0.0.1:{server.server_port}"
+        smoke.run(
+            smoke.Server(url, MODEL, reasoning_parser="deepseek_r1", max_model_len=128),
+            SmokeSettings(max_tokens=16, benchmark=False),
+            tmp_path / "transcript.jsonl",
+            tmp_path / "evaluation.jsonl",
+        )
+
+
+def test_answer_must_end_with_the_models_end_of_sentence(tmp_path, model_dir):
+    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    options = {"model_dir": model_dir, "benchmark": False, "logprobs_max_parameters": 0}
+    with fake_server() as server:
+        report = run(server, tmp_path, **options)
+    assert report.checks["finish_reason"]["detail"] == "stop at end-of-sentence token 1"
+    with fake_server("wrong_end") as server, pytest.raises(GateError, match="stopped at token 9"):
+        run(server, tmp_path, **options)
+
+
+def test_leak_in_any_answer_is_found_and_its_prompt_named(tmp_path, prompts):
+    with fake_server("late_leak") as server, pytest.raises(GateError, match=r"<think> \(first in the answer to b\)"):
+        run(server, tmp_path, prompts=str(prompts), benchmark=False, min_format_rate=0.5)
 
 
 def test_older_name_of_the_reasoning_field_is_understood(tmp_path):
@@ -101,6 +142,13 @@ def test_temperature_zero_is_sent_with_every_request(tmp_path):
     with fake_server() as server:
         run(server, tmp_path)
     assert {request["temperature"] for request in server.requests} == {0}
+
+
+def test_concurrency_is_reached(tmp_path):
+    with fake_server() as server:
+        server.seconds = 0.3
+        run(server, tmp_path, benchmark=False, concurrency=32, request_timeout_s=20)
+    assert server.most_running == 32
 
 
 def test_format_rate_below_the_bound_fails_and_names_the_prompts(tmp_path):
@@ -122,6 +170,15 @@ def test_transcript_is_kept_when_checks_fail(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_request_that_got_no_answer_is_in_the_transcript(tmp_path):
+    with fake_server("silent") as server, pytest.raises(GateError):
+        run(server, tmp_path, benchmark=False, request_timeout_s=0.3, concurrency=1)
+    lines = [json.loads(line) for line in (tmp_path / "transcript.jsonl").read_text().splitlines()]
+    unanswered = [line for line in lines if line["check"] == "chat" and line["request"]]
+    assert [line["status"] for line in unanswered] == [None]
+    assert "Timeout" in unanswered[0]["problem"]
+
+
 def test_absent_server_is_a_crash_not_a_failed_gate(tmp_path):
     with fake_server() as server:
         pass
@@ -131,15 +188,16 @@ def test_absent_server_is_a_crash_not_a_failed_gate(tmp_path):
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (0.04, True), (0.06, False), (float("nan"), False)])
 def test_logprobs_must_agree_with_the_reference(tmp_path, model_dir, monkeypatch, shift, passes):
-    def reference(folder: Path, dtype: str, sequences: list[list[int]]) -> dict:
-        assert (folder, dtype) == (model_dir, "bfloat16")
-        return {"logprobs": [[LOGPROB + shift] * (len(sequence) - 1) for sequence in sequences]}
+    def compute(jobs: list[comparison.Job]) -> list[dict]:
+        (job,) = jobs
+        assert (job.model_dir, job.dtype) == (str(model_dir), "bfloat16")
+        return [{"logprobs": [[LOGPROB + shift] * (len(sequence) - 1) for sequence in job.sequences]}]
 
-    monkeypatch.setattr(smoke, "_reference", reference)
+    monkeypatch.setattr(comparison, "compute", compute)
     with fake_server() as server:
         if passes:
             report = run(server, tmp_path, model_dir=model_dir, benchmark=False)
-            assert "over 10 tokens" in report.checks["logprobs"]["detail"]
+            assert "over 5 tokens" in report.checks["logprobs"]["detail"]
         else:
             with pytest.raises(GateError) as raised:
                 run(server, tmp_path, model_dir=model_dir, benchmark=False)
@@ -151,47 +209,16 @@ def test_incomplete_logprobs_fail_the_check_and_not_the_program(tmp_path, model_
         run(server, tmp_path, model_dir=model_dir, benchmark=False)
 
 
+def test_server_of_an_older_version_that_tells_no_token_ids_passes_and_the_receipt_says_what_was_skipped(
+    tmp_path, model_dir
+):
+    with fake_server("no_token_ids") as server:
+        report = run(server, tmp_path, model_dir=model_dir, benchmark=False)
+    assert "no token ids" in report.skipped["logprobs"]
+
+
 def test_large_model_is_not_compared_and_the_receipt_says_so(tmp_path, model_dir):
     with fake_server() as server:
         report = run(server, tmp_path, model_dir=model_dir, benchmark=False, logprobs_max_parameters=11)
     assert "12 parameters" in report.skipped["logprobs"]
     assert "logprobs" not in report.checks
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "same"),
-    [
-        ("5", "5", True),
-        ("The answer is 5.", "5", True),
-        ("The answer is 15.", "5", False),
-        ("It is 5.5", "5", False),
-        ("It is 1,5", "5", False),
-        ("BLUE.", "blue", True),
-        ("Plants absorb carbon\n dioxide.", "Carbon dioxide", True),
-        (r"So 6 apples, \boxed{5}", "5", True),
-        (r"First 5, then \boxed{6}", "5", False),
-        (r"\boxed{\frac{1}{2}}", r"thus $\boxed{\frac{1}{2}}$", True),
-        ("Five", "<think>\n2+3\n</think>\n\nfive", True),
-        ("anything", "", False),
-        ("", "5", False),
-    ],
-)
-def test_answer_matching(answer, expected, same):
-    assert matches(answer, expected) is same
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", "line 1: not JSON"),
-        ('{"answer": "5"}', "line 1: expected"),
-        ('{"messages": [{"role": "user"}]}', "line 1: a message is not"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "expected user"),
-        ("", "no prompt in it"),
-    ],
-)
-def test_bad_held_out_file_is_named_with_its_line(tmp_path, line, problem):
-    path = tmp_path / "held_out.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(BadInputError, match=problem):
-        read_prompts(path)

@@ -157,7 +157,9 @@ class Experiment:
         if rule == "train":
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
-        return files.canonical_json(serve | {"smoke_test": self.config["smoke_test"]})
+        # The test compares the prompts that the server renders with those of training.
+        smoke = self.config["smoke_test"] | {"template": self.config["data"]["template"]}
+        return files.canonical_json(serve | {"smoke_test": smoke})
 
     def operational(self, rule: str) -> str:
         """Canonical JSON of the settings of the same rules that change no result."""
@@ -245,9 +247,9 @@ class Experiment:
         return ", ".join(_state(f"{base}/{n}") for n in ("config.json", "model.safetensors.index.json") if base)
 
     def state_of_prompts(self) -> str:
-        """State of the smoke test's prompts."""
-        prompts = self.config["smoke_test"]["prompts"]
-        return _state(prompts) if prompts else ""
+        """State of the smoke test's samples and of the base's measurement."""
+        smoke = self.config["smoke_test"]
+        return ", ".join(_state(path) for path in (smoke["prompts"], smoke["base_measured"]) if path)
 
     def missing_paths(self, rules: Collection[str] = CHAIN) -> list[str]:
         """One sentence for each external path that does not exist and that one of ``rules`` reads."""
@@ -259,6 +261,7 @@ class Experiment:
             ("refine_plan", "model.base", config["model"]["base"]),
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
+            ("smoke_test", "smoke_test.base_measured", config["smoke_test"]["base_measured"]),
         ]
         stages = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
         for rule, stage in stages:

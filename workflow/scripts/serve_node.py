@@ -17,7 +17,7 @@ import _bootstrap  # noqa: F401
 from deepseek_sft import cli, receipts
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings as settings_file
-from deepseek_sft.serving import versions
+from deepseek_sft.serving import smoke_settings, versions
 from deepseek_sft.serving.commands import Programs
 from deepseek_sft.serving.listing import listing
 from deepseek_sft.serving.node import Node
@@ -49,7 +49,6 @@ def main() -> int:
     transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
 
     def smoke_test(url: str, seconds: float, nodes: list[str]) -> list[str]:
-        smoke = settings.smoke_test
         options = {
             "url": url,
             "model": settings.served_model_name,
@@ -57,21 +56,16 @@ def main() -> int:
             "model-receipt": arguments.model_receipt,
             "receipt": arguments.smoke_test,
             "transcript": transcript,
-            "prompts": smoke.prompts,
-            "max-tokens": smoke.max_tokens,
-            "min-format-rate": smoke.min_format_rate,
-            "concurrency": smoke.concurrency,
-            "request-timeout": smoke.request_timeout_s,
+            "max-model-len": settings.max_model_len,
             "reasoning-parser": settings.reasoning_parser or "none",
             "dtype": settings.dtype,
-            "logprobs-max-parameters": smoke.logprobs_max_parameters,
             "time-to-ready": f"{seconds:.1f}",
             "hosts": ",".join(nodes),
             "run-dir": arguments.run_dir,
         }
-        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
-        benchmark = [] if smoke.benchmark else ["--no-benchmark"]
-        return [sys.executable, str(Path(__file__).with_name("smoke_test.py")), *words, *benchmark]
+        words = [f"--{name}={value}" for name, value in options.items()]
+        words += smoke_settings.as_arguments(settings.smoke_test)
+        return [sys.executable, str(Path(__file__).with_name("smoke_test.py")), *words]
 
     programs = Programs.beside(sys.executable)
     return Node(settings, Path(model), arguments.run_dir, programs, smoke_test if arguments.smoke_test else None).run()

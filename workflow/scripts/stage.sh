@@ -21,6 +21,13 @@ code=$?
 if [ "$code" -ne 0 ]; then
     echo "exit code $code; last lines of $file:" >&2
     tail -n 25 "$file" >&2
+    # Slurm kills the whole step, the program that could have said so included.
+    mapfile -t killed < <(grep -aE 'slurmstepd.*(memory limit|oom.?kill)|srun: error: .*(Out Of Memory|Killed)' "$file" | sort -u)
+    if [[ ${killed[*]-} =~ memory\ limit|oom.?kill|Out\ Of\ Memory ]]; then
+        echo "error: ${folder##*/}: Slurm killed the step for lack of memory:" >&2
+        printf '  %s\n' "${killed[@]}" >&2
+        echo "  fix: raise \`mem_mb\` of this rule in the profile" >&2
+    fi
     case $code in 2 | 3) echo "attempt $attempt ended with exit code $code, see $file" > "$marker" ;; esac
 fi
 exit "$code"

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .encoding import Encoder, Segment
+from .labels import NO_LOSS
 from .messages import Rejection, check_canonical, split_reasoning
 from .similarity import Signature, language, signature
 from .templates import TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
-from .tokens import NO_LOSS
 
 POLICIES = ("split", "strip", "keep")
 

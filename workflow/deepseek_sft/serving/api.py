@@ -9,11 +9,15 @@ from typing import Any
 
 import httpx
 
-LONGEST_TRANSCRIBED = 4000  # characters of one request or answer
+LONGEST_TRANSCRIBED = 60_000  # characters of one request or answer
 
 
 class CheckFailed(Exception):
     """A check's promise does not hold; the text says what was seen."""
+
+
+class CheckSkipped(Exception):
+    """A check does not apply here; the text says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Reply:
         token_ids: prompt and answer, where the server gave them.
         seconds: until the last byte.
         first_token_s: until the first text of a streamed answer.
+        pieces: number of streamed pieces that carried text.
+        in_order: whether no reasoning came after the answer had begun.
         done: whether a stream ended with ``[DONE]``.
     """
 
@@ -39,6 +45,8 @@ class Reply:
     token_ids: tuple[list[int], list[int]] | None = None
     seconds: float = 0.0
     first_token_s: float | None = None
+    pieces: int = 0
+    in_order: bool = True
     done: bool = False
 
 
@@ -48,7 +56,7 @@ class Api:
     Args:
         url: ``http://host:port``, with or without ``/v1``.
         model: its served name.
-        timeout_s: deadline of one request.
+        timeout_s: deadline of one request, from its start to its last byte.
         api_key: sent as bearer token if not empty.
         transcript: JSONL file that gets one line per exchange as it happens.
     """
@@ -77,17 +85,28 @@ class Api:
 
     def get(self, path: str) -> httpx.Response:
         """GET with a short deadline: these answers need no computing."""
-        begin = time.monotonic()
-        response = self._client.get(path, timeout=min(10, self.timeout_s))
-        self._note(path, None, response.status_code, response.text, begin)
-        return response
+        return self._exchange("GET", path, None, min(10, self.timeout_s))
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         """POST a JSON body."""
+        return self._exchange("POST", path, body, self.timeout_s)
+
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
+        """One request and its whole answer, within ``timeout_s`` in all; noted, whatever becomes of it."""
         begin = time.monotonic()
-        response = self._client.post(path, json=body)
-        self._note(path, body, response.status_code, response.text, begin)
-        return response
+        status, received = None, bytearray()
+        try:
+            with self._client.stream(method, path, json=body, timeout=timeout_s) as response:
+                status = response.status_code
+                for part in response.iter_bytes():
+                    received += part
+                    _within(begin, timeout_s)
+        except httpx.HTTPError as error:
+            self._note(path, body, status, received.decode("utf-8", "replace"), begin, repr(error))
+            raise
+        whole = httpx.Response(status, content=bytes(received))
+        self._note(path, body, status, whole.text, begin)
+        return whole
 
     def chat_body(self, messages: list[dict[str, str]], max_tokens: int, **options: Any) -> dict[str, Any]:
         """A chat request. Temperature 0 is spelled out: servers apply the model's generation_config.json otherwise."""
@@ -123,23 +142,35 @@ class Api:
         options |= {"stream": True, "stream_options": {"include_usage": True}}
         body = self.chat_body(messages, max_tokens, **options)
         begin = time.monotonic()
-        reply, raw = Reply(), []
-        with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                raise CheckFailed(f"status {response.status_code}: {response.read()[:300]!r}")
-            for line in response.iter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line[5:].strip()
-                raw.append(data)
-                if data == "[DONE]":
-                    reply = dataclasses.replace(reply, done=True)
-                    break
-                reply = _extended(reply, data, time.monotonic() - begin)
-        self._note("/v1/chat/completions", body, 200, "\n".join(raw), begin)
+        reply, raw, status, problem = Reply(), [], None, ""
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+                status = response.status_code
+                if status != 200:
+                    raw.append(response.read().decode("utf-8", "replace"))
+                    raise CheckFailed(f"status {status}: {raw[0][:300]}")
+                for line in response.iter_lines():
+                    _within(begin, self.timeout_s)
+                    if not line.startswith("data:"):
+                        continue
+                    data = line[5:].strip()
+                    raw.append(data)
+                    if data == "[DONE]":
+                        reply = dataclasses.replace(reply, done=True)
+                        break
+                    reply = _extended(reply, data, time.monotonic() - begin)
+        except (httpx.HTTPError, CheckFailed) as error:
+            problem = repr(error)
+            raise
+        finally:
+            self._note("/v1/chat/completions", body, status, "\n".join(raw), begin, problem)
         return dataclasses.replace(reply, seconds=time.monotonic() - begin)
 
-    def _note(self, path: str, body: Any, status: int, text: str, begin: float) -> None:
+    def note(self, command: str, exit_code: int, output: str, begin: float) -> None:
+        """Note a program that sent requests of its own."""
+        self._note(command, None, exit_code, output, begin)
+
+    def _note(self, path: str, body: Any, status: int | None, text: str, begin: float, problem: str = "") -> None:
         if not self._transcript:
             return
         request = json.dumps(body, ensure_ascii=False)
@@ -151,9 +182,17 @@ class Api:
             "seconds": round(time.monotonic() - begin, 3),
             "response": text if len(text) <= LONGEST_TRANSCRIBED else text[:LONGEST_TRANSCRIBED] + "…",
         }
+        if problem:
+            entry["problem"] = problem
         with self._lock:
             self._transcript.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self._transcript.flush()
+
+
+def _within(begin: float, timeout_s: float) -> None:
+    """Raise when a request takes too long in all; httpx itself limits only the silence between two pieces."""
+    if time.monotonic() - begin > timeout_s:
+        raise httpx.ReadTimeout(f"not complete within {timeout_s:g} s")
 
 
 def parsed(response: httpx.Response) -> dict[str, Any]:
@@ -193,4 +232,6 @@ def _extended(reply: Reply, data: str, seconds: float) -> Reply:
         prompt_tokens=usage.get("prompt_tokens", reply.prompt_tokens),
         completion_tokens=usage.get("completion_tokens", reply.completion_tokens),
         first_token_s=seconds if first is None and (reasoning or answer) else first,
+        pieces=reply.pieces + bool(reasoning or answer),
+        in_order=reply.in_order and not (reasoning and reply.answer),
     )

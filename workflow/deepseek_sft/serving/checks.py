@@ -1,14 +1,18 @@
-"""The checks of the smoke test. Each returns what it measured, in words, or raises CheckFailed with what it saw."""
+"""The checks of the smoke test on how the server behaves.
+
+Each returns what it measured, in words, or raises CheckFailed with what it saw, or CheckSkipped with why it does not
+apply.
+"""
 
 import dataclasses
-import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
 
-from ..cli import say
-from .api import Api, CheckFailed, Reply, parsed
-from .held_out import Prompt, final_answer, leaked_tokens, well_formed
-from .settings import SmokeSettings
+from .api import Api, CheckFailed, CheckSkipped, Reply, parsed
+from .comparison import ModelFolder
+from .held_out import Prompt, final_answer, leaked_tokens
+from .held_out_tokens import expected_prompt
+from .smoke_settings import SmokeSettings
 
 DEFAULT_PROMPTS = (
     Prompt("default-1", [{"role": "user", "content": "What is 2 + 3?"}], None),
@@ -16,7 +20,7 @@ DEFAULT_PROMPTS = (
 )
 # Batched kernels need not be deterministic to the last bit; long answers may part after many equal characters.
 SAME_CHARACTERS = 200
-PROGRESS_EVERY_S = 10
+FILLER = range(100, 1000)  # ids of ordinary tokens in every tokenizer, for prompts of an exact length
 
 
 @dataclasses.dataclass
@@ -24,17 +28,30 @@ class Context:
     """What the checks share.
 
     Attributes:
-        example: the first prompt and its reply, once the chat check has it.
+        api, settings: the server and what is asked of it.
+        reasoning_parser: the server's parser; None if reasoning stays in the text.
+        prompts: held-out samples, else DEFAULT_PROMPTS.
+        held_out: whether they are held-out samples.
+        model: folder of the served model; None where it is not at hand.
+        base: folder of the model that training started from; None where it is not at hand.
+        expected_len: context the server was started with; None if unknown.
         max_model_len: longest context the server reports.
+        example: the first prompt's reply, once the check ``chat`` has it.
+        replies: everything the model has said, with the prompt it answers.
     """
 
     api: Api
     settings: SmokeSettings
     reasoning_parser: str | None
     prompts: list[Prompt]
+    held_out: bool = False
+    model: ModelFolder | None = None
+    base: Path | None = None
+    dtype: str = "auto"
+    expected_len: int | None = None
     max_model_len: int = 0
     example: Reply | None = None
-    streamed: Reply | None = None
+    replies: list[tuple[Prompt, Reply]] = dataclasses.field(default_factory=list)
 
     @property
     def max_tokens(self) -> int:
@@ -42,7 +59,14 @@ class Context:
         room = self.max_model_len // 2 or self.settings.max_tokens
         return min(self.settings.max_tokens, room)
 
+    def ask(self, prompt: Prompt) -> Reply:
+        """A prompt's reply in one piece, remembered."""
+        reply = self.api.chat(prompt.messages, self.max_tokens, return_token_ids=True)
+        self.replies.append((prompt, reply))
+        return reply
+
     def need_example(self) -> Reply:
+        """The first prompt's reply; without one a check on it cannot be made."""
         if self.example is None:
             raise CheckFailed("not possible: the check `chat` got no reply")
         return self.example
@@ -63,6 +87,8 @@ def model_name(context: Context) -> str:
     if context.api.model not in names:
         raise CheckFailed(f"served: {names}, expected {context.api.model}")
     context.max_model_len = models[names.index(context.api.model)].get("max_model_len") or 0
+    if context.expected_len and context.max_model_len != context.expected_len:
+        raise CheckFailed(f"context {context.max_model_len} tokens, configured are {context.expected_len}")
     return f"{context.api.model}, context {context.max_model_len} tokens"
 
 
@@ -77,7 +103,7 @@ def unknown_model(context: Context) -> str:
 
 def chat(context: Context) -> str:
     """A chat request gets an answer that is not empty."""
-    reply = context.example = context.api.chat(context.prompts[0].messages, context.max_tokens)
+    reply = context.example = context.ask(context.prompts[0])
     if not final_answer(reply, context.reasoning_parser).strip():
         seen = f"{len(reply.reasoning)} characters of reasoning" if reply.reasoning else "nothing else either"
         raise CheckFailed(f"empty answer (finish reason {reply.finish_reason}, {seen})")
@@ -86,6 +112,8 @@ def chat(context: Context) -> str:
 
 def reasoning_separate(context: Context) -> str:
     """Reasoning and answer come in fields of their own."""
+    if not context.reasoning_parser:
+        raise CheckSkipped("the server has no reasoning parser")
     reply = context.need_example()
     if not reply.reasoning.strip() or not reply.answer.strip():
         raise CheckFailed(f"reasoning has {len(reply.reasoning)} characters, answer {len(reply.answer)}")
@@ -93,54 +121,93 @@ def reasoning_separate(context: Context) -> str:
 
 
 def no_template_tokens(context: Context) -> str:
-    """No token of the chat template shows up as text."""
-    leaked = leaked_tokens(context.need_example(), context.reasoning_parser)
-    if leaked:
-        raise CheckFailed(f"in the text: {', '.join(sorted(set(leaked)))}")
-    return "none"
+    """No token of the chat template shows up as text, in any answer of the whole test."""
+    context.need_example()
+    found: dict[str, str] = {}
+    for prompt, reply in context.replies:
+        for token in leaked_tokens(reply, context.reasoning_parser):
+            found.setdefault(token, prompt.id)
+    if found:
+        named = ", ".join(f"{token} (first in the answer to {name})" for token, name in sorted(found.items()))
+        raise CheckFailed(f"in the text: {named}")
+    return f"none in {len(context.replies)} answers"
 
 
 def finish_reason(context: Context) -> str:
-    """The model ends its answer by itself."""
+    """The model ends its answer by itself, with its end-of-sentence token."""
     reply = context.need_example()
     if reply.finish_reason != "stop":
         limit = f" after {reply.completion_tokens} tokens" if reply.finish_reason == "length" else ""
         raise CheckFailed(f"finish reason is {reply.finish_reason}{limit}, expected stop")
-    return "stop"
+    ends = context.model.eos_token_ids() if context.model else []
+    if not ends or not reply.token_ids:
+        return "stop"
+    last = reply.token_ids[1][-1]
+    if last not in ends:
+        raise CheckFailed(f"stopped at token {last}, the model's end-of-sentence tokens are {ends}")
+    return f"stop at end-of-sentence token {last}"
 
 
 def repeatable(context: Context) -> str:
     """The same greedy request gets the same answer."""
-    again = context.api.chat(context.prompts[0].messages, context.max_tokens)
-    return _same(context.need_example(), again, "the second answer")
+    first = context.need_example()
+    return _same(first, context.ask(context.prompts[0]), "the second answer")
 
 
 def streaming(context: Context) -> str:
-    """A streamed answer is the same text, reasoning before answer, closed by ``[DONE]``."""
-    reply = context.streamed = context.api.stream(context.prompts[0].messages, context.max_tokens)
+    """A streamed answer is the same text in pieces, reasoning before answer, closed by ``[DONE]``."""
+    prompt = context.prompts[0]
+    reply = context.api.stream(prompt.messages, context.max_tokens)
+    context.replies.append((prompt, reply))
     if not reply.done:
         raise CheckFailed("the stream ended without [DONE]")
     if reply.first_token_s is None:
         raise CheckFailed("the stream carried no text")
-    return (
-        f"{_same(context.need_example(), reply, 'the streamed answer')}, first text after {reply.first_token_s:.3f} s"
-    )
+    if not reply.in_order:
+        raise CheckFailed("reasoning came after the answer had begun")
+    same = _same(context.need_example(), reply, "the streamed answer")
+    return f"{same}, {reply.pieces} pieces, first text after {reply.first_token_s:.3f} s"
 
 
 def concurrency(context: Context) -> str:
-    """Many requests at the same time are all answered."""
+    """Many requests at the same time are all answered, each with an answer of its own."""
     count = context.settings.concurrency
     prompts = [context.prompts[i % len(context.prompts)] for i in range(count)]
     failures = []
     with ThreadPoolExecutor(count) as pool:
-        for future in [pool.submit(context.api.chat, prompt.messages, context.max_tokens) for prompt in prompts]:
+        for future in [pool.submit(context.ask, prompt) for prompt in prompts]:
             try:
-                future.result()
+                reply = future.result()
             except CheckFailed as error:
                 failures.append(str(error))
+                continue
+            if not (reply.reasoning or reply.answer):
+                failures.append(f"an empty answer, finish reason {reply.finish_reason}")
     if failures:
         raise CheckFailed(f"{len(failures)} of {count} requests failed; first: {failures[0]}")
     return f"{count} of {count} answered"
+
+
+def context_limit(context: Context) -> str:
+    """A request that fills the context to its last token is answered; one token more is refused with 4xx."""
+    if not context.max_model_len:
+        raise CheckFailed("not possible: the server reports no max_model_len")
+    longest = context.max_model_len - 1  # one token is left for the answer
+    full = parsed(context.api.post("/v1/completions", _filled(context, longest)))
+    used = (full.get("usage") or {}).get("total_tokens")
+    if used != context.max_model_len:
+        raise CheckFailed(f"a prompt of {longest} tokens and one of answer made {used} tokens: the prompt was cut")
+    response = context.api.post("/v1/completions", _filled(context, longest + 1))
+    if not 400 <= response.status_code < 500:
+        raise CheckFailed(f"one token more was answered {response.status_code}, expected 4xx")
+    if "error" not in response.text:
+        raise CheckFailed(f"{response.status_code} without an error message: {response.text[:200]!r}")
+    return f"{context.max_model_len} tokens answered, one more refused with {response.status_code}"
+
+
+def _filled(context: Context, tokens: int) -> dict:
+    prompt = [FILLER[i % len(FILLER)] for i in range(tokens)]
+    return {"model": context.api.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
 
 
 def over_long_prompt(context: Context) -> str:
@@ -154,56 +221,26 @@ def over_long_prompt(context: Context) -> str:
     return f"{response.status_code}"
 
 
-def held_out_format(context: Context, replies: list[Reply]) -> str:
-    """Enough held-out prompts get closed reasoning, then an answer, then the end."""
-    formed = [well_formed(reply, context.reasoning_parser) for reply in replies]
-    rate = sum(formed) / len(formed)
-    if rate < context.settings.min_format_rate:
-        bad = [prompt.id for prompt, good in zip(context.prompts, formed, strict=True) if not good]
+def prompt_as_trained(context: Context) -> str:
+    """The server's chat template gives the model the tokens that training put before the answer, one for one."""
+    if not context.settings.template:
+        raise CheckSkipped("training's template is not known")
+    if not context.model:
+        raise CheckSkipped("no model folder was given")
+    told = {prompt.id: (prompt, reply.token_ids[0]) for prompt, reply in context.replies if reply.token_ids}
+    if not told:
+        raise CheckSkipped("the server returned no token ids (vLLM does since 0.10.2)")
+    for prompt, given in told.values():
+        allowed = expected_prompt(prompt, context.model.path, context.settings.template)
+        if any(given == ids[: len(given)] and len(given) >= shortest for ids, shortest in allowed):
+            continue
+        ids = allowed[0][0]
+        at = next((i for i, (one, two) in enumerate(zip(given, ids, strict=False)) if one != two), len(given))
         raise CheckFailed(
-            f"{sum(formed)} of {len(formed)} well formed = {rate:.3f}, expected at least "
-            f"{context.settings.min_format_rate}; not: {', '.join(bad[:10])}"
+            f"the prompt {prompt.id} differs from template {context.settings.template} at token {at}: "
+            f"served …{given[max(0, at - 3) : at + 5]}, trained …{ids[max(0, at - 3) : at + 5]}"
         )
-    return f"{sum(formed)} of {len(formed)} well formed"
-
-
-def ask_all(context: Context) -> list[Reply]:
-    """Replies to all prompts, ``concurrency`` at a time; a refused one counts as an empty reply."""
-
-    def ask(prompt: Prompt) -> Reply:
-        try:
-            return context.api.chat(prompt.messages, context.max_tokens)
-        except CheckFailed:
-            return Reply()
-
-    replies, said = [], time.monotonic()
-    with ThreadPoolExecutor(context.settings.concurrency) as pool:
-        for reply in pool.map(ask, context.prompts):
-            replies.append(reply)
-            if time.monotonic() - said > PROGRESS_EVERY_S:
-                said = time.monotonic()
-                say(f"  … {len(replies)} of {len(context.prompts)} held-out prompts answered")
-    return replies
-
-
-def benchmark(context: Context) -> dict[str, Any]:
-    """Tokens per second of one request alone and of ``concurrency`` at once, each of up to 128 tokens."""
-    tokens = min(128, context.max_tokens)
-
-    def ask(prompt: Prompt) -> Reply:
-        return context.api.stream(prompt.messages, tokens, ignore_eos=True)
-
-    alone = ask(context.prompts[0])
-    count = context.settings.concurrency
-    prompts = [context.prompts[i % len(context.prompts)] for i in range(count)]
-    with ThreadPoolExecutor(count) as pool:
-        together = list(pool.map(ask, prompts))
-    slowest = max(reply.seconds for reply in together)
-    return {
-        "time_to_first_token_s": alone.first_token_s,
-        "tokens_per_second": round(alone.completion_tokens / alone.seconds, 2),
-        "tokens_per_second_concurrent": round(sum(reply.completion_tokens for reply in together) / slowest, 2),
-    }
+    return f"{len(told)} prompts equal {context.settings.template}, token for token"
 
 
 def _same(first: Reply, second: Reply, what: str) -> str:

@@ -8,6 +8,7 @@ from ..errors import BadInputError, CrashError
 
 KILLED = re.compile(r"killed by|is gone")
 LOST = re.compile(r"has gone")
+NO_MEMORY = re.compile(r"for lack of memory")
 _KILLED_OR_LOST = re.compile(f"{KILLED.pattern}|{LOST.pattern}")
 KILLED_WORKER = re.compile(r"WorkerProc.* died unexpectedly|worker.*died unexpectedly", re.IGNORECASE)
 MEMORY_HINT = (
@@ -96,6 +97,11 @@ CAUSES = (
 )  # fmt: skip
 
 
+def lack_of_memory(killed: int) -> str:
+    """What is added to how a process ended, where the kernel has killed some of its node."""
+    return f"; the kernel killed {killed} process{'es' if killed > 1 else ''} here for lack of memory"
+
+
 class StopRequest(Exception):
     """The head ends the deployment in order."""
 
@@ -118,7 +124,12 @@ class NodeFailure(CrashError):
             parts.append(f"{report['node']}: {report['process']} {report['exit']}{where}{named}")
         problem, fix = "the deployment ended because of a failure", ""
         found = find_cause(self.reports)
-        if found:
+        without_memory = next((report for report in self.reports if NO_MEMORY.search(report["exit"])), None)
+        if without_memory:
+            problem = f"the deployment ended: {without_memory['node']}: out of host memory"
+            fix = "raise `mem_mb` of this rule in the profile; what lies in /dev/shm counts too"
+            self.exit_code = BadInputError.exit_code
+        elif found:
             node, cause, line = found
             problem, fix = f"the deployment ended: {node}: {cause.problem} ({line})", cause.fix
             if cause.permanent:

@@ -1,7 +1,13 @@
-"""Held-out prompts: reading them, and judging an answer's form and content.
+"""Held-out samples: reading them, and judging an answer's form and content.
 
-File: one JSON object a line, ``{"id", "messages", "answer"}``; messages end with the user's turn, ``answer`` is the
-expected final answer (reasoning in front of it, closed by ``</think>``, is ignored).
+File: one JSON object a line, in the form of training data or as a bare prompt::
+
+    {"id", "messages": […, {"role": "user"}, {"role": "assistant", "content", "reasoning_content"}][, "answer"]}
+    {"id", "messages": […, {"role": "user"}][, "answer"]}
+
+A last message of the assistant is the reference that the loss is measured on. ``answer`` is the expected final answer
+(reasoning in front of it, closed by ``</think>``, is ignored); without it, a short answer of the reference, or the last
+``\\boxed{…}`` in it, is expected.
 """
 
 import dataclasses
@@ -11,40 +17,60 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from ..data.messages import Rejection, normalise, split_reasoning
 from ..errors import BadInputError
 from .api import Reply
 
 TEMPLATE_TOKEN = re.compile(r"<｜[^｜<>]{1,40}｜>")
 THINK_TAG = re.compile(r"</?think>")
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+EXPECTED_CHARACTERS = 80  # a longer reference answer is an essay, which no other answer equals
+PLACEHOLDER = {"role": "assistant", "content": "."}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One held-out prompt; ``answer`` is None where only the form is judged."""
+    """One held-out sample.
+
+    Attributes:
+        id: its name, unique in the file.
+        messages: what is asked, ending with the user's turn.
+        answer: the expected final answer, None where only the form is judged.
+        reference: the assistant's message to measure the loss on, as ``train.jsonl`` has it; None if there is none.
+    """
 
     id: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     answer: str | None
+    reference: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The user's last turn."""
+        return self.messages[-1]["content"]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read held-out prompts.
+    """Read held-out samples.
 
     Raises:
-        BadInputError: unreadable, empty, or a line that is no prompt; names file and line.
+        BadInputError: unreadable, empty, a line that is no sample, or two of one id; names file and line.
     """
-    prompts = []
+    prompts: dict[str, Prompt] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"held-out prompts {path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            prompts.append(_prompt(line, f"{path}, line {number}", number))
+            prompt = _prompt(line, f"{path}, line {number}", number)
+            if prompt.id in prompts:
+                raise BadInputError(f"{path}, line {number}: the id {prompt.id} is there already")
+            prompts[prompt.id] = prompt
     if not prompts:
         raise BadInputError(f"held-out prompts {path}: no prompt in it", "leave smoke_test.prompts null to do without")
-    return prompts
+    return list(prompts.values())
 
 
 def _prompt(line: str, where: str, number: int) -> Prompt:
@@ -55,16 +81,30 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
         raise BadInputError(f'{where}: expected {{"id", "messages": [...], "answer"}}')
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise BadInputError(f'{where}: a message is not {{"role": text, "content": text}}: {message!r}')
-    if messages[-1]["role"] != "user":
-        raise BadInputError(f"{where}: the last message is of {messages[-1]['role']}, expected user")
+    last = messages[-1].get("role") if isinstance(messages[-1], dict) else None
+    try:
+        # The form of training data asks for a trained turn at the end; a bare prompt gets one for this check only.
+        turns = normalise(messages if last == "assistant" else [*messages, PLACEHOLDER])
+    except Rejection as rejection:
+        raise BadInputError(f"{where}: {rejection.reason}: {rejection.message}") from None
+    asked = [{name: text for name, text in message.items() if name != "loss"} for message in turns[:-1]]
+    if asked[-1]["role"] != "user":
+        raise BadInputError(f"{where}: the last message before the answer is of {asked[-1]['role']}, expected user")
+    reference = turns[-1]["content"] if last == "assistant" else None
     answer = value.get("answer")
+    if answer is None and reference is not None:
+        answer = _expected(split_reasoning(reference)[1])
     if answer is not None and not isinstance(answer, str):
         answer = json.dumps(answer)  # numbers
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return Prompt(str(value.get("id", number)), plain, answer)
+    return Prompt(str(value.get("id", number)), asked, answer, reference)
+
+
+def _expected(answer: str) -> str | None:
+    """What another answer must give to count as this one; None where that cannot be told."""
+    boxed = BOXED.findall(answer)
+    if boxed:
+        return boxed[-1]
+    return answer if len(answer) <= EXPECTED_CHARACTERS and "\n" not in answer.strip() else None
 
 
 def leaked_tokens(reply: Reply, reasoning_parser: str | None) -> list[str]:

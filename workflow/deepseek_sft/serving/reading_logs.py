@@ -9,6 +9,10 @@ EXCEPTION = re.compile(
     r"([A-Za-z_][\w.]*(?:Error|Exception)\b[^\n]*|[A-Z]\w+[^\n]* died unexpectedly[^\n]*)",
     re.MULTILINE,
 )
+# Ray's word on a worker that is gone, wherever it ran; the head's log has it.
+DEAD_ACTOR = re.compile(
+    r"ActorDiedError[^\n]*\n(?:[^\n]*\n){0,8}?[^\n]*\tpid: (\d+)\s*\n(?:[^\n]*\n){0,4}?[^\n]*\tip: ([\w.:]+)"
+)
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LONGEST_READ = 4 << 20  # bytes
 SHOWN_EXCEPTIONS = 4
@@ -49,8 +53,13 @@ def exceptions(log: Path, since: int = 0) -> list[str]:
         since: byte offset from which the log belongs to this start.
     """
     text = text_since(log, since)
-    found = dict.fromkeys(match.group(1)[:400] for match in EXCEPTION.finditer(text))
+    found = dict.fromkeys(match.group(1)[:400].strip() for match in EXCEPTION.finditer(text))
     return list(found)[:SHOWN_EXCEPTIONS]
+
+
+def dead_actors(log: Path, since: int = 0) -> dict[str, str]:
+    """Address of a node → process id of the worker that Ray has lost there, from the head's log."""
+    return {address: pid for pid, address in DEAD_ACTOR.findall(text_since(log, since))}
 
 
 def text_since(log: Path, since: int) -> str:

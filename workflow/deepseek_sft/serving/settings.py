@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
+from . import smoke_settings
+from .smoke_settings import SmokeSettings
 
 BACKENDS = ("native", "ray")
 # Flags that follow from the allocation or from a setting of their own; engine_args must not contradict them.
@@ -36,29 +38,6 @@ DECIDED_FLAGS = {
 }
 # The server is watched over plain HTTP; encryption belongs to a proxy in front of it, or to a tunnel.
 UNSUPPORTED_FLAGS = ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "root-path")
-
-
-@dataclasses.dataclass(frozen=True)
-class SmokeSettings:
-    """Settings of the smoke test.
-
-    Attributes:
-        prompts: JSONL of held-out prompts, or None.
-        max_tokens: longest answer in tokens.
-        min_format_rate: share of the held-out prompts that must end their reasoning and answer.
-        concurrency: requests in flight at the same time.
-        request_timeout_s: deadline of one request in seconds.
-        logprobs_max_parameters: models up to this many parameters are compared with transformers.
-        benchmark: whether to measure tokens per second.
-    """
-
-    prompts: str | None = None
-    max_tokens: int = 512
-    min_format_rate: float = 0.9
-    concurrency: int = 8
-    request_timeout_s: float = 120
-    logprobs_max_parameters: float = 2e8
-    benchmark: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +72,7 @@ class ServeSettings:
     stop_grace_s: float = 30
     api_key_file: str | None = None
     network_interface: str | None = None
-    smoke_test: SmokeSettings = SmokeSettings()
+    smoke_test: SmokeSettings = dataclasses.field(default_factory=SmokeSettings)
 
     @property
     def world_size(self) -> int:
@@ -134,7 +113,8 @@ def parse(value: Any, where: str = "settings") -> ServeSettings:
         raise BadInputError(f"{where}: expected an object, found {type(value).__name__}")
     value = dict(value)
     smoke = value.pop("smoke_test", None) or {}
-    smoke = SmokeSettings(**_checked(SmokeSettings, smoke, f"{where}: smoke_test."))
+    smoke = _checked(SmokeSettings, smoke, f"{where}: smoke_test.")
+    smoke = SmokeSettings(**{name: tuple(item) if isinstance(item, list) else item for name, item in smoke.items()})
     settings = ServeSettings(**_checked(ServeSettings, value, f"{where}: "), smoke_test=smoke)
     settings = dataclasses.replace(
         settings,
@@ -153,12 +133,7 @@ def _check_values(settings: ServeSettings, where: str) -> None:
             raise BadInputError(f"{where}: {name} is {getattr(settings, name)}, expected more than 0")
     if not 0 <= settings.port <= 65535:
         raise BadInputError(f"{where}: port is {settings.port}, expected 0 (a free one) to 65535")
-    smoke = settings.smoke_test
-    for name in ("max_tokens", "concurrency", "request_timeout_s"):
-        if getattr(smoke, name) <= 0:
-            raise BadInputError(f"{where}: smoke_test.{name} is {getattr(smoke, name)}, expected more than 0")
-    if not 0 <= smoke.min_format_rate <= 1:
-        raise BadInputError(f"{where}: smoke_test.min_format_rate is {smoke.min_format_rate}, expected 0 to 1")
+    smoke_settings.check(settings.smoke_test, where)
     if "VLLM_API_KEY" in settings.environment:
         raise BadInputError(
             f"{where}: environment.VLLM_API_KEY would stand in the results for all to read",
@@ -194,8 +169,8 @@ def _checked(kind: type, value: Any, where: str) -> dict[str, Any]:
 def _is(value: Any, hint: Any) -> bool:
     """Whether a JSON value has the annotated type; integers pass as floats, booleans pass as booleans only."""
     allowed = [typing.get_origin(part) or part for part in typing.get_args(hint) or (hint,)]
-    if typing.get_origin(hint) is dict:
-        allowed = [dict]
+    if typing.get_origin(hint) in (dict, tuple):
+        allowed = [{dict: dict, tuple: list}[typing.get_origin(hint)]]
     if isinstance(value, bool):
         return bool in allowed
     return isinstance(value, tuple(allowed)) or (isinstance(value, int) and float in allowed)

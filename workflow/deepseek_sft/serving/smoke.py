@@ -1,11 +1,7 @@
 """The smoke test: run the checks against a served model, keep the transcript, decide."""
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +10,42 @@ import httpx
 
 from ..cli import say
 from ..errors import CrashError, GateError
-from . import checks
-from .api import Api, CheckFailed, parsed
-from .held_out import Prompt, final_answer, matches, read_prompts, well_formed
-from .settings import SmokeSettings
+from . import benchmark, checks, comparison, evaluation, losses
+from .api import Api, CheckFailed, CheckSkipped
+from .before import base_answers, base_job, base_measurement
+from .checks import Context
+from .comparison import Job, ModelFolder
+from .held_out import read_prompts
+from .held_out_tokens import Sequence, sequences
+from .losses import Measurement
+from .smoke_settings import SmokeSettings
 
-# Largest mean difference of log-probabilities to transformers, by the dtype of the weights.
-LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
-COMPARED_PROMPTS = 4
-COMPARED_TOKENS = 64  # of each answer
-REFERENCE_TIMEOUT_S = 900
+COMPARED_ANSWERS = 4  # of the model's own, compared with transformers besides the references
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """The server to test.
+
+    Attributes:
+        url: its base URL.
+        model: name it serves the model under.
+        reasoning_parser: its parser; None if reasoning stays in the text.
+        dtype: dtype it computes in; ``auto`` is that of config.json.
+        max_model_len: context it was started with; None if unknown.
+        model_dir: folder of the served model; None skips what needs it.
+        base_dir: folder of the model that training started from; None where it is not at hand.
+        api_key: sent with every request, if not empty.
+    """
+
+    url: str
+    model: str
+    reasoning_parser: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    model_dir: Path | None = None
+    base_dir: Path | None = None
+    api_key: str = ""
 
 
 @dataclasses.dataclass
@@ -49,218 +71,221 @@ class Report:
         say(f"  skipped {name}: {why}")
 
 
-def run(
-    url: str,
-    model: str,
-    settings: SmokeSettings,
-    *,
-    reasoning_parser: str | None,
-    model_dir: Path | None,
-    transcript: Path,
-    dtype: str = "auto",
-    api_key: str = "",
-) -> Report:
-    """Run all checks; whatever they find, the transcript is at ``transcript`` afterwards.
+def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path) -> Report:
+    """Run all checks; whatever they find, the transcript and the record of the held-out samples are kept.
 
     Args:
-        url: base URL of the server.
-        model: name it serves the model under.
-        reasoning_parser: the server's parser; None if reasoning stays in the text.
-        model_dir: folder of the served model, for the comparison with transformers; None skips that.
-        dtype: dtype the server computes in; ``auto`` is that of config.json.
+        transcript: JSONL of all requests and answers.
+        record: JSONL of the held-out samples; see ``evaluation``. Not written without samples.
 
     Raises:
-        BadInputError: the prompts cannot be read.
+        BadInputError: the held-out samples or a measurement of the base cannot be read.
         GateError: at least one check failed; lists them.
         CrashError: the server went away.
     """
-    held_out = read_prompts(Path(settings.prompts)) if settings.prompts else None
+    held_out = read_prompts(Path(settings.prompts)) if settings.prompts else []
+    measured = Measurement.read(Path(settings.base_measured)) if settings.base_measured else None
     transcript.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)  # that of an earlier test says nothing about this one
     partial = transcript.with_name(f"{transcript.name}.part")
-    api = Api(url, model, settings.request_timeout_s, api_key, partial)
-    context = checks.Context(api, settings, reasoning_parser, held_out or list(checks.DEFAULT_PROMPTS))
-    report = Report()
+    api = Api(server.url, server.model, settings.request_timeout_s, server.api_key, partial)
+    context = Context(
+        api=api,
+        settings=settings,
+        reasoning_parser=server.reasoning_parser,
+        prompts=held_out or list(checks.DEFAULT_PROMPTS),
+        held_out=bool(held_out),
+        model=ModelFolder(server.model_dir) if server.model_dir else None,
+        base=server.base_dir,
+        dtype=server.dtype,
+        expected_len=server.max_model_len,
+    )
+    test = _Test(context, server, measured, record)
     try:
-        _run_checks(context, report, held_out is not None, model_dir, dtype)
+        test.run()
     finally:
         api.close()
         os.replace(partial, transcript)
-    failed = {name: entry["detail"] for name, entry in report.checks.items() if not entry["passed"]}
+    failed = {name: entry["detail"] for name, entry in test.report.checks.items() if not entry["passed"]}
     if failed:
         lines = "".join(f"\n  {name}: {detail}" for name, detail in failed.items())
         raise GateError(
-            f"the served model failed {len(failed)} of {len(report.checks)} checks:{lines}",
+            f"the served model failed {len(failed)} of {len(test.report.checks)} checks:{lines}",
             f"requests and answers are in {transcript}; the weights already passed verify_model, so look at training "
             "(data, steps) for wrong answers and at serve.* for everything else",
         )
-    return report
+    return test.report
 
 
-def _run_checks(context: checks.Context, report: Report, held_out: bool, model_dir: Path | None, dtype: str) -> None:
-    def check(name: str, function: Callable[..., str], *arguments: Any) -> None:
-        context.api.check = name
+class _Test:
+    """One run of all checks."""
+
+    def __init__(self, context: Context, server: Server, measured: Measurement | None, record: Path):
+        self.context = context
+        self.server = server
+        self.measured = measured
+        self.record = record
+        self.report = Report()
+        self.evaluation: evaluation.Evaluation | None = None
+
+    def run(self) -> None:
+        check, report, context = self._check, self.report, self.context
+        for function in (
+            *(checks.health, checks.model_name, checks.unknown_model),
+            *(checks.chat, checks.reasoning_separate, checks.finish_reason, checks.repeatable, checks.streaming),
+            *(checks.concurrency, checks.context_limit, checks.over_long_prompt),
+        ):
+            check(function.__name__, function, context)
+        report.figures |= {"prompts": 0, "format_rate": None, "exact_match_rate": None}
+        if context.held_out:
+            check("held_out_format", self._answer_held_out)
+        else:
+            report.skip("held_out_format", "no held-out samples are configured")
+        if self.evaluation:
+            check("held_out_exact_match", evaluation.held_out_exact_match, context, self.evaluation)
+        check("no_template_tokens", checks.no_template_tokens, context)
+        check("prompt_as_trained", checks.prompt_as_trained, context)
+        self._compare()
+        if self.evaluation:
+            self.evaluation.write(self.record)
+            report.figures["samples"] = self.evaluation.shown()
+        if context.settings.benchmark:
+            check("benchmark", self._benchmark)
+        else:
+            report.skip("benchmark", "smoke_test.benchmark is false")
+        check("health_after", checks.health, context)
+        if context.example:
+            texts = {"reasoning": context.example.reasoning, "answer": context.example.answer}
+            report.figures["example"] = {"prompt": context.prompts[0].question, **texts}
+
+    def _check(self, name: str, function: Callable[..., str], *arguments: Any) -> None:
+        self.context.api.check = name
         try:
-            report.record(name, True, function(context, *arguments))
+            self.report.record(name, True, function(*arguments))
+        except CheckSkipped as reason:
+            self.report.skip(name, str(reason))
         except CheckFailed as failure:
-            report.record(name, False, str(failure))
+            self.report.record(name, False, str(failure))
         except httpx.TimeoutException:
-            _raise_if_gone(context.api, name)
-            report.record(name, False, f"no answer within {context.settings.request_timeout_s:g} s")
+            self._raise_if_gone(name)
+            limit = self.context.settings.request_timeout_s
+            self.report.record(name, False, f"no complete answer within {limit:g} s")
         except httpx.HTTPError as error:
-            _raise_if_gone(context.api, name)
-            report.record(name, False, f"the connection broke: {error!r}")
+            self._raise_if_gone(name)
+            self.report.record(name, False, f"the connection broke: {error!r}")
 
-    check("health", checks.health)
-    check("model_name", checks.model_name)
-    check("unknown_model", checks.unknown_model)
-    check("chat", checks.chat)
-    if context.reasoning_parser:
-        check("reasoning_separate", checks.reasoning_separate)
-    else:
-        report.skip("reasoning_separate", "the server has no reasoning parser")
-    check("no_template_tokens", checks.no_template_tokens)
-    check("finish_reason", checks.finish_reason)
-    check("repeatable", checks.repeatable)
-    check("streaming", checks.streaming)
-    check("concurrency", checks.concurrency)
-    check("over_long_prompt", checks.over_long_prompt)
-    too_large = _too_large(model_dir, context.settings)
-    if too_large:
-        report.skip("logprobs", too_large)
-    else:
-        check("logprobs", compare_logprobs, model_dir, dtype)
-    if held_out:
-        check("held_out_format", _judge_held_out, report)
-    else:
-        report.skip("held_out_format", "no held-out prompts are configured")
-    _measure(context, report)
-    check("health_after", checks.health)
-    _keep_example(context, report)
-
-
-def _raise_if_gone(api: Api, name: str) -> None:
-    """Tell a server that refuses or is slow (a failed check) from one that is dead or hangs (a crash)."""
-    try:
-        api.get("/health")
-    except httpx.HTTPError as error:
-        raise CrashError(f"the server went away during the check {name}: {error!r}") from None
-
-
-def _judge_held_out(context: checks.Context, report: Report) -> str:
-    replies = checks.ask_all(context)
-    parser = context.reasoning_parser
-    pairs = list(zip(context.prompts, replies, strict=True))
-    expected = [(prompt, reply) for prompt, reply in pairs if prompt.answer is not None]
-    exact = [matches(final_answer(reply, parser), prompt.answer) for prompt, reply in expected]
-    report.figures |= {
-        "prompts": len(replies),
-        "format_rate": round(sum(well_formed(reply, parser) for reply in replies) / len(replies), 4),
-        "exact_match_rate": round(sum(exact) / len(exact), 4) if exact else None,
-    }
-    return checks.held_out_format(context, replies)
-
-
-def _measure(context: checks.Context, report: Report) -> None:
-    figures = {"time_to_first_token_s": None, "tokens_per_second": None, "tokens_per_second_concurrent": None}
-    if context.streamed:
-        figures["time_to_first_token_s"] = context.streamed.first_token_s
-    context.api.check = "benchmark"
-    if context.settings.benchmark:
+    def _raise_if_gone(self, name: str) -> None:
+        """Tell a server that refuses or is slow (a failed check) from one that is dead or hangs (a crash)."""
         try:
-            figures |= checks.benchmark(context)
-        except (CheckFailed, httpx.HTTPError) as error:
-            report.record("benchmark", False, f"a measured request failed: {error!r}")
-    report.figures = {"prompts": 0, "format_rate": None, "exact_match_rate": None} | report.figures | figures
+            self.context.api.get("/health")
+        except httpx.HTTPError as error:
+            raise CrashError(f"the server went away during the check {name}: {error!r}") from None
 
+    def _answer_held_out(self) -> str:
+        self.evaluation = evaluation.ask_all(self.context)
+        self.report.figures |= self.evaluation.figures()
+        return evaluation.held_out_format(self.context, self.evaluation)
 
-def _keep_example(context: checks.Context, report: Report) -> None:
-    if context.example:
-        prompt: Prompt = context.prompts[0]
-        texts = {"reasoning": context.example.reasoning, "answer": context.example.answer}
-        report.figures["example"] = {"prompt": prompt.messages[-1]["content"], **texts}
+    def _benchmark(self) -> str:
+        settings, context = self.context.settings, self.context
+        to_do = benchmark.loads(
+            context.max_model_len,
+            settings.benchmark_concurrency,
+            settings.benchmark_input_tokens,
+            settings.benchmark_output_tokens,
+        )
+        tokenizer = context.model.path if context.model else None
+        figures = benchmark.measure(context.api, self.server.url, tokenizer, to_do, self.server.api_key)
+        self.report.figures |= benchmark.headline(figures) | {"benchmark": figures}
+        return benchmark.summary(figures)
 
+    # -- log-probabilities: against transformers, and of the references before and after tuning ------------------------
 
-# -- comparison with transformers --------------------------------------------------------------------------------------
-
-
-def count_parameters(model_dir: Path) -> int:
-    """Parameters of a safetensors folder, from the files' headers alone."""
-    total = 0
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                size = 1
-                for length in entry["shape"]:
-                    size *= length
-                total += size
-    return total
-
-
-def _too_large(model_dir: Path | None, settings: SmokeSettings) -> str:
-    """Why the comparison is not run, empty if it is."""
-    if model_dir is None:
-        return "no model folder was given"
-    parameters = count_parameters(model_dir)
-    if parameters > settings.logprobs_max_parameters:
-        limit = settings.logprobs_max_parameters
-        return f"{parameters:.3g} parameters, above smoke_test.logprobs_max_parameters {limit:.3g}"
-    return ""
-
-
-def compare_logprobs(context: checks.Context, model_dir: Path, dtype: str) -> str:
-    """The server gives tokens the probability that transformers gives them."""
-    if dtype == "auto":
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    sequences, served = [], []
-    for prompt in context.prompts[:COMPARED_PROMPTS]:
-        tokens = min(COMPARED_TOKENS, context.max_tokens)
-        reply = context.api.chat(prompt.messages, tokens, return_token_ids=True)
-        if not reply.token_ids:
-            raise CheckFailed("the server returned no token ids")
-        sequence = [*reply.token_ids[0], *reply.token_ids[1]]
-        # Asked as a prompt, every token gets its log-probability, those of the chat template included.
-        body = {"model": context.api.model, "prompt": sequence, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        served.append(_prompt_logprobs(parsed(context.api.post("/v1/completions", body)), sequence))
-        sequences.append(sequence)
-    reference = _reference(model_dir, dtype, sequences)
-    differences = [
-        abs(ours - theirs)
-        for row, expected in zip(served, reference["logprobs"], strict=True)
-        for ours, theirs in zip(row, expected, strict=True)
-    ]
-    mean, largest = sum(differences) / len(differences), max(differences)
-    tolerance = LOGPROB_TOLERANCE.get(dtype, LOGPROB_TOLERANCE["bfloat16"])
-    figures = f"mean difference {mean:.5f}, largest {largest:.5f} over {len(differences)} tokens, {dtype}"
-    if not mean < tolerance:
-        raise CheckFailed(f"{figures}; expected a mean below {tolerance}")
-    return figures
-
-
-def _prompt_logprobs(completion: dict[str, Any], sequence: list[int]) -> list[float]:
-    """Log-probability of every token of ``sequence`` but the first, which has nothing before it."""
-    try:
-        entries = completion["choices"][0]["prompt_logprobs"][1:]
-        return [entry[str(token)]["logprob"] for token, entry in zip(sequence[1:], entries, strict=True)]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise CheckFailed(f"the server's log-probabilities do not fit the prompt ({error!r})") from None
-
-
-def _reference(model_dir: Path, dtype: str, sequences: list[list[int]]) -> dict[str, Any]:
-    library = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": f"{library}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}
-    with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
-        request.write_text(json.dumps({"model_dir": str(model_dir), "dtype": dtype, "sequences": sequences}))
-        command = [sys.executable, "-m", f"{__package__}.reference", str(request), str(answer)]
+    def _compare(self) -> None:
+        """The checks ``logprobs``, ``held_out_loss`` and ``loss_drop``: one process of transformers serves them."""
+        context, report = self.context, self.report
+        samples = self._sequences()
+        if isinstance(samples, str):
+            report.skip("held_out_loss", samples)
+            report.skip("loss_drop", samples)
+            samples = []
+        why_not = "no model folder was given"
+        if context.model:
+            why_not = context.model.too_large(context.settings.logprobs_max_parameters)
+        own = [] if why_not else self._own_sequences()
+        if not (why_not or own or samples):
+            why_not = "the server returned no token ids (vLLM does since 0.10.2)"
+        if why_not:
+            report.skip("logprobs", why_not)
+        if not (own or samples):
+            return
         try:
-            child = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=REFERENCE_TIMEOUT_S, check=False
+            context.api.check = "logprobs"
+            served = losses.served_logprobs(
+                context.api, [*own, *(s.ids for s in samples)], context.settings.concurrency
             )
-        except subprocess.TimeoutExpired:
-            raise CheckFailed(f"transformers needed more than {REFERENCE_TIMEOUT_S} s") from None
-        if child.returncode or not answer.exists():
-            raise CheckFailed(f"transformers failed with exit code {child.returncode}: {child.stderr[-1500:]}")
-        return json.loads(answer.read_text())
+            if samples:
+                name = f"{self.server.model} served at {self.server.url}"
+                self.evaluation.tuned = losses.measurement(samples, served[len(own) :], name)
+        except (CheckFailed, httpx.HTTPError) as error:
+            failed = error  # `error` itself ends with this block
+            self._check("held_out_loss" if why_not else "logprobs", lambda: _raise(failed))
+            for name in ("logprobs", "held_out_loss", "loss_drop"):
+                if name not in {**report.checks, **report.skipped}:
+                    report.skip(name, "the server gave no usable log-probabilities")
+            return
+        if not why_not:
+            self._against_transformers(own, samples, served)
+        if samples:
+            self._before_and_after(why_not)
+
+    def _sequences(self) -> list[Sequence] | str:
+        """The references as token sequences, or why there are none."""
+        context = self.context
+        if not self.evaluation:
+            return "no held-out samples were answered"
+        if not context.model:
+            return "no model folder was given"
+        if not context.settings.template:
+            return "training's template is not known"
+        # One token must be left to ask for.
+        found = sequences(context.prompts, context.model.path, context.settings.template, context.max_model_len - 1)
+        return found or "no held-out sample has a reference that fits the context"
+
+    def _own_sequences(self) -> list[list[int]]:
+        """Prompts and the model's own answers to them, as token ids; none where the server does not tell them."""
+        told = [reply.token_ids for _, reply in self.context.replies if reply.token_ids]
+        unique = dict.fromkeys((*prompt, *answer) for prompt, answer in told)
+        return [list(ids) for ids in unique][:COMPARED_ANSWERS]
+
+    def _against_transformers(self, own: list[list[int]], samples: list[Sequence], served: list[list[float]]) -> None:
+        context = self.context
+        base = None if self.measured else context.base
+        dtype = context.model.dtype(context.dtype)
+        jobs = [Job(str(context.model.path), dtype, [*own, *(s.ids for s in samples)], [], 1, [0])]
+        if base and samples:
+            jobs.append(base_job(context, base, dtype, samples))
+
+        def compared() -> str:
+            computed = comparison.compute(jobs)
+            if len(jobs) > 1:
+                self.measured = base_measurement(samples, computed[1]["logprobs"], base, dtype)
+                base_answers(context, self.measured, samples, computed[1]["generated"])
+            return comparison.agreement(served, computed[0]["logprobs"], dtype)
+
+        self._check("logprobs", compared)
+
+    def _before_and_after(self, why_not: str) -> None:
+        self.evaluation.base = self.measured
+        tuned, base = self.evaluation.tuned, self.measured
+        self.report.figures["loss"] = {"base": base.loss if base else None, "tuned": tuned.loss, "tokens": tuned.tokens}
+        self._check("held_out_loss", evaluation.held_out_loss, self.context, self.evaluation)
+        if base:
+            self._check("loss_drop", evaluation.loss_drop, self.context, self.evaluation)
+        else:
+            why = f"the base is not measured: {why_not or 'its folder is not known'}"
+            self.report.skip("loss_drop", f"{why}; see smoke_test.base_measured")
+
+
+def _raise(error: Exception) -> str:
+    raise error

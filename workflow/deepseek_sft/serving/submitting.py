@@ -59,6 +59,13 @@ def deploy(results: Path, logs: Path) -> Endpoint:
     return _wait(deployment)
 
 
+# Slurm's own words: "slurmstepd: error: StepId=7.0 exceeded memory limit (…)", "srun: error: node2: task 1: Killed".
+SLURM_KILLED = re.compile(
+    r"^(?:\d+: )?(slurmstepd.*(?:memory limit|oom.?kill).*|srun: error: .*(?:Out Of Memory|Killed).*)$", re.MULTILINE
+)
+SLURM_MEMORY = re.compile(r"memory limit|oom.?kill|Out Of Memory")
+
+
 def state(job: str) -> tuple[str, str]:
     """A job's state and what it waits for or where it runs; an empty state for a job that Slurm has forgotten.
 
@@ -134,9 +141,14 @@ def _explain(deployment: Deployment, found: str) -> NoReturn:
     shown = "".join(f"\n  {line}" for line in lines[first : first + SHOWN_LINES])
     code = _exit_code(deployment.job)
     kind = {2: BadInputError}.get(code, CrashError)
+    # Slurm kills the whole step, the program that could have said so included.
+    killed = "; ".join(dict.fromkeys(line.strip() for line in SLURM_KILLED.findall(text)))
+    memory = bool(SLURM_MEMORY.search(killed))
+    cause = f", killed by Slurm for lack of memory: {killed}" if memory else ""
     error: StageError = kind(
-        f"job {deployment.job} ended before the model answered ({found or 'gone'}, exit code {code}); "
-        f"{deployment.log} says:{shown}"
+        f"job {deployment.job} ended before the model answered ({found or 'gone'}, exit code {code}){cause}; "
+        f"{deployment.log} says:{shown}",
+        "raise `mem_mb` of the rule serve (or smoke_test) in the profile" if memory else "",
     )
     raise error
 

@@ -12,8 +12,8 @@ import psutil
 
 from ..cli import say
 from ..errors import BadInputError, CrashError, StoppedError
-from . import control, network, processes, reading_logs
-from .failures import NodeFailure, StopRequest
+from . import control, lasting, memory_kills, network, processes, reading_logs
+from .failures import NodeFailure, StopRequest, lack_of_memory
 from .shared_memory import Segments
 
 PROGRESS_EVERY_S = 10
@@ -52,6 +52,7 @@ class Watch:
         self.on_ready: Callable[[], None] = lambda: None
         self._signal: int | None = None
         self._segments = Segments()
+        self._memory_kills = memory_kills.count()
         self._observed = 0.0
         self._engine: dict[psutil.Process, str] = {}
         self._lost: dict[psutil.Process, float] = {}
@@ -160,14 +161,22 @@ class Watch:
         return self._report(child.name, processes.describe_exit(child.exit_code()))
 
     def _report(self, process: str, exits: str) -> dict[str, Any]:
-        return {
-            "node": self.name,
-            "process": process,
-            "exit": exits,
-            "log": str(self.log),
-            "exceptions": reading_logs.exceptions(self.log, self.log_start),
-            "lines": reading_logs.last_lines(self.log, SHOWN_LINES),
-        }
+        killed = memory_kills.count() - self._memory_kills
+        exits += lack_of_memory(killed) if killed else ""
+        return _report_of(self.name, self.log, self.log_start, process, exits)
+
+    def _lost_by_ray(self) -> list[dict[str, Any]]:
+        """On the head, reports on workers that Ray misses on other nodes, whose own programs see Ray go on."""
+        dead = reading_logs.dead_actors(self.log, self.log_start)
+        starts = {node: hello.get("log_start", 0) for node, hello in self.channel.hellos.items()}
+        places = lasting.who_serves(self.run_dir) if dead else {}
+        return [
+            _report_of(
+                node, self.run_dir / f"{node}.log", starts[node], "Ray's worker", f"(pid {dead[address]}) has gone"
+            )
+            for node, address in ((node, place["address"]) for node, place in places.items())
+            if address in dead and node in starts
+        ]
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signal = number
@@ -184,6 +193,9 @@ class Watch:
                 if child.name not in self.finished and child.exit_code() is not None:
                     found.setdefault((self.name, child.name), self.report(child))
             time.sleep(TICK_S)
+        for report in self._lost_by_ray() if isinstance(self.channel, control.HeadChannel) else ():
+            if not any(node == report["node"] for node, _ in found):
+                found[report["node"], report["process"]] = report
         if isinstance(self.channel, control.HeadChannel) and not any(node == self.name for node, _ in found):
             # Under Ray the words of all workers are in the head's log.
             ours = self._report("the head's processes", "go on") | {"lines": []}
@@ -211,3 +223,14 @@ class Watch:
             signal.signal(number, signal.SIG_IGN)
         if self.channel:
             self.channel.part(grace + PART_S)
+
+
+def _report_of(node: str, log: Path, since: int, process: str, exits: str) -> dict[str, Any]:
+    return {
+        "node": node,
+        "process": process,
+        "exit": exits,
+        "log": str(log),
+        "exceptions": reading_logs.exceptions(log, since),
+        "lines": reading_logs.last_lines(log, SHOWN_LINES),
+    }
