@@ -5,7 +5,7 @@ import pytest
 
 from deepseek_sft.data.samples import Sample
 from deepseek_sft.data.statistics import Statistics
-from deepseek_sft.report import collect, formatting, plots
+from deepseek_sft.report import collect, drawing, formatting, plots
 
 
 def test_later_line_of_a_repeated_step_counts_and_broken_lines_do_not(tmp_path):
@@ -25,7 +25,7 @@ def test_thinned_line_keeps_its_spikes_and_ends():
     x = np.arange(100_000.0)
     y = np.ones_like(x)
     y[54_321] = 50.0
-    thin_x, thin_y = plots.thin(x, y, 500)
+    thin_x, thin_y = drawing.thin(x, y, 500)
     assert len(thin_x) <= 502
     assert (thin_x[0], thin_x[-1], thin_y.max()) == (0.0, 99_999.0, 50.0)
 
