@@ -103,8 +103,10 @@ class Chromium:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def pdf(self) -> bytes:
-        """The page as it prints."""
-        return base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"])
+        """The page as it prints on A4."""
+        self.send("Emulation.clearDeviceMetricsOverride")
+        self.send("Emulation.setEmulatedMedia", media="", features=[])
+        return base64.b64decode(self.send("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ PURPOSE = {
     "smoke_test": "Served model tested over its API",
 }
 NOT_IN_TABLES = ("example", "skipped", "samples", "benchmark")  # figures shown in a form of their own
+MOST_COLUMNS = 15  # of a figure drawn as a table of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +143,13 @@ def _view(
         ("partition", slurm.get("partition")),
     ]
     plain, tables = [], []
+    grids = [grid for grid in (_speeds(figures.get("benchmark")),) if grid]
     for key, item in figures.items():
         if collect.is_checks(item) or key in NOT_IN_TABLES:
             continue
-        if isinstance(item, dict):
+        if grid := _grid(key, item):
+            grids.append(grid)
+        elif isinstance(item, dict):
             tables.append((formatting.label(key), _table(item)))
         else:
             plain.append((formatting.label(key), formatting.value(key, item)))
@@ -181,7 +185,7 @@ def _view(
         "rule": formatting.clean(stage.rule),
         "purpose": PURPOSE.get(stage.rule, ""),
         "word": plan or stage.state,
-        "level": "warn" if plan == "tight" else overview.LEVEL.get(stage.state, "none"),
+        "level": "warn" if plan == "tight" else (overview.LEVEL | {"not finished": "warn"}).get(stage.state, "none"),
         "note": formatting.clean(stage.note, 500),
         "source": stage.source,
         "facts": [(name, formatting.value("", item)) for name, item in facts if item not in (None, "")],
@@ -194,7 +198,7 @@ def _view(
             for c in stage.checks
         ],
         "figures": plain,
-        "grids": [grid for grid in (_speeds(figures.get("benchmark")),) if grid],
+        "grids": grids,
         "tables": [(title, rows) for title, rows in tables if rows],
         "plots": as_figures([plot for plot in drawn if plot]),
         "answered": answered[:samples],
@@ -215,6 +219,19 @@ def _view(
         "settings": formatting.flatten(settings) if settings else [],
         "command": shlex.join(formatting.command_without_secrets(stage.command)),
     }
+
+
+def _grid(key: str, item: Any) -> tuple[str, list[str], list[list[str]]] | None:
+    """A figure whose parts all have parts as a table (title, head, rows), one row for each; None for any other."""
+    if not isinstance(item, dict) or not item or not all(isinstance(part, dict) and part for part in item.values()):
+        return None
+    rows = {str(name): dict(formatting.flatten(part)) for name, part in item.items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if len(columns) > MOST_COLUMNS:
+        return None
+    head = ["", *(formatting.label(column).removesuffix(" size") for column in columns)]
+    cells = [[formatting.clean(name), *(row.get(c, formatting.UNKNOWN) for c in columns)] for name, row in rows.items()]
+    return formatting.label(key), head, cells
 
 
 def _speeds(benchmark: Any) -> tuple[str, list[str], list[list[str]]] | None:

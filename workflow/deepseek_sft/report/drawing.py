@@ -97,9 +97,10 @@ def legend(axes: Axes, **options: Any) -> None:
     axes.legend(**{"frameon": False, "fontsize": 8.5, "borderaxespad": 0.2, "labelcolor": INK} | options)
 
 
-def text(axes: Axes, x: float, y: float, words: str, **options: Any) -> None:
-    """Words in the page's colour, the size of a caption."""
-    axes.text(x, y, words, **{"fontsize": 8.5, "color": INK} | options)
+def text(axes: Axes, x: float, y: float, words: str, offset: tuple[float, float] = (0, 0), **options: Any) -> None:
+    """Words in the page's colour, the size of a caption, ``offset`` points from a place in the data."""
+    look = {"fontsize": 8.5, "color": INK} | options
+    axes.annotate(words, (x, y), xytext=offset, textcoords="offset points", **look)
 
 
 def line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **options: Any) -> None:
@@ -122,7 +123,7 @@ def y_axis(axes: Axes, text: Callable[[float], str], from_zero: bool = False, ti
 def bytes_axis(axis: Axis, largest: float, suffix: str = "") -> None:
     """Ticks at round multiples of the binary unit that suits the largest value."""
     unit, name = next((size, name) for size, name in UNITS if largest >= size or size == 1)
-    ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, largest / unit)
+    ticks = MaxNLocator(nbins=4 if suffix else 5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, largest / unit)
     axis.set_major_locator(FixedLocator([tick * unit for tick in ticks if tick * unit <= 1.01 * largest]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0 else f"{value / unit:g} {name}{suffix}"))
 

@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from . import drawing
 from .drawing import FIRST, INK, PAGE, SECOND, Plot
@@ -21,7 +21,7 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
     for key, name, caption in (
         ("grad_norm", "grad-norm", "Gradient norm before clipping"),
         ("tokens_per_second", "speed", "Tokens per second, all ranks"),
-        ("memory_gib", "memory", "Memory of rank 0 in GiB"),
+        ("memory_gib", "memory", "Memory of the rank with the most, in GiB"),
     ):
         steps, values = series(metrics, key)
         if len(steps):
@@ -96,11 +96,16 @@ def reasoning_by_answer(statistics: Any) -> Plot | None:
     turns = np.array([cell[2] for cell in cells], dtype=np.float64)
     figure, (axes,) = drawing.figure()
     axes.scatter(reasoning, answers, s=250 * turns / max(turns.max(), 1), color=FIRST, alpha=0.7, linewidths=0)
-    for axis, name in ((axes.xaxis, "tokens of reasoning"), (axes.yaxis, "tokens of answer")):
-        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: drawing.compact(2**value)))
+    for axis, name, positions in (
+        (axes.xaxis, "tokens of reasoning", reasoning),
+        (axes.yaxis, "tokens of answer", answers),
+    ):
+        low, high = int(np.floor(positions.min() - 0.2)), int(np.ceil(positions.max() + 0.2))
+        every = 1 + (high - low) // 7
+        axis.set_major_locator(FixedLocator(list(range(low, high + 1, every))))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: drawing.compact(round(2**value))))
         axis.set_label_text(name)
-    axes.margins(0.15)
+        axis.set_view_interval(low, high, ignore=True)
     caption = "Trained turns by length of reasoning and answer"
     return Plot("reasoning", caption, drawing.svg(figure, "reasoning", f"{caption}: {int(turns.sum()):,} turns"))
 

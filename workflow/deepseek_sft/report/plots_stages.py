@@ -24,7 +24,7 @@ def throughput(figures: dict[str, Any]) -> Plot | None:
     names, values = [name for name, _ in speeds], [value for _, value in speeds]
     axes.barh(names, values, height=0.65, color=FIRST)
     for row, value in enumerate(values):
-        drawing.text(axes, value, row, f"  {formatting.byte_size(value)}/s", va="center")
+        drawing.text(axes, value, row, f"{formatting.byte_size(value)}/s", (5, 0), va="center")
     axes.set_xlim(0, 1.35 * max(values))
     axes.invert_yaxis()
     axes.grid(False)
@@ -82,7 +82,7 @@ def before_and_after(samples: list[Answered]) -> Plot | None:
     high = 1.08 * max(float(pairs.max()), 1e-6)
     axes.plot([0, high], [0, high], color=GRID, linewidth=1)
     axes.scatter(pairs[:, 0], pairs[:, 1], s=22, color=FIRST, alpha=0.75, linewidths=0)
-    drawing.text(axes, high, high, "unchanged   ", ha="right", va="top")
+    drawing.text(axes, high, high, "unchanged", (-14, 0), ha="right", va="top")
     axes.set_xlim(0, high)
     axes.set_ylim(0, high)
     axes.set_xlabel("loss of the base")
