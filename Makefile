@@ -1,13 +1,14 @@
-# make demo · make test · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
+# make demo · make status · make test · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
 PYTHON ?= python3
 DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 
-.PHONY: help demo envs test test-swap lint format clean
+.PHONY: help demo status envs test test-swap lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
+	@echo "make status how far a run is; RESULTS=results/<experiment> for one that was not active last"
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make lint   ruff, snakefmt, snakemake --lint, shellcheck"
@@ -20,6 +21,10 @@ demo:
 	@$(ENV)/snakemake --profile profiles/local $(DEMO) --quiet all -- envs
 	@cluster/run --nodes 4 -- env PYTHONPATH=$(CURDIR)/cluster/fastpoll $(ENV)/snakemake --profile profiles/demo $(DEMO)
 	@$(ENV)/python workflow/scripts/build_report.py --summary results/demo
+
+status:
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(ENV)/python workflow/scripts/status.py $(RESULTS)
 
 envs:
 	@$(PYTHON) workflow/scripts/build_env.py workflow

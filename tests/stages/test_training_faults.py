@@ -141,3 +141,8 @@ def test_what_a_person_reads_before_spending_gpu_hours_is_there(trainer):
     for key in ("expert_load_entropy", "dead_experts", "busiest_expert_load"):
         assert len(line[key]) == layers
     assert all(0 < entropy <= 1 for entropy in line["expert_load_entropy"])
+    record = json.loads((run.run_folder / "expert_load.jsonl").read_text())
+    assert (record["step"], record["from_step"], record["first_layer"], len(record["load"])) == (1, 1, 1, layers)
+    for load, busiest, dead in zip(record["load"], line["busiest_expert_load"], line["dead_experts"], strict=True):
+        assert sum(load) / len(load) == pytest.approx(1, abs=1e-3)
+        assert (max(load), load.count(0)) == (pytest.approx(busiest, abs=1e-3), dead)

@@ -7,6 +7,7 @@ from typing import Any
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.org/x.png>"
 STEPS = 120
+LAYERS, EXPERTS = 6, 16
 
 FIGURES: dict[str, dict[str, Any]] = {
     "prepare_data": {
@@ -27,7 +28,28 @@ FIGURES: dict[str, dict[str, Any]] = {
         "rejected": 2,
         "rejects": {"too_long": 2},
     },
-    "plan": {"verdict": "fits", "steps": STEPS, "gpu_memory_gib": 71.5, "checkpoint_bytes": 9395240960},
+    "plan": {
+        "verdict": "fits",
+        "steps": STEPS,
+        "ranks": 4,
+        "nodes": 2,
+        "checkpoint_bytes": 9395240960,
+        "rank_memory_bytes": 1_694_990_855,
+        "rank_memory": {
+            "parameters, partitioned_bytes": 8_966_768,
+            "gradients, partitioned_bytes": 8_966_768,
+            "Adam moments_bytes": 235_867_072,
+            "live and prefetched parameters_bytes": 35_867_072,
+            "gradient bucket and its scatter_bytes": 71_734_144,
+            "chunk of logits_bytes": 66_191_360,
+            "its gradient_bytes": 49_643_520,
+            "process_bytes": 665_719_931,
+            "freed memory that glibc keeps_bytes": 687_194_767,
+        },
+        "host_memory_bytes": 3_712_104_257,
+        "host_memory": {"ranks_bytes": 3_389_981_710, "node_bytes": 322_122_547},
+        "limits": {"host memory per node": {"need_bytes": 3_712_104_257, "have_bytes": 4_437_184_000}},
+    },
     "prepare_model": {
         "parameters": 8_400_000,
         "bytes": 16_800_000,
@@ -50,6 +72,7 @@ FIGURES: dict[str, dict[str, Any]] = {
         "tokens_per_second": 4444.4,
         "parameters": 8_400_000,
         "checkpoint_bytes": 100_800_000,
+        "peak_memory_gib": 1.83,
     },
     "convert_checkpoint": {
         "parameters": 8_400_000,
@@ -81,6 +104,22 @@ FIGURES: dict[str, dict[str, Any]] = {
         "time_to_ready_s": 14.2,
         "time_to_first_token_s": 0.041,
         "tokens_per_second": 88.0,
+        "benchmark": {
+            "tool": "vllm bench serve 0.32.0",
+            "input_tokens": 128,
+            "output_tokens": 64,
+            "by_concurrency": {
+                str(at): {
+                    "requests": max(4, 2 * at),
+                    "tokens_per_second": round(34 * at**0.8, 2),
+                    "time_to_first_token_s": 0.04 + 0.004 * at,
+                    "time_to_first_token_p99_s": 0.06 + 0.009 * at,
+                    "time_per_output_token_s": 0.03,
+                }
+                for at in (1, 4, 16, 64)
+            },
+        },
+        "loss": {"base": 11.84, "tuned": 0.251, "tokens": 1600},
         "example": {"prompt": "What is 17 + 25?", "reasoning": "7 + 5 = 12, carry 1.", "answer": "42"},
     },
 }
@@ -90,7 +129,7 @@ RESULTS: dict[str, dict[str, str]] = {
     "prepare_model": {"model": "base"},
     "train": {"run": "train/runs/3f9c01d2ab45", "metrics": "train/runs/3f9c01d2ab45/metrics.jsonl"},
     "convert_checkpoint": {"model": "model"},
-    "smoke_test": {"transcript": "serve/transcript.jsonl"},
+    "smoke_test": {"transcript": "serve/transcript.jsonl", "evaluation": "serve/evaluation.jsonl"},
 }
 
 
@@ -110,7 +149,11 @@ def write_results(root: Path, rules: tuple[str, ...] = tuple(FIGURES)) -> Path:
     (results / "data/train.jsonl").write_text("{}\n")
     bins = [(0, 16, 0), (16, 32, 41), (32, 64, 310), (64, 128, 480), (128, 256, 150), (256, 512, 19)]
     bins = [{"from": low, "below": high, "samples": count} for low, high, count in bins]
-    (results / "data/statistics.json").write_text(json.dumps({"length_histogram": bins}))
+    bins[-1]["too_long"] = 7
+    statistics = {"length_histogram": bins, "max_length": 400}
+    (results / "data/statistics.json").write_text(json.dumps(statistics))
+    config = {"experiment": "demo", "train": {"learning_rate": 5e-3}, "serve": {"environment": {"HF_TOKEN": "hunter2"}}}
+    (results / "config.yaml").write_text(json.dumps(config))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in range(1, STEPS + 1)))
     chats = [
         exchange("chat", "Say hello.", "A greeting.", "Hello!"),
@@ -121,9 +164,38 @@ def write_results(root: Path, rules: tuple[str, ...] = tuple(FIGURES)) -> Path:
         exchange("chat", "cut off", "", "") | {"response": "{…"},
     ]
     (results / "serve/transcript.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in chats))
+    (run / "expert_load.jsonl").write_text("".join(json.dumps(expert_load(step)) + "\n" for step in (1, 60, STEPS)))
+    (results / "serve/evaluation.jsonl").write_text("".join(json.dumps(held_out(n)) + "\n" for n in range(12)))
     for number, rule in enumerate(rules):
         write_receipt(results, rule, finished=f"2026-01-31T12:{number:02d}:30+00:00")
     return results
+
+
+def held_out(number: int) -> dict[str, Any]:
+    """One held-out sample, as the smoke test records it."""
+    question = "What is 17 + 25?" if number else f"What is {HOSTILE}?"
+    return {
+        "id": f"held-out-{number}",
+        "question": question,
+        "expected": "42",
+        "reference": {"reasoning": "7 + 5 = 12, carry 1.", "answer": "42"},
+        "reasoning": "7 + 5 = 12, carry 1." if number else HOSTILE,
+        "answer": "42",
+        "finish_reason": "stop",
+        "tokens": 24,
+        "well_formed": True,
+        "matches": True,
+        "loss": 0.2 + 0.1 * math.sin(number) ** 2,
+        "base": {"loss": 11.8 + 0.3 * math.cos(number), "reasoning": "", "answer": "的 zoo|| untrained"},
+    }
+
+
+def expert_load(step: int) -> dict[str, Any]:
+    """One record of the load of all layers and experts, uneven at first; one expert is dead."""
+    uneven = 0.9 / (1 + step / 30)
+    load = [[round(1 + uneven * math.sin(7 * layer + 13 * e), 3) for e in range(EXPERTS)] for layer in range(LAYERS)]
+    load[1][3] = 0.0
+    return {"step": step, "from_step": max(1, step - 59), "first_layer": 3, "load": load}
 
 
 def exchange(check: str, question: str, reasoning: str, answer: str) -> dict[str, Any]:
@@ -159,7 +231,7 @@ def write_receipt(results: Path, rule: str, **changes: Any) -> None:
     (results / "receipts" / f"{rule}.json").write_text(json.dumps(receipt | changes))
 
 
-def line(step: int) -> dict[str, float]:
+def line(step: int) -> dict[str, Any]:
     """One line of metrics."""
     return {
         "step": step,
@@ -172,4 +244,6 @@ def line(step: int) -> dict[str, float]:
         "tokens_per_second": 4400 + 150 * math.sin(step),
         "seconds": 0.75,
         "memory_gib": 1.5,
+        "expert_load_entropy": [0.99 - 0.002 * layer * math.exp(-step / 40) for layer in range(LAYERS)],
+        "dead_experts": [0] * LAYERS,
     }

@@ -169,11 +169,12 @@ def test_pruning_keeps_the_newest_and_removes_what_was_set_aside(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_15"]
 
 
-def test_metrics_after_the_resumed_step_and_torn_lines_are_dropped(tmp_path):
+@pytest.mark.parametrize("name", [run_folder.METRICS, run_folder.EXPERT_LOAD])
+def test_metrics_after_the_resumed_step_and_torn_lines_are_dropped(tmp_path, name):
     lines = [json.dumps({"step": step}) for step in range(1, 8)]
-    (tmp_path / run_folder.METRICS).write_text("\n".join(lines) + '\n{"step": 8, "lo')
+    (tmp_path / name).write_text("\n".join(lines) + '\n{"step": 8, "lo')
     run_folder.cut_metrics(tmp_path, 5)
-    kept = (tmp_path / run_folder.METRICS).read_text().splitlines()
+    kept = (tmp_path / name).read_text().splitlines()
     assert [json.loads(line)["step"] for line in kept] == [1, 2, 3, 4, 5]
 
 

@@ -181,6 +181,8 @@ def check_before_start(workflow):
     """Stop before any job is submitted when a source is missing or the cluster is too small; else note the config."""
     try:
         rules = job_resources.rules_to_run(workflow)
+        if rules == {"status"}:  # only looks, also while another start is at work
+            return
         EXPERIMENT.check_external_paths(rules)
         job_resources.check_allocations(workflow, rules)
         if rules & {"prepare_model", "train"}:

@@ -1,5 +1,6 @@
 localrules:
     build_report,
+    status,
 
 
 rule build_report:
@@ -15,3 +16,11 @@ rule build_report:
         "Writing the report"
     shell:
         script(f"build_report.py {RESULTS} --output {RESULTS}/report.html --receipt {{output.receipt}}")
+
+
+# Named on the command line only, also while another snakemake runs here: it has neither input nor output to lock.
+rule status:
+    message:
+        "How far the run is"
+    shell:
+        f"{SCRIPT}/status.py {RESULTS} --logs {LOGS}"

@@ -1,10 +1,12 @@
-"""Write the report of one experiment: a single HTML file made from its receipts, metrics and transcript alone.
+"""Write the report of an experiment: a single HTML file made from its receipts, metrics and transcript alone.
 
 The file needs no network and no script: it can be mailed, printed and read on a phone. Stages that did not run,
 receipts that cannot be read and failed checks are shown as such, with the last lines of the stage's log.
 
     build_report.py results/demo                  writes results/demo/report.html and its receipt
     build_report.py --summary results/demo        prints a few lines instead, writes nothing
+    build_report.py results/A results/B …         compares them on one page, results/comparison.html: figures, losses in
+                                                  one plot, the settings that differ; no receipt
 
 Exit codes: 0 written, whatever the report says of the experiment; 2 nothing to report on at RESULTS.
 """
@@ -15,36 +17,45 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.report import build, collect, overview
+from deepseek_sft.report import build, collect, compare, overview
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("results", metavar="RESULTS", type=Path, help="folder of the experiment, results/<experiment>")
-    parser.add_argument("--output", type=Path, help="the HTML file; RESULTS/report.html if not given")
+    parser.add_argument(
+        "results", metavar="RESULTS", type=Path, nargs="+", help="folder of the experiment, results/<experiment>"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the HTML file; RESULTS/report.html, or comparison.html beside the first RESULTS"
+    )
     parser.add_argument("--receipt", type=Path, help="the receipt; RESULTS/receipts/build_report.json if not given")
     parser.add_argument("--logs", type=Path, help="folder of the experiment's logs; found beside RESULTS if not given")
     parser.add_argument("--samples", type=int, default=8, help="exchanges with the served model to show")
     parser.add_argument("--summary", action="store_true", help="print a few lines to standard output and write nothing")
     arguments = parser.parse_args()
-    logs = arguments.logs or collect.default_logs(arguments.results)
-    if arguments.summary:
-        print(overview.summary(arguments.results, logs))
-        return
     if arguments.samples < 0:
         parser.error("--samples must not be negative")
-    report = build.build(arguments.results, logs, arguments.samples)
-    output = arguments.output or arguments.results / "report.html"
-    try:
-        files.write_text(output, report.html)
-    except OSError as error:
-        raise BadInputError(f"{output} cannot be written: {error.strerror}", "give another --output") from None
+    places = [(results, arguments.logs or collect.default_logs(results)) for results in arguments.results]
+    if arguments.summary:
+        print("\n\n".join(overview.summary(*place) for place in places))
+        return
+    if len(places) > 1:
+        if arguments.logs or arguments.receipt:
+            parser.error("--logs and --receipt are for one experiment")
+        output = arguments.output or places[0][0].resolve().parent / "comparison.html"
+        _write(output, compare.compare(places))
+        cli.say(f"comparison: {output}")
+        return
+    ((results, logs),) = places
+    report = build.build(results, logs, arguments.samples)
+    output = arguments.output or results / "report.html"
+    _write(output, report.html)
     receipts.write(
-        arguments.receipt or arguments.results / "receipts" / "build_report.json",
+        arguments.receipt or results / "receipts" / "build_report.json",
         "build_report",
         inputs={
             path.stem: receipts.input_entry(path)
-            for path in sorted((arguments.results / "receipts").glob("*.json"))
+            for path in sorted((results / "receipts").glob("*.json"))
             if path.stem != "build_report"
         },
         settings={"samples": arguments.samples},
@@ -52,6 +63,13 @@ def main() -> None:
         figures=report.figures,
     )
     cli.say(f"report: {output} ({report.figures['bytes']:,} bytes) · {report.figures['verdict']}")
+
+
+def _write(path: Path, html: str) -> None:
+    try:
+        files.write_text(path, html)
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be written: {error.strerror}", "give another --output") from None
 
 
 if __name__ == "__main__":

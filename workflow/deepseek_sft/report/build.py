@@ -2,17 +2,30 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
 
 from .. import __version__
-from . import calibration, collect, formatting, overview, plots
+from . import (
+    calibration,
+    collect,
+    formatting,
+    overview,
+    plots,
+    plots_experts,
+    plots_memory,
+    plots_stages,
+)
+from . import samples as chats
 from .collect import Stage, mapping
+from .drawing import Plot
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
 PURPOSE = {
@@ -28,6 +41,8 @@ PURPOSE = {
     "verify_model": "Converted model against base and checkpoint",
     "smoke_test": "Served model tested over its API",
 }
+NOT_IN_TABLES = ("example", "skipped", "samples", "benchmark")  # figures shown in a form of their own
+MOST_COLUMNS = 15  # of a figure drawn as a table of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +71,17 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
     planned = stages["refine_plan"] if "refine_plan" in stages else stages["plan"]
     compared = calibration.compare(planned, stages["train"], metrics)
     verdict = overview.verdict(stages)
-    views = [_view(results, stage, metrics, samples, compared) for stage in stages.values()]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,  # everything on the page but our own drawings is data
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html.j2").render(
+    views = [_view(results, stage, metrics, samples, compared, planned.rule) for stage in stages.values()]
+    html = page(
+        "report.html.j2",
         experiment=formatting.clean(results.name),
         verdict=verdict,
         cards=overview.headline(stages, metrics),
         stages=views,
         versions=_versions(stages),
         commands=[(view["rule"], view["command"]) for view in views if view["command"]],
-        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        workflow_version=__version__,
+        config=_config(results),
+        warnings=[(view["rule"], line) for view in views for line in view["warnings"]],
     )
     figures = {
         "stages_complete": sum(stage.state == "complete" for stage in stages.values()),
@@ -86,8 +95,41 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
     return Report(html, figures)
 
 
+def page(template: str, **content: Any) -> str:
+    """A page from one of the templates; when and by which version it was written is added."""
+    written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return _templates().get_template(template).render(written=written, workflow_version=__version__, **content)
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,  # everything on the page but our own drawings is data
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def as_figures(drawn: list[Plot]) -> list[tuple[str, Markup]]:
+    """Plots as the templates take them: caption and markup, which is ours, made from numbers and escaped names."""
+    return [(plot.caption, Markup(plot.svg)) for plot in drawn]
+
+
+def _config(results: Path) -> str:
+    """The resolved configuration as YAML, secrets hidden; empty where there is none."""
+    hidden = formatting.without_secrets(collect.config(results))
+    return formatting.clean(yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)).strip() if hidden else ""
+
+
 def _view(
-    results: Path, stage: Stage, metrics: list[dict[str, Any]], samples: int, compared: list[calibration.Comparison]
+    results: Path,
+    stage: Stage,
+    metrics: list[dict[str, Any]],
+    samples: int,
+    compared: list[calibration.Comparison],
+    last_plan: str,
 ) -> dict[str, Any]:
     """What the template shows of one stage."""
     receipt, figures = stage.receipt, stage.figures
@@ -101,19 +143,33 @@ def _view(
         ("partition", slurm.get("partition")),
     ]
     plain, tables = [], []
+    grids = [grid for grid in (_speeds(figures.get("benchmark")),) if grid]
     for key, item in figures.items():
-        if collect.is_checks(item) or key in ("example", "skipped"):
+        if collect.is_checks(item) or key in NOT_IN_TABLES:
             continue
-        if isinstance(item, dict):
+        if grid := _grid(key, item):
+            grids.append(grid)
+        elif isinstance(item, dict):
             tables.append((formatting.label(key), _table(item)))
         else:
             plain.append((formatting.label(key), formatting.value(key, item)))
-    drawn = plots.training(metrics) if stage.rule == "train" else []
+    answered = chats.answered(results, stage) if stage.rule == "smoke_test" else []
+    drawn = []
+    if stage.rule == "train":
+        loads = collect.expert_loads(results, stage)
+        drawn = [*plots.training(metrics), *plots_experts.experts(loads, metrics)]
+    elif stage.rule in ("plan", "refine_plan"):
+        # beside the last plan before training stands what training used
+        drawn = [plots_memory.memory(figures, compared if stage.rule == last_plan else [])]
+    elif stage.rule == "convert_checkpoint":
+        drawn = [plots_stages.throughput(figures)]
+    elif stage.rule == "smoke_test":
+        drawn = [plots_stages.serving(figures.get("benchmark")), plots_stages.before_and_after(answered)]
     if stage.rule == "train" and compared:
         tables.append(("planned against measured", [(one.name, one.text(), None) for one in compared]))
     if stage.rule == "tokenize_data":
         statistics = _json(collect.result_path(results, stage, "statistics"))
-        drawn = [plot for plot in (plots.lengths(statistics), plots.reasoning_by_answer(statistics)) if plot]
+        drawn = [plots.lengths(statistics), plots.reasoning_by_answer(statistics)]
         examples = mapping(mapping(statistics).get("reject_examples"))
         rows = {
             reason: [f"{mapping(one).get('id')}: {mapping(one).get('message')}" for one in found]
@@ -121,7 +177,7 @@ def _view(
             if isinstance(found, list)
         }
         tables.append(("examples of rejects", _table(rows)))
-    transcript = collect.transcript_path(results, stage)
+    transcript = chats.transcript_path(results, stage)
     settings = formatting.without_secrets(mapping(receipt.get("settings")))
     inputs = mapping(receipt.get("inputs"))
     plan = formatting.clean(str(figures.get("verdict") or "")) if stage.rule in ("plan", "refine_plan") else ""
@@ -129,7 +185,7 @@ def _view(
         "rule": formatting.clean(stage.rule),
         "purpose": PURPOSE.get(stage.rule, ""),
         "word": plan or stage.state,
-        "level": "warn" if plan == "tight" else overview.LEVEL.get(stage.state, "none"),
+        "level": "warn" if plan == "tight" else (overview.LEVEL | {"not finished": "warn"}).get(stage.state, "none"),
         "note": formatting.clean(stage.note, 500),
         "source": stage.source,
         "facts": [(name, formatting.value("", item)) for name, item in facts if item not in (None, "")],
@@ -142,10 +198,15 @@ def _view(
             for c in stage.checks
         ],
         "figures": plain,
+        "grids": grids,
         "tables": [(title, rows) for title, rows in tables if rows],
-        "plots": [(plot.caption, Markup(plot.svg)) for plot in drawn],  # drawn by us, from numbers only
-        "samples": collect.transcript(transcript, figures.get("example"), samples) if figures or transcript else [],
+        "plots": as_figures([plot for plot in drawn if plot]),
+        "answered": answered[:samples],
+        "samples": []
+        if answered or not (figures or transcript)
+        else chats.transcript(transcript, figures.get("example"), samples),
         "log": stage.log,
+        "warnings": stage.warnings,
         "results": [(str(name), formatting.value("", place)) for name, place in mapping(receipt.get("result")).items()],
         "inputs": [
             (
@@ -160,13 +221,41 @@ def _view(
     }
 
 
+def _grid(key: str, item: Any) -> tuple[str, list[str], list[list[str]]] | None:
+    """A figure whose parts all have parts as a table (title, head, rows), one row for each; None for any other."""
+    if not isinstance(item, dict) or not item or not all(isinstance(part, dict) and part for part in item.values()):
+        return None
+    rows = {str(name): dict(formatting.flatten(part)) for name, part in item.items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if len(columns) > MOST_COLUMNS:
+        return None
+    head = ["", *(formatting.label(column).removesuffix(" size") for column in columns)]
+    cells = [[formatting.clean(name), *(row.get(c, formatting.UNKNOWN) for c in columns)] for name, row in rows.items()]
+    return formatting.label(key), head, cells
+
+
+def _speeds(benchmark: Any) -> tuple[str, list[str], list[list[str]]] | None:
+    """The benchmark as a table (title, head, rows), one row for each number of requests at a time; None without one."""
+    rows = {str(at): mapping(row) for at, row in mapping(mapping(benchmark).get("by_concurrency")).items()}
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    if not keys:
+        return None
+    rest = [f"{formatting.label(k)} {formatting.value(k, v)}" for k, v in benchmark.items() if k != "by_concurrency"]
+    head = ["requests at a time", *map(formatting.label, keys)]
+    cells = [[formatting.clean(at), *(formatting.value(key, row.get(key)) for key in keys)] for at, row in rows.items()]
+    return f"speed by requests at a time; {', '.join(rest)}", head, cells
+
+
 def _table(entries: dict[str, Any]) -> list[tuple[str, str, float | None]]:
     """A figure with parts as rows (label, text, share of the largest or None), largest first where all are counts."""
     numbers = [item for item in entries.values() if isinstance(item, int) and not isinstance(item, bool)]
     if len(numbers) == len(entries) and numbers and min(numbers) >= 0:
         largest = max(numbers) or 1
         ordered = sorted(entries.items(), key=lambda entry: -entry[1])
-        return [(formatting.clean(str(key)), formatting.value("", item), item / largest) for key, item in ordered]
+        return [
+            (formatting.label(str(k).removesuffix("_bytes")), formatting.value(str(k), item), item / largest)
+            for k, item in ordered
+        ]
     return [(formatting.clean(key), text, None) for key, text in formatting.flatten(entries)]
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of, read from a results folder: receipts, metrics, histogram, transcript, ends of logs.
+"""What a report is made of, read from a results folder: receipts, metrics, histogram, warnings and ends of logs.
 
 Nothing here raises for absent or broken files: a report is read most carefully when something went wrong. What cannot
 be read becomes the stage's state and a note.
@@ -6,9 +6,12 @@ be read becomes the stage's state and a note.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..errors import BadInputError
 from . import formatting
@@ -36,8 +39,8 @@ UPSTREAM = {
     "smoke_test": ("convert_checkpoint",),
 }
 LOG_LINES = 30
-TEXT_LIMIT = 4000  # characters of one text of a transcript
-HELD_OUT = "held_out_format"  # the smoke test's check that asks all held-out prompts
+WARNING = re.compile(r"\bwarning: .*", re.IGNORECASE)
+WARNINGS, WARNINGS_READ = 20, 8 << 20  # of one stage: lines shown, bytes of its log that are looked through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +50,6 @@ class Check:
     name: str
     passed: bool | None
     detail: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One chat with the served model; ``title`` is the check that asked."""
-
-    title: str
-    question: str
-    reasoning: str
-    answer: str
 
 
 @dataclasses.dataclass
@@ -70,6 +63,7 @@ class Stage:
         receipt: the receipt's content; empty unless it could be read.
         source: the receipt's path relative to the results folder.
         log: last lines of the newest log, kept for the states that need it.
+        warnings: different warnings of the newest log.
     """
 
     rule: str
@@ -78,6 +72,7 @@ class Stage:
     receipt: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
     log: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -141,6 +136,8 @@ def stages(results: Path, logs: Path | None) -> dict[str, Stage]:
     known = {path.stem for path in (results / "receipts").glob("*.json")} - {"build_report"}
     rules = [rule for rule in CHAIN if rule not in OPTIONAL or rule in known] + sorted(known - set(CHAIN))
     found = {rule: _stage(results, logs, rule) for rule in rules}
+    for rule, stage in found.items():
+        stage.warnings = log_warnings(logs / f"{rule}.log") if logs else []
     for rule, upstream in UPSTREAM.items():
         if rule not in found:
             continue
@@ -202,6 +199,20 @@ def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
     return [formatting.clean(line, 500) for line in text.rstrip("\n").split("\n")[-lines:]] if text.strip() else []
 
 
+def log_warnings(path: Path) -> list[str]:
+    """Different warnings of our own programs in a log, the first ones; ranks and nodes that say the same count once."""
+    found: dict[str, None] = {}
+    try:
+        with open(path, "rb") as stream:
+            text = stream.read(WARNINGS_READ).decode("utf-8", "replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        if "warning: " in line and len(found) < WARNINGS and (match := WARNING.search(line)):
+            found[formatting.clean(match[0].removeprefix("warning: "), 500)] = None
+    return list(found)
+
+
 def locate(results: Path, place: Any) -> Path | None:
     """Where a path of a receipt lies now, or None.
 
@@ -231,58 +242,40 @@ def result_path(results: Path, stage: Stage, name: str) -> Path | None:
 
 def training_metrics(results: Path, train: Stage) -> list[dict[str, Any]]:
     """The metrics that the receipt names; the newest run's where training began but left no readable receipt."""
+    return metrics(_metrics_path(results, train))
+
+
+def _metrics_path(results: Path, train: Stage) -> Path | None:
     if train.receipt or train.state == "not run":
-        return metrics(result_path(results, train, "metrics"))
+        return result_path(results, train, "metrics")
     runs = (results / "train" / "runs").glob("*/metrics.jsonl")
-    return metrics(max(runs, key=lambda file: file.stat().st_mtime, default=None))
+    return max(runs, key=lambda file: file.stat().st_mtime, default=None)
 
 
-def transcript_path(results: Path, smoke_test: Stage) -> Path | None:
-    """The transcript, also of a smoke test that failed and so left no receipt."""
-    kept = results / "serve" / "transcript.jsonl"
-    if smoke_test.rule == "smoke_test" and smoke_test.state == "failed" and not smoke_test.receipt and kept.exists():
-        return kept
-    return result_path(results, smoke_test, "transcript")
+def expert_loads(results: Path, train: Stage) -> list[dict[str, Any]]:
+    """Lines of ``expert_load.jsonl`` by step, which lies beside the metrics."""
+    path = _metrics_path(results, train)
+    return metrics(path.with_name("expert_load.jsonl")) if path else []
+
+
+def config(results: Path) -> dict[str, Any]:
+    """The resolved configuration of the last start, as config.yaml has it; empty where it cannot be read."""
+    try:
+        return mapping(yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
 
 
 def metrics(path: Path | None) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl by step; of a step that ran twice (resumed) the later line counts, broken lines do not."""
     by_step: dict[int, dict[str, Any]] = {}
-    for line in _json_lines(path):
+    for line in json_lines(path):
         if isinstance(line.get("step"), int):
             by_step[line["step"]] = line
     return [by_step[step] for step in sorted(by_step)]
 
 
-def transcript(path: Path | None, example: Any, limit: int) -> list[Sample]:
-    """Chats of the smoke test's transcript, held-out prompts first, each question once; else the receipt's example."""
-    found: dict[str, Sample] = {}
-    for entry in _json_lines(path):
-        sample = _chat(entry)
-        if sample and (sample.question not in found or sample.title == HELD_OUT):
-            found[sample.question] = sample
-    samples = sorted(found.values(), key=lambda sample: sample.title != HELD_OUT)
-    if not samples and isinstance(example, dict):
-        samples = [_made_sample("", example.get("prompt"), example.get("reasoning"), example.get("answer"))]
-    return [sample for sample in samples if sample.question][:limit]
-
-
-def _chat(entry: dict[str, Any]) -> Sample | None:
-    """The chat in one line of the transcript; None for other requests, streams, refusals and what was cut."""
-    messages = mapping(entry.get("request")).get("messages")
-    try:
-        message = json.loads(entry["response"])["choices"][0]["message"]
-        reasoning = message.get("reasoning") or message.get("reasoning_content")
-        return _made_sample(entry.get("check"), messages[-1]["content"], reasoning, message.get("content"))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
-        return None
-
-
-def _made_sample(*texts: Any) -> Sample:
-    return Sample(*(formatting.clean(text if isinstance(text, str) else "", TEXT_LIMIT) for text in texts))
-
-
-def _json_lines(path: Path | None) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path | None) -> Iterator[dict[str, Any]]:
     """Objects of a JSON-lines file; lines that are none (a half-written last line) are skipped."""
     if path is None:
         return

@@ -11,7 +11,9 @@ import re
 from typing import Any
 
 UNKNOWN = "–"
-SECRET = re.compile(r"(api[_-]?key|password|passwd|secret|credential|access[_-]?token|auth[_-]?token)", re.IGNORECASE)
+SECRET = re.compile(
+    r"(api[_-]?key|password|passwd|secret|credential|access[_-]?token|auth[_-]?token|_token$)", re.IGNORECASE
+)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BYTES = {"_kib": 1 << 10, "_mib": 1 << 20, "_gib": 1 << 30, "_tib": 1 << 40}
 _LABELS = (  # the value shows the unit, so the label names the quantity

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from . import collect, formatting, plots
+from . import collect, formatting, plots, samples
 from .collect import Stage, mapping
 
 ADVISORY = {"plan", "refine_plan", "preflight", "train_preflight"}  # an experiment is complete without them
@@ -35,14 +35,14 @@ def headline(stages: dict[str, Stage], metrics: list[dict[str, Any]]) -> list[tu
         stages["convert_checkpoint"].figures,
     )
     trained = bool(stages["train"].receipt)
-    samples = train.get("samples", tokens.get("samples"))
+    count = train.get("samples", tokens.get("samples"))
     trained_tokens, in_data = train.get("trained_tokens"), tokens.get("trained_tokens")
     seen = f"{value('tokens', trained_tokens)} tokens with loss" if trained_tokens is not None else ""
     if _positive(trained_tokens) and _positive(in_data):
         passes = trained_tokens / in_data
         seen += f", {passes:.3g} × the data"
-        if passes < 0.99 and _positive(samples):  # ended before every sample was seen once
-            samples = f"≈ {round(samples * passes):,}"
+        if passes < 0.99 and _positive(count):  # ended before every sample was seen once
+            count = f"≈ {round(count * passes):,}"
     steps = f"{value('steps', train['steps'])} steps" if "steps" in train else ""
     label, hours, hours_note = _accelerator_hours(stages["train"])
     first, last = first_and_last_loss(stages["train"], metrics)
@@ -56,7 +56,7 @@ def headline(stages: dict[str, Stage], metrics: list[dict[str, Any]]) -> list[tu
     return [
         (
             "samples trained",
-            value("samples", samples) if trained else unknown,
+            value("samples", count) if trained else unknown,
             seen,
         ),
         ("loss", f"{first:.3g} → {last:.3g}" if has_loss else unknown, steps),
@@ -96,13 +96,13 @@ def summary(results: Path, logs: Path | None) -> str:
     stages = collect.stages(results, logs)
     metrics = collect.training_metrics(results, stages["train"])
     cards = {label: (value, note) for label, value, note in headline(stages, metrics)}
-    transcript = collect.transcript_path(results, stages["smoke_test"])
+    transcript = samples.transcript_path(results, stages["smoke_test"])
     example = stages["smoke_test"].figures.get("example")
-    samples = collect.transcript(None if example else transcript, example, 1)
+    shown = samples.transcript(None if example else transcript, example, 1)
     report = results / "report.html"
     rows = [("experiment", f"{results.name}: {verdict(stages)[1]}")]
     rows += [(name, " · ".join(filter(None, cards[name]))) for name in ("loss", "model", "smoke test")]
-    for sample in samples:
+    for sample in shown:
         rows += [("asked", sample.question), ("reasoning", sample.reasoning or "none"), ("answer", sample.answer)]
     rows.append(("report", str(report) if report.exists() else "not built yet"))
     return "\n".join(f"{name + ':':<12}{_one_line(text)}" for name, text in rows)

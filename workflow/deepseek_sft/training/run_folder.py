@@ -1,9 +1,10 @@
 """Small files of a run folder beside its checkpoints: metrics, status, gate.
 
-``metrics.jsonl``  one object per logged step, in order
-``status.json``    how the last start ended, written by rank 0: torchrun turns every exit code into 1
-``gate.json``      a failed gate; a start of the same run stops at it at once
-``stop``           request to save and stop, made by a signal
+``metrics.jsonl``      one object per logged step, in order
+``expert_load.jsonl``  load of every expert, some 40 times in a run
+``status.json``        how the last start ended, written by rank 0: torchrun turns every exit code into 1
+``gate.json``          a failed gate; a start of the same run stops at it at once
+``stop``               request to save and stop, made by a signal
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from .. import files
 from ..errors import BadInputError, GateError, StageError, StoppedError
 from .settings import Settings
 
-METRICS, STATUS, GATE, STOP, CONFIG = "metrics.jsonl", "status.json", "gate.json", "stop", "sft_config.py"
+METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
+STATUS, GATE, STOP, CONFIG = "status.json", "gate.json", "stop", "sft_config.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,11 @@ def check_gate(run: Path, settings: Settings) -> None:
 
 def cut_metrics(run: Path, step: int) -> None:
     """Drop the lines after ``step``: the steps after the checkpoint that a start resumes from are trained again."""
-    path = run / METRICS
+    for name in (METRICS, EXPERT_LOAD):
+        _cut(run / name, step)
+
+
+def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []

@@ -17,7 +17,7 @@ from ...model import release
 from ...report import formatting
 from .. import flops, process_memory, run_folder
 from ..schedule import Schedule
-from .expert_load import ExpertLoad
+from .expert_load import ExpertLoad, LoadRecords, balance
 from .loop import StepResult
 
 RECENT = 10  # steps whose mean loss is reported as the last loss
@@ -37,7 +37,8 @@ class MetricsHook(Hook):
 
     def before_train(self, runner) -> None:
         before = runner.cfg.progress
-        self.flops = flops.StepFlops.of(release.read_config(Path(runner.cfg.model.base)))
+        config = release.read_config(Path(runner.cfg.model.base))
+        self.flops = flops.StepFlops.of(config)
         self.progress = {
             "hosts": runner.cfg.hosts,
             "nodes": runner.cfg.nodes,
@@ -66,6 +67,9 @@ class MetricsHook(Hook):
             run_folder.cut_metrics(run, runner.iter)
             self.stream = open(run / run_folder.METRICS, "a", encoding="utf-8")  # noqa: SIM115  closed after training
             self.board = SummaryWriter(run / "tensorboard", purge_step=runner.iter + 1)
+            self.loads = LoadRecords(
+                run / run_folder.EXPERT_LOAD, runner.iter, runner.max_iters, config.get("first_k_dense_replace", 0)
+            )
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: Any = None, outputs: StepResult | None = None
@@ -83,19 +87,21 @@ class MetricsHook(Hook):
         if result.verdict.message and dist.get_rank() == 0:
             say(f"warning: {result.verdict.message}" + ("" if result.verdict.apply else "; its update was skipped"))
         if step == 1 or step % self.log_every_steps == 0 or step == runner.max_iters:
-            balance = self.load.figures()  # a collective
+            counts = self.load.take()  # a collective
             gpu, host, kept = _most_over_ranks(memory_gib(), resident_gib(), kept_gib())
             if dist.get_rank() == 0:
                 rate = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
                 line = self._line(step, result, rate, operations) | {"memory_gib": gpu, "host_memory_gib": host}
                 line["kept_by_allocator_gib"] = kept if kept >= 0 else None
-                self._write(line | balance)
+                self._write(line | balance(counts))
+                self.loads.add(step, counts)
                 self._tell(line, runner.max_iters)
             self.unreported_save = 0.0
 
     def after_train(self, runner) -> None:
         if dist.get_rank() == 0:
             self.stream.close()
+            self.loads.close()
             self.board.close()
 
     def saved(self, seconds: float) -> None:
