@@ -9,7 +9,7 @@ DEV := .envs/dev/bin
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
 	@echo "make test   every test, the demo chain included"
-	@echo "make lint   ruff, snakefmt, snakemake --lint, shellcheck"
+	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
 demo:
