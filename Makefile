@@ -11,7 +11,7 @@ help:
 	@echo "make status how far a run is; RESULTS=results/<experiment> for one that was not active last"
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
-	@echo "make lint   ruff, snakefmt, snakemake --lint, shellcheck"
+	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
 demo:

@@ -11,6 +11,7 @@ check ruff check .
 check ruff format --check .
 check snakefmt --check Snakefile workflow/rules
 check python workflow/scripts/document_config.py --check
+check codespell
 check shellcheck --external-sources cluster/install cluster/run cluster/vcluster cluster/lib/*.sh tests/lint.sh workflow/scripts/stage.sh .ci/run
 check shellcheck tests/golden/*.sbatch
 

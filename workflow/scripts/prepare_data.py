@@ -62,6 +62,9 @@ def main() -> None:
         chosen = ", ".join(f"{name} {count}" for name, count in sorted(source["formats"].items()))
         cli.say(f"{place}: read as {chosen or 'no known format'}")
     cli.say(f"{figures.accepted} of {figures.records} records accepted, {figures.trained_turns} trained turns")
+    if figures.rejected:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in figures.rejects.most_common())
+        cli.say(f"{figures.rejected} rejected ({reasons}), each with its reason in {arguments.rejects}")
 
 
 if __name__ == "__main__":
