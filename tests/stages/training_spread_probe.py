@@ -1,6 +1,6 @@
-"""Run by the train environment's Python, ``tests`` on its path: the same steps, spread over ranks in different ways, beside a plain loop.
+"""Run by the train environment's Python: the same steps, spread over ranks in different ways, beside a plain loop.
 
-Usage: training_spread_probe.py INPUTS CASES OUTPUT
+Usage: training_spread_probe.py INPUTS CASES OUTPUT, with ``tests`` in PYTHONPATH
 CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool}. Writes OUTPUT/<name>.json for each,
 and the references (``training_reference.py``).
 """
