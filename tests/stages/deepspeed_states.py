@@ -58,19 +58,22 @@ class Node(torch.nn.Module):
         first, _, rest = name.partition(".")
         if rest:
             if first not in self._modules:
-                self.add_module(first, Node())
+                self.add_module(first, type(self)())
             self._modules[first].put(rest, tensor, buffer, trained)
         elif buffer:
             self.register_buffer(first, tensor)
         else:
             self.register_parameter(first, torch.nn.Parameter(tensor, requires_grad=trained))
 
+    def loss(self, parameter: torch.Tensor) -> torch.Tensor:
+        target = torch.linspace(-1, 1, parameter.numel(), dtype=parameter.dtype).view_as(parameter)
+        return ((parameter - target).float() ** 2).sum()
+
     def forward(self):
         total = torch.zeros(())
         for parameter in self._parameters.values():
             if parameter.requires_grad:
-                target = torch.linspace(-1, 1, parameter.numel(), dtype=parameter.dtype).view_as(parameter)
-                total = total + ((parameter - target).float() ** 2).sum()
+                total = total + self.loss(parameter)
         for module in self._modules.values():
             total = total + module()
         return total
