@@ -208,6 +208,8 @@ def test_experiment_active_last_is_chosen(site):
     other.mkdir()
     (other / "plan.log").write_text("")
     os.utime(other / "plan.log", (time.time() + 5, time.time() + 5))
+    (site.logs / "status.log").write_text("")  # looking at an experiment does not make it active
+    os.utime(site.logs / "status.log", (time.time() + 9, time.time() + 9))
     (site.root / "logs" / "envs").mkdir()
     (site.root / "logs" / "envs" / "train.log").write_text("")
     assert status.newest_experiment(site.root / "results", site.root / "logs").name == "other"

@@ -72,7 +72,8 @@ def newest_experiment(results: Path, logs: Path) -> Path:
     times: dict[str, float] = {}
     for path in [*logs.glob("*/*.log"), *results.glob("*/receipts/*.json")]:
         name = path.parent.name if path.suffix == ".log" else path.parent.parent.name
-        if (logs / name).is_dir() and name not in ("envs", "slurm"):
+        # status.log is what target `status` showed
+        if (logs / name).is_dir() and name not in ("envs", "slurm") and path.name != "status.log":
             times[name] = max(times.get(name, 0.0), path.lstat().st_mtime)
     if not times:
         raise BadInputError(
