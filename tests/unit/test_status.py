@@ -95,6 +95,37 @@ def test_training_under_slurm_shows_everything_that_is_asked_for(site):
     assert rows["log"].endswith("step 60/240")
 
 
+def test_run_that_outlives_its_job_says_so(site):
+    site.training(steps=60, total=240)
+    site.log("train", "55", "step 60/240\n")
+    site.squeue("55|RUNNING|rule_train|node1|gpu|26:10|1:30|None")
+    left = site.screen()["time left"]
+    assert left == "2 min 15 s to the last step; the job has 1 min 30 s: it will save and stop before, and be resumed"
+
+
+def test_run_that_saves_its_last_step_has_no_time_left(site):
+    site.training(steps=60, total=60)
+    site.log("train", "55", "step 60/60\n")
+    site.squeue("55|RUNNING|rule_train|node1|gpu|26:10|1:30|None")
+    assert site.screen()["time left"] == "none: the last step is done"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1:30", 90), ("2:01:30", 7290), ("3-21:33:50", 336830), ("UNLIMITED", None), ("", None)]
+)
+def test_times_of_squeue_are_understood(text, seconds):
+    assert status.job_seconds(text) == seconds
+
+
+def test_conversion_shows_its_files(site):
+    made.write_results(site.root, (*BEFORE_TRAIN, "train"))
+    site.log("convert_checkpoint", "58", "model-00012-of-00163.safetensors: 4.63 GiB, 12/163\n")
+    site.squeue("58|RUNNING|rule_convert_checkpoint|node1|cpu|26:10|1:30:00|None")
+    rows = site.screen()
+    assert rows["progress"] == "12 of 163"
+    assert rows["trained"] == "120 steps, loss 11.79 → 0.0421"
+
+
 def test_queued_job_says_why_it_waits(site):
     made.write_results(site.root, BEFORE_TRAIN)
     site.squeue("71|PENDING|rule_train||gpu|0:00|4-00:00:00|Resources")
@@ -208,6 +239,8 @@ def test_experiment_active_last_is_chosen(site):
     other.mkdir()
     (other / "plan.log").write_text("")
     os.utime(other / "plan.log", (time.time() + 5, time.time() + 5))
+    (site.logs / "status.log").write_text("")  # looking at an experiment does not make it active
+    os.utime(site.logs / "status.log", (time.time() + 9, time.time() + 9))
     (site.root / "logs" / "envs").mkdir()
     (site.root / "logs" / "envs" / "train.log").write_text("")
     assert status.newest_experiment(site.root / "results", site.root / "logs").name == "other"

@@ -20,7 +20,9 @@ rule build_report:
 
 # Named on the command line only, also while another snakemake runs here: it has neither input nor output to lock.
 rule status:
+    log:
+        log_file("status"),
     message:
         "How far the run is"
     shell:
-        f"{SCRIPT}/status.py {RESULTS} --logs {LOGS}"
+        f"{SCRIPT}/status.py {RESULTS} --logs {LOGS} 2>&1 | tee {{log}}"

@@ -72,7 +72,8 @@ def newest_experiment(results: Path, logs: Path) -> Path:
     times: dict[str, float] = {}
     for path in [*logs.glob("*/*.log"), *results.glob("*/receipts/*.json")]:
         name = path.parent.name if path.suffix == ".log" else path.parent.parent.name
-        if (logs / name).is_dir() and name not in ("envs", "slurm"):
+        # status.log is what target `status` showed
+        if (logs / name).is_dir() and name not in ("envs", "slurm") and path.name != "status.log":
             times[name] = max(times.get(name, 0.0), path.lstat().st_mtime)
     if not times:
         raise BadInputError(
@@ -257,10 +258,31 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
         each = statistics.median(seconds.tolist())
         rows.append(("speed", f"{statistics.median(speeds.tolist()):,.0f} tokens/s, {each:.2f} s a step"))
         if isinstance(total, int) and now.state in ("running", "seems to run"):
-            limit = mapping(settings.get("settings")).get("max_hours")
-            sooner = f", or sooner: train.max_hours is {limit:g}" if isinstance(limit, int | float) else ""
-            rows.append(("time left", f"{formatting.duration((total - step) * each)} to the last step{sooner}"))
+            rows.append(("time left", _time_left((total - step) * each, mapping(settings.get("settings")), now.job)))
     return rows
+
+
+def _time_left(seconds: float, settings: dict[str, Any], job: Job | None) -> str:
+    """Time to the last step, and what may end the run or the job before."""
+    if seconds <= 0:
+        return "none: the last step is done"
+    text = f"{formatting.duration(seconds)} to the last step"
+    limit = settings.get("max_hours")
+    if isinstance(limit, int | float):
+        text += f", or sooner: train.max_hours is {limit:g}"
+    left = job_seconds(job.left) if job else None
+    if left is not None and left < seconds:
+        text += f"; the job has {formatting.duration(left)}: it will save and stop before, and be resumed"
+    return text
+
+
+def job_seconds(text: str) -> float | None:
+    """Seconds of a time as squeue writes it, ``[days-][hours:]minutes:seconds``; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((24.0 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _last_checkpoint(run: Path | None) -> list[tuple[str, str]]:
@@ -316,7 +338,9 @@ def _log_rows(now: Progress) -> list[tuple[str, str]]:
         return []
     last = collect.log_tail(now.log, 1)
     age = f", last line {formatting.duration(max(0.0, now.silent))} ago" if now.silent is not None else ""
-    rows = [("log", f"{now.log}{age}"), *(("", line[:200]) for line in last)]
+    counted = re.search(r"\b(\d+)/(\d+)$", last[0]) if last and now.rule != "train" else None
+    rows = [("progress", f"{counted[1]} of {counted[2]}")] if counted else []
+    rows += [("log", f"{now.log}{age}"), *(("", line[:200]) for line in last)]
     if now.state == "running" and now.silent is not None and now.silent > SILENT_S:
         rows.append(("attention", f"no line for {formatting.duration(now.silent)}: look at the log and the nodes"))
     return rows
