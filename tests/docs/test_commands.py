@@ -129,7 +129,9 @@ def problems_of_snakemake(words: list[str]) -> list[str]:
         if word.startswith("-"):
             option = "" if word in ("--", "-n", "-p", "--dry-run") else word
         elif option in ("--profile", "--configfile", "--forcerun", "--until", "") and not ELSEWHERE.search(word):
-            if option in ("--profile", "--configfile"):
+            if option == "--configfile" and word in targets():
+                found.append(f"--configfile takes every word that follows: put {word} before it")
+            elif option in ("--profile", "--configfile"):
                 found += [] if (docs_pages.PROJECT / word).exists() else [f"{word} does not exist"]
             elif word not in targets():
                 found.append(f"there is no rule {word}")
@@ -181,6 +183,7 @@ def test_commands_name_what_exists(page):
         ("workflow/scripts/plan.py --explain", ["put `python` before workflow/scripts/plan.py"]),
         ("python workflow/scripts/none.py", ["workflow/scripts/none.py does not exist"]),
         ("snakemake --profile profiles/demo trian", ["there is no rule trian"]),
+        ("snakemake --configfile <yours> train", ["--configfile takes every word that follows: put train before it"]),
         ("snakemake -n train --profile profiles/none", ["profiles/none does not exist"]),
         ("smk --forcerun smoke_tset", ["there is no rule smoke_tset"]),
         ("cluster/run --nodes 4 -- snakemake none", ["there is no rule none"]),
