@@ -164,8 +164,9 @@ def problems(words: list[str]) -> list[str]:
         paths = [word for word in words[1:] if "/" in word and not ELSEWHERE.search(word)]
         return [f"{path} does not exist" for path in paths if not (docs_pages.PROJECT / path.split("::")[0]).exists()]
     if program == "make":
-        made = re.findall(r"^(\w+):", (docs_pages.PROJECT / "Makefile").read_text(), re.MULTILINE)
-        return [f"make has no target {word}" for word in words[1:] if word.isalpha() and word not in made]
+        made = re.findall(r"^([\w-]+):", (docs_pages.PROJECT / "Makefile").read_text(), re.MULTILINE)
+        asked = [word for word in words[1:] if re.fullmatch(r"[a-z][a-z-]*", word)]
+        return [f"make has no target {word}" for word in asked if word not in made]
     return []
 
 
