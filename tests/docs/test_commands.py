@@ -129,7 +129,9 @@ def problems_of_snakemake(words: list[str]) -> list[str]:
         if word.startswith("-"):
             option = "" if word in ("--", "-n", "-p", "--dry-run") else word
         elif option in ("--profile", "--configfile", "--forcerun", "--until", "") and not ELSEWHERE.search(word):
-            if option in ("--profile", "--configfile"):
+            if option == "--configfile" and word in targets():
+                found.append(f"--configfile takes every word that follows: put {word} before it")
+            elif option in ("--profile", "--configfile"):
                 found += [] if (docs_pages.PROJECT / word).exists() else [f"{word} does not exist"]
             elif word not in targets():
                 found.append(f"there is no rule {word}")
@@ -162,8 +164,9 @@ def problems(words: list[str]) -> list[str]:
         paths = [word for word in words[1:] if "/" in word and not ELSEWHERE.search(word)]
         return [f"{path} does not exist" for path in paths if not (docs_pages.PROJECT / path.split("::")[0]).exists()]
     if program == "make":
-        made = re.findall(r"^(\w+):", (docs_pages.PROJECT / "Makefile").read_text(), re.MULTILINE)
-        return [f"make has no target {word}" for word in words[1:] if word.isalpha() and word not in made]
+        made = re.findall(r"^([\w-]+):", (docs_pages.PROJECT / "Makefile").read_text(), re.MULTILINE)
+        asked = [word for word in words[1:] if re.fullmatch(r"[a-z][a-z-]*", word)]
+        return [f"make has no target {word}" for word in asked if word not in made]
     return []
 
 
@@ -181,6 +184,7 @@ def test_commands_name_what_exists(page):
         ("workflow/scripts/plan.py --explain", ["put `python` before workflow/scripts/plan.py"]),
         ("python workflow/scripts/none.py", ["workflow/scripts/none.py does not exist"]),
         ("snakemake --profile profiles/demo trian", ["there is no rule trian"]),
+        ("snakemake --configfile <yours> train", ["--configfile takes every word that follows: put train before it"]),
         ("snakemake -n train --profile profiles/none", ["profiles/none does not exist"]),
         ("smk --forcerun smoke_tset", ["there is no rule smoke_tset"]),
         ("cluster/run --nodes 4 -- snakemake none", ["there is no rule none"]),
