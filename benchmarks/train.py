@@ -186,6 +186,11 @@ def expected_slope(bench: Bench) -> tuple[float, str]:
     return inputs + saved + backward, words
 
 
+def either_way(ratio: float) -> float:
+    """How far two things are apart, whichever is larger."""
+    return max(ratio, 1 / ratio) if ratio > 0 else float("inf")
+
+
 def memory(bench: Bench) -> None:
     """Peak allocation against tokens, on one rank."""
     cases = {
@@ -196,13 +201,15 @@ def memory(bench: Bench) -> None:
     slopes = [(b - a) / (m - n) for a, b, n, m in zip(peaks, peaks[1:], LENGTHS, LENGTHS[1:], strict=False)]
     logits = SHAPE["vocab_size"] * (BYTES + 4)
     expected, words = expected_slope(bench)
-    print(f"peak of what torch allocates in a step, one rank, one row of samples of {SAMPLE} tokens, all trained")
+    print(
+        f"peak allocation of a forward and backward pass, one rank, one row of samples of {SAMPLE} tokens, all trained"
+    )
     for length, peak in zip(LENGTHS, peaks, strict=True):
         print(f"  {length} tokens: {peak / 2**20:.0f} MiB")
     print(f"  bytes per token: {slopes[0]:.0f}, {slopes[1]:.0f}; logits alone, bf16 and fp32, would be {logits}")
     print(f"  expected: {words} = {expected:.0f}")
-    bench.bar("slope from 8k to 16k / slope from 4k to 8k", slopes[1] / slopes[0], LINEAR_BAR)
-    bench.bar("slope / expected", slopes[1] / expected, SLOPE_BAR)
+    bench.bar("slope from 8k to 16k / slope from 4k to 8k, either way", either_way(slopes[1] / slopes[0]), LINEAR_BAR)
+    bench.bar(f"slope / expected ({slopes[1] / expected:.3f}), either way", either_way(slopes[1] / expected), SLOPE_BAR)
 
 
 def speed(bench: Bench) -> None:
