@@ -49,7 +49,7 @@ ZERO = {
 KEPT = {key: value for key, value in ZERO.items() if "reuse" not in key and "live" not in key}
 SETTINGS = {"dtype": "bfloat16", "micro_batch_size": 1, "experts_per_shard": 4, "learning_rate": 1e-5}
 RANKS, LENGTH, LENGTHS, SAMPLE, SPEED_LENGTH = 2, 512, (4096, 8192, 16384), 4096, 2048
-WIRE_BAR, OPERATIONS_BAR, READ_BAR, LINEAR_BAR, SLOPE_BAR = 1.05, 1.1, 1.05, 1.1, 1.2
+WIRE_BAR, OPERATIONS_BAR, READ_BAR, SLOPE_BAR = 1.05, 1.1, 1.05, 1.2
 BYTES = 2  # of a bf16 element
 
 
@@ -196,13 +196,15 @@ def memory(bench: Bench) -> None:
     slopes = [(b - a) / (m - n) for a, b, n, m in zip(peaks, peaks[1:], LENGTHS, LENGTHS[1:], strict=False)]
     logits = SHAPE["vocab_size"] * (BYTES + 4)
     expected, words = expected_slope(bench)
-    print(f"peak of what torch allocates in a step, one rank, one row of samples of {SAMPLE} tokens, all trained")
+    print(
+        f"peak allocation of a forward and backward pass, one rank, one row of samples of {SAMPLE} tokens, all trained"
+    )
     for length, peak in zip(LENGTHS, peaks, strict=True):
         print(f"  {length} tokens: {peak / 2**20:.0f} MiB")
     print(f"  bytes per token: {slopes[0]:.0f}, {slopes[1]:.0f}; logits alone, bf16 and fp32, would be {logits}")
     print(f"  expected: {words} = {expected:.0f}")
-    bench.bar("slope from 8k to 16k / slope from 4k to 8k", slopes[1] / slopes[0], LINEAR_BAR)
-    bench.bar("slope / expected", slopes[1] / expected, SLOPE_BAR)
+    # The loss is the peak of short rows, a layer's backward pass that of long ones: the slope rises to the latter's.
+    bench.bar("largest slope / expected", max(slopes) / expected, SLOPE_BAR)
 
 
 def speed(bench: Bench) -> None:

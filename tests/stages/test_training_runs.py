@@ -11,6 +11,7 @@ from training_inputs import Trainer, make_inputs, ranks_of
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
 STEPS = 20
+BALANCE = {"balance_bias_speed": 0.01}  # part of what a checkpoint must bring back
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def trainer(environment, inputs, tmp_path_factory):
 def uninterrupted(trainer):
     """20 steps on 2 ranks that share each sequence, 4 rows a step."""
     run = trainer()
-    run.run(2, sequence_parallel_size=2, micro_batch_size=4, max_steps=STEPS)
+    run.run(2, sequence_parallel_size=2, micro_batch_size=4, max_steps=STEPS, **BALANCE)
     return run
 
 
@@ -69,7 +70,7 @@ def test_a_run_that_is_killed_stopped_and_terminated_ends_with_the_losses_of_an_
     trainer, uninterrupted
 ):
     run = trainer()
-    settings = {"sequence_parallel_size": 2, "micro_batch_size": 4, "max_steps": STEPS, "save_every_steps": 3}
+    settings = {"sequence_parallel_size": 2, "micro_batch_size": 4, "max_steps": STEPS, "save_every_steps": 3} | BALANCE
 
     process = run.start(2, **settings)
     run.wait_for(process, lambda: run.steps_done() >= 5)
@@ -120,7 +121,7 @@ def test_the_marker_says_what_conversion_needs(uninterrupted):
 def test_a_finished_run_is_recognised_and_its_receipt_written_again(uninterrupted):
     before = uninterrupted.receipt
     uninterrupted.receipt_file.unlink()
-    text = uninterrupted.run(2, sequence_parallel_size=2, micro_batch_size=4, max_steps=STEPS)
+    text = uninterrupted.run(2, sequence_parallel_size=2, micro_batch_size=4, max_steps=STEPS, **BALANCE)
     assert "finished already" in text
     assert uninterrupted.receipt["figures"] == before["figures"]
 
@@ -165,7 +166,12 @@ def test_a_stop_file_saves_and_while_it_is_there_nothing_starts(trainer, tmp_pat
 
 def test_two_nodes_train_together_and_the_first_writes_the_receipt(trainer, uninterrupted):
     run = trainer()
-    settings = {"sequence_parallel_size": 1, "micro_batch_size": 2, "max_steps": 3, "strategy": "zero3_offload"}
+    settings = {
+        "sequence_parallel_size": 1,
+        "micro_batch_size": 2,
+        "max_steps": 3,
+        "strategy": "zero3_offload",
+    } | BALANCE
     job = {"SLURM_JOB_ID": "777", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2"}
     job["GLOO_SOCKET_IFNAME"] = "lo"
     second = run.start(1, environment=job | {"SLURM_NODEID": "1"}, **settings)
