@@ -82,6 +82,12 @@ class Site:
         """Start snakemake in the copy; its output goes to the file ``snakemake.log`` there."""
         return self.run(self.command(*arguments, **serve))
 
+    def again(self) -> subprocess.Popen:
+        """Start the script of the target `serve` alone, as the rule does, once the target has been asked for."""
+        words = [f"{self.project}/.envs/workflow/bin/python", "workflow/scripts/serve.py"]
+        words += ["--results", "results/demo", "--logs", "logs/demo"]
+        return self.run(self.cluster.command("exec", *words))
+
     def run(self, command: list[str]) -> subprocess.Popen:
         """Start a command in the copy; its output goes to the file ``snakemake.log`` there."""
         store = (self.project / ".envs" / "workflow").resolve().parent

@@ -61,12 +61,6 @@ class FakeSite(Site):
             left += self.left_on_nodes()[node]
         return left
 
-    def again(self) -> int:
-        """Run the script of the target alone, as the rule does."""
-        words = [f"{self.project}/.envs/workflow/bin/python", "workflow/scripts/serve.py"]
-        words += ["--results", "results/demo", "--logs", "logs/demo"]
-        return self.run(self.cluster.command("exec", *words)).wait()
-
     def job(self) -> dict[str, str]:
         return json.loads((self.results / "serve/deployment/job.json").read_text())
 
@@ -93,7 +87,7 @@ def test_deployment_is_found_again_and_ends_with_scancel_leaving_nothing(site):
     assert endpoint.url.startswith("http://10.77.0.101:")  # the node's own address, not every one it has
     assert endpoint.text() in site.output()
 
-    assert site.again() == 0
+    assert site.again().wait() == 0
     assert f"job {job['job']} serves this model already" in site.output()
     assert endpoint.url in site.output()
     assert site.job() == job
@@ -101,7 +95,7 @@ def test_deployment_is_found_again_and_ends_with_scancel_leaving_nothing(site):
     receipt = site.results / "receipts/verify_model.json"
     text, times = receipt.read_text(), receipt.stat()
     receipt.write_text(text + "\n")
-    assert site.again() == 2
+    assert site.again().wait() == 2
     assert (
         f"still serves an earlier model of this experiment\n  fix: stop it first: scancel {job['job']}" in site.output()
     )
@@ -133,7 +127,7 @@ def test_interrupt_before_it_answers_cancels_the_job(site):
 
 @pytest.mark.parametrize("target", ["smoke_test", "serve"])
 def test_job_that_slurm_kills_for_lack_of_memory_names_node_limit_and_fix(site, target):
-    assert site.serve("eats-memory", target=target, profile=site.profile_with(mem_mb=500)) != 0
+    assert site.serve("eats-memory", "never-ready", target=target, profile=site.profile_with(mem_mb=500)) != 0
     assert "for lack of memory" in site.output()
     assert re.search("slurmstepd-node2: error: StepId=.* exceeded memory limit", site.output())
     assert "fix: raise `mem_mb` of " in site.output()
