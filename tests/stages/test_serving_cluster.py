@@ -25,9 +25,28 @@ def site(project: Path, environment, tmp_path_factory) -> Iterator[Site]:
         yield Site(project, folder, cluster)
 
 
-def test_smoke_test_through_ray_passes_and_its_receipt_names_hosts_and_processes(site):
-    code = site.start("smoke_test", backend="ray").wait()
-    assert code == 0, site.output()[-8000:]
+@pytest.fixture(scope="module")
+def through_ray(site) -> str:
+    """A smoke test through Ray whose engine is killed on the second node while it loads, tried again by Snakemake.
+
+    Returns the log of the first attempt.
+    """
+    running = site.start("smoke_test", "--retries", "1", backend="ray")
+    site.wait_for(lambda: site.kill_engine("node2"), running)
+    killed = time.monotonic()
+    site.wait_for(lambda: "error: the deployment ended" in site.attempt(1), running)
+    print(f"through Ray, killed while loading: failed after {time.monotonic() - killed:.1f} s")
+    assert running.wait() == 0, site.output()[-8000:]
+    return site.attempt(1)
+
+
+def test_worker_of_ray_killed_on_the_second_node_while_it_loads_is_named_with_its_node(through_ray):
+    assert "error: the deployment ended because of a failure" in through_ray
+    assert re.search(r"^0: node2: Ray's worker \(pid \d+\) has gone", through_ray, re.MULTILINE), through_ray
+    assert "node2| " in through_ray
+
+
+def test_smoke_test_through_ray_passes_and_its_receipt_names_hosts_and_processes(site, through_ray):
     receipt = json.loads((site.results / "receipts/smoke_test.json").read_text())
     assert receipt["hosts"] == ["node1", "node2"]
     nodes = receipt["figures"]["nodes"]
@@ -84,12 +103,12 @@ def test_lasting_deployment_answers_whoever_has_the_key_and_ends_when_a_node_doe
     assert site.left_on_nodes() == NOTHING
 
 
-def test_engine_killed_on_the_second_node_while_it_loads_fails_the_rule_with_its_name(site):
-    running = site.start("smoke_test", "--forcerun", "smoke_test", backend="native")
+def test_engine_killed_on_the_second_node_while_it_loads_ends_the_target_with_its_name(site):
+    running = site.again()  # natively, like the deployment before it
     site.wait_for(lambda: site.kill_engine("node2"), running)
     killed = time.monotonic()
-    assert running.wait(timeout=300) != 0
-    print(f"killed while loading: the rule failed after {time.monotonic() - killed:.1f} s")
+    assert running.wait(timeout=300) == 5
+    print(f"natively, killed while loading: the target failed after {time.monotonic() - killed:.1f} s")
     assert "error: the deployment ended because of a failure" in site.output()
     assert "node2: vllm ended with exit code" in site.output()
     assert "node2| " in site.output()
