@@ -26,6 +26,8 @@ SETTINGS = {
         "sub_group_size": 100_000_000,
         "stage3_max_live_parameters": 10_000_000,
         "stage3_max_reuse_distance": 10_000_000,
+        "stage3_prefetch_bucket_size": 1_000_000,
+        "reduce_bucket_size": 40_000_000,  # elements; by default every rank holds 500 million of them
     },
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
