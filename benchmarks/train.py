@@ -38,6 +38,15 @@ SHAPE = {
     "vocab_size": 32768,
     "initializer_range": 0.02,
 }
+# The release's numbers of experts, groups and experts per token, each expert small: what running many experts costs.
+MANY_EXPERTS = SHAPE | {
+    "layers": 4,
+    "routed_experts": 256,
+    "groups": 8,
+    "groups_used": 4,
+    "experts_per_token": 8,
+    "moe_intermediate_size": 64,
+}
 # DeepSpeed's defaults times 100 M / 671 G parameters.
 ZERO = {
     "stage3_max_reuse_distance": 150_000,
@@ -46,6 +55,7 @@ ZERO = {
     "stage3_param_persistence_threshold": 15,
     "reduce_bucket_size": 75_000,
 }
+EXPERT_SHARDS = 8  # of a layer, for the timed models
 KEPT = {key: value for key, value in ZERO.items() if "reuse" not in key and "live" not in key}
 SETTINGS = {"dtype": "bfloat16", "micro_batch_size": 1, "experts_per_shard": 4, "learning_rate": 1e-5}
 RANKS, LENGTH, LENGTHS, SAMPLE, SPEED_LENGTH = 2, 512, (4096, 8192, 16384), 4096, 2048
@@ -56,11 +66,12 @@ BYTES = 2  # of a bf16 element
 class Bench:
     """Inputs in a folder, and what was measured against its bar."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, sizes: dict[str, Any] | None = None):
         from deepseek_sft.model import release, tiny
 
         self.folder, self.missed = folder, 0
-        shape = tiny.TinyShape(**SHAPE)
+        self.sizes = sizes or SHAPE
+        shape = tiny.TinyShape(**self.sizes)
         self.base = folder / "base"
         tiny.write_tiny(self.base, shape, 0, 50_000_000)
         self.config = tiny.config_of(shape)
@@ -69,7 +80,8 @@ class Bench:
         self.release_bytes = sum(spec.elements * (4 if spec.dtype == "F32" else 2) for spec in specs.values())
         # Elements of the matrices that a token passes through, without embedding and output layer.
         self.per_token = sum(
-            spec.elements * (SHAPE["experts_per_token"] / SHAPE["routed_experts"] if ".mlp.experts." in name else 1)
+            spec.elements
+            * (self.sizes["experts_per_token"] / self.sizes["routed_experts"] if ".mlp.experts." in name else 1)
             for name, spec in specs.items()
             if len(spec.shape) == 2 and not name.startswith(("model.embed_tokens", "lm_head"))
         )
@@ -209,11 +221,19 @@ def memory(bench: Bench) -> None:
 
 def speed(bench: Bench) -> None:
     """Tokens per second against a plain script on transformers' modules; half of the tokens carry loss."""
+    _speed(bench)
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        _speed(Bench(Path(folder), MANY_EXPERTS))
+
+
+def _speed(bench: Bench) -> None:
     tokens = bench.tokens(SPEED_LENGTH, 12, 0.5)
-    found = bench.run({kind: {"kind": kind, "tokens": tokens} for kind in ("speed", "native")})
+    case = {"tokens": tokens, "settings": {"experts_per_shard": bench.sizes["routed_experts"] // EXPERT_SHARDS}}
+    found = bench.run({kind: case | {"kind": kind} for kind in ("speed", "native")})
     ours, theirs = found["speed"]["seconds"], found["native"]["seconds"]
     rate = RANKS * SPEED_LENGTH
-    print(f"timed (printed only): {RANKS} ranks × 1 thread, rows of {SPEED_LENGTH} tokens, activation checkpointing")
+    experts = f"{bench.sizes['experts_per_token']} of {bench.sizes['routed_experts']} experts per token"
+    print(f"timed (printed only): {RANKS} ranks × 1 thread, rows of {SPEED_LENGTH} tokens, {experts}, checkpointing")
     print(f"  ours {rate / ours:.0f} tokens/s, native modules {rate / theirs:.0f}: {theirs / ours:.2f} ×")
     shares = ", ".join(f"{phase} {seconds / ours:.0%}" for phase, seconds in found["speed"]["phases"].items())
     head = SHAPE["vocab_size"] * SHAPE["hidden_size"]
