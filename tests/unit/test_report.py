@@ -6,7 +6,7 @@ import pytest
 from unit import report_results as made
 from unit.report_page import Page, section
 
-from deepseek_sft.report import build, collect, overview, samples
+from deepseek_sft.report import build, collect, formatting, overview, samples
 
 
 @pytest.fixture
@@ -168,6 +168,17 @@ def test_drawings_take_their_colours_from_the_page(page):
 def test_secrets_in_settings_and_commands_are_hidden(page):
     assert "hunter2" not in page
     assert page.count("(hidden)") >= 2
+
+
+def test_secrets_of_engine_options_and_addresses_are_hidden():
+    settings = {
+        "engine_args": {"hf-token": "hunter2", "max-num-batched-tokens": 2048},
+        "environment": {"TOKEN": "hunter2", "OPENAI_KEY": "hunter2", "http_proxy": "http://me:hunter2@proxy:3128"},
+    }
+    shown = formatting.without_secrets(settings)
+    assert "hunter2" not in str(shown)
+    assert shown["engine_args"]["max-num-batched-tokens"] == 2048
+    assert shown["environment"]["http_proxy"] == "http://(hidden)@proxy:3128"
 
 
 def test_equal_results_give_equal_drawings(results):

@@ -54,7 +54,7 @@ def test_one_process_of_vllm_measures_every_load_with_prompts_of_its_own(tmp_pat
     figures = measure("http://127.0.0.1:9", tmp_path)
     assert figures["tool"] == "vllm bench serve 0.32.0"
     assert figures["by_concurrency"]["2"] == {
-        "requests": 4,
+        "requests": 8,
         "tokens_per_second": 50.0,
         "time_to_first_token_s": 0.04,
         "time_to_first_token_p99_s": 0.09,
@@ -69,7 +69,7 @@ def test_one_process_of_vllm_measures_every_load_with_prompts_of_its_own(tmp_pat
 
 def test_requests_that_vllm_counts_as_failed_fail_the_check(tmp_path, calls, monkeypatch):
     monkeypatch.setenv("STAND_IN_FLAW", "loses")
-    with pytest.raises(CheckFailed, match="1 of 4 requests failed, 1 at a time"):
+    with pytest.raises(CheckFailed, match="1 of 8 requests failed, 1 at a time"):
         measure("http://127.0.0.1:9", tmp_path)
 
 
@@ -79,7 +79,7 @@ def test_other_versions_options_lead_to_the_built_in_measurement_which_says_why(
         figures = measure(f"http://127.0.0.1:{server.server_port}", tmp_path)
     assert figures["tool"].startswith("built in (vllm bench serve ended with 2")
     assert "unrecognized arguments: --seed" in figures["tool"]
-    assert {row["requests"] for row in figures["by_concurrency"].values()} == {4}
+    assert {row["requests"] for row in figures["by_concurrency"].values()} == {8}
 
 
 def test_without_a_tokenizer_the_built_in_measurement_is_used(tmp_path, calls):

@@ -1,5 +1,6 @@
 """Held-out samples: what a file may hold, how answers are judged, losses before and after, prompts as trained."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,9 +11,12 @@ from unit.data_helpers import TOKENIZER
 
 from deepseek_sft.data.encoding import load_encoder
 from deepseek_sft.data.samples import Settings, make_samples
-from deepseek_sft.errors import BadInputError, GateError
+from deepseek_sft.errors import BadInputError, CrashError, GateError
 from deepseek_sft.serving import comparison, held_out_tokens, losses, smoke
-from deepseek_sft.serving.held_out import matches, read_prompts
+from deepseek_sft.serving.api import Reply
+from deepseek_sft.serving.before import measure_served
+from deepseek_sft.serving.checks import Context
+from deepseek_sft.serving.held_out import Prompt, final_answer, matches, read_prompts
 from deepseek_sft.serving.smoke_settings import SmokeSettings
 
 SAMPLES = [
@@ -255,6 +259,66 @@ def test_refused_held_out_request_counts_as_badly_formed_and_is_named(tmp_path, 
     write(tmp_path / "held_out.jsonl", [*SAMPLES, long])
     with fake_server() as server, pytest.raises(GateError, match=r"3 of 4 well formed.*first long: status 400"):
         run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+
+
+def test_record_is_kept_when_the_server_dies_while_losses_are_measured(tmp_path, prompts, model_dir, monkeypatch):
+    def dies(*_):
+        raise CrashError("the server went away")
+
+    monkeypatch.setattr(losses, "served_logprobs", dies)
+    with fake_server() as server, pytest.raises(CrashError):
+        run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+    assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 3
+
+
+def test_gate_that_cannot_be_judged_is_said(tmp_path, model_dir, capsys):
+    write(tmp_path / "held_out.jsonl", [{"id": "bare", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}])
+    with fake_server() as server:
+        run(server, tmp_path, model_dir, max_loss=1, min_exact_match_rate=0.1, logprobs_max_parameters=-1)
+    said = capsys.readouterr().err
+    for key in ("max_loss", "min_exact_match_rate"):
+        assert f"warning: smoke_test.{key} is set but was not judged" in said
+
+
+def test_format_gate_that_is_off_only_reports(tmp_path, prompts, model_dir):
+    with fake_server("finish_reason") as server, pytest.raises(GateError) as raised:
+        run(server, tmp_path, model_dir, min_format_rate=None, logprobs_max_parameters=-1)
+    assert "held_out_format" not in raised.value.problem
+
+
+def test_base_that_leaves_questions_unanswered_is_no_measurement(tmp_path, model_dir):
+    write(
+        tmp_path / "held_out.jsonl",
+        [*SAMPLES, {"id": "long", "messages": [{"role": "user", "content": "word " * 300}]}],
+    )
+    with fake_server() as server:
+        server.context, server.render = 256, rendered
+        settings = SmokeSettings(prompts=str(tmp_path / "held_out.jsonl"), template="deepseek-r1", max_tokens=16)
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(BadInputError, match="1 requests got no answer, first long: status 400"):
+            measure_served(url, MODEL, TOKENIZER, settings, reasoning_parser="deepseek_r1")
+
+
+@pytest.mark.parametrize(("reference", "thinks"), [("<think>\nx\n</think>\n\ny", True), ("y", False), (None, True)])
+def test_thinking_of_version_3_1_is_asked_for_as_it_was_trained(reference, thinks):
+    settings = SmokeSettings(template="deepseek-v3.1")
+    context = Context(api=None, settings=settings, reasoning_parser="deepseek_v3", prompts=[])
+    prompt = Prompt("a", [{"role": "user", "content": "?"}], None, reference)
+    assert context.options(prompt) == {"chat_template_kwargs": {"thinking": thinks}}
+    assert dataclasses.replace(context, settings=SmokeSettings(template="deepseek-r1")).options(prompt) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\nfirst 7?\n</think>\n\n5", "5"),
+        ("first 7? no</think>\n\n5", "5"),  # the prompt opened the reasoning
+        ("<think>\nfirst 7?", ""),
+        ("5", "5"),
+    ],
+)
+def test_reasoning_in_the_text_is_no_answer(text, answer):
+    assert final_answer(Reply(answer=text), None).strip() == answer
 
 
 # -- reading and judging -----------------------------------------------------------------------------------------------

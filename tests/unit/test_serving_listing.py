@@ -19,12 +19,7 @@ CPU = {
 }
 SHAPES = {
     "bf16-4x8": (4, {"tensor_parallel_size": 8, "pipeline_parallel_size": 4, "dtype": "bfloat16"} | GPU),
-    "fp8-2x8": (
-        2,
-        {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}
-        | GPU
-        | {"engine_args": GPU["engine_args"] | {"quantization": "fp8"}},
-    ),
+    "fp8-2x8": (2, {"tensor_parallel_size": 8, "pipeline_parallel_size": 2} | GPU),
     "cpu-1": (1, CPU),
 }
 CASES = {f"{shape}.{backend}": (shape, backend) for shape in SHAPES for backend in settings.BACKENDS}

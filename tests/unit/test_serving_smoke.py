@@ -35,7 +35,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def run(server, tmp_path: Path, parser: str | None = "deepseek_r1", model_dir: Path | None = None, **settings):
-    options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 1} | settings
+    options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 20} | settings
     return smoke.run(
         smoke.Server(f"http://127.0.0.1:{server.server_port}", MODEL, reasoning_parser=parser, model_dir=model_dir),
         SmokeSettings(**options),
@@ -96,9 +96,9 @@ def test_slow_server_fails_with_the_deadline_named(tmp_path):
 
 def test_server_that_hangs_under_load_fails_that_check_within_its_deadline(tmp_path):
     with fake_server("hangs_when_busy") as server, pytest.raises(GateError) as raised:
-        run(server, tmp_path, benchmark=False, concurrency=8)
+        run(server, tmp_path, benchmark=False, concurrency=8, request_timeout_s=2)
     assert failed_checks(raised.value) == {"concurrency"}
-    assert "no complete answer within 1 s" in raised.value.problem
+    assert "no complete answer within 2 s" in raised.value.problem
 
 
 def test_answer_that_never_ends_meets_the_deadline_of_the_whole_request(tmp_path):

@@ -9,6 +9,7 @@ The first process that dies, on any node, ends all nodes with exit code 5 (2 whe
 start would meet again) and is shown with its last lines. Whatever happens, nothing keeps running.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,6 +48,10 @@ def main() -> int:
         print(listing(settings, arguments.show_commands, model, versions.installed()), end="")
         return 0
     transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
+    if arguments.smoke_test and os.environ.get("SLURM_NODEID", "0") == "0":
+        # Those of an earlier model say nothing about this one, which may not even start.
+        for earlier in (transcript, transcript.with_name("evaluation.jsonl")):
+            earlier.unlink(missing_ok=True)
 
     def smoke_test(url: str, seconds: float, nodes: list[str]) -> list[str]:
         options = {

@@ -11,8 +11,10 @@ import re
 from typing import Any
 
 UNKNOWN = "–"
+URL_CREDENTIALS = re.compile(r"//[^/@\s]+:[^/@\s]+@")
 SECRET = re.compile(
-    r"(api[_-]?key|password|passwd|secret|credential|access[_-]?token|auth[_-]?token|_token$)", re.IGNORECASE
+    r"(api[_-]?key|password|passwd|secret|credential|(^|[_-])token$|[_-]key$|access[_-]?token|auth[_-]?token)",
+    re.IGNORECASE,
 )
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BYTES = {"_kib": 1 << 10, "_mib": 1 << 20, "_gib": 1 << 30, "_tib": 1 << 40}
@@ -121,6 +123,8 @@ def without_secrets(settings: Any, key: str = "") -> Any:
         return {name: without_secrets(entry, str(name)) for name, entry in settings.items()}
     if isinstance(settings, list):
         return [without_secrets(entry) for entry in settings]
+    if isinstance(settings, str):
+        return URL_CREDENTIALS.sub("//(hidden)@", settings)
     return settings
 
 

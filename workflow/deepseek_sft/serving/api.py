@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+GET_TIMEOUT_S = 10
 LONGEST_TRANSCRIBED = 60_000  # characters of one request or answer
 
 
@@ -84,8 +85,8 @@ class Api:
             self._transcript.close()
 
     def get(self, path: str) -> httpx.Response:
-        """GET with a short deadline: these answers need no computing."""
-        return self._exchange("GET", path, None, min(10, self.timeout_s))
+        """GET with a short deadline of its own: these answers need no computing."""
+        return self._exchange("GET", path, None, GET_TIMEOUT_S)
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         """POST a JSON body."""

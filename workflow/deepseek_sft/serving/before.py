@@ -84,6 +84,9 @@ def measure_served(
         logprobs = losses.served_logprobs(api, [sample.ids for sample in samples], settings.concurrency)
         measured = losses.measurement(samples, logprobs, f"{model} served at {url}")
         asked = evaluation.ask_all(context) if answers else None
+        if asked and asked.problems:
+            name, why = next(iter(asked.problems.items()))
+            raise CheckFailed(f"{len(asked.problems)} requests got no answer, first {name}: {why}")
     except CheckFailed as failure:
         raise BadInputError(f"{model} at {url} cannot be measured: {failure}") from None
     except httpx.HTTPError as error:

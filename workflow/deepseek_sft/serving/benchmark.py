@@ -40,7 +40,7 @@ class Load:
     @property
     def requests(self) -> int:
         """Requests in all: every place is used at least twice, so that the end does not outweigh the rest."""
-        return max(4, 2 * self.concurrency)
+        return max(8, 2 * self.concurrency)
 
 
 class ToolFailed(Exception):

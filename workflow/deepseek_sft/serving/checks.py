@@ -7,7 +7,9 @@ apply.
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from ..data.messages import split_reasoning
 from .api import Api, CheckFailed, CheckSkipped, Reply, parsed
 from .comparison import ModelFolder
 from .held_out import Prompt, final_answer, leaked_tokens
@@ -59,9 +61,18 @@ class Context:
         room = self.max_model_len // 2 or self.settings.max_tokens
         return min(self.settings.max_tokens, room)
 
+    def options(self, prompt: Prompt) -> dict[str, Any]:
+        """What a request says to the chat template. V3.1's opens the reasoning only where ``thinking`` asks for it."""
+        if self.settings.template != "deepseek-v3.1":
+            return {}
+        thinks = bool(self.reasoning_parser)
+        if prompt.reference is not None:
+            thinks = bool(split_reasoning(prompt.reference)[0])
+        return {"chat_template_kwargs": {"thinking": thinks}}
+
     def ask(self, prompt: Prompt) -> Reply:
         """A prompt's reply in one piece, remembered."""
-        reply = self.api.chat(prompt.messages, self.max_tokens, return_token_ids=True)
+        reply = self.api.chat(prompt.messages, self.max_tokens, return_token_ids=True, **self.options(prompt))
         self.replies.append((prompt, reply))
         return reply
 
@@ -157,7 +168,7 @@ def repeatable(context: Context) -> str:
 def streaming(context: Context) -> str:
     """A streamed answer is the same text in pieces, reasoning before answer, closed by ``[DONE]``."""
     prompt = context.prompts[0]
-    reply = context.api.stream(prompt.messages, context.max_tokens)
+    reply = context.api.stream(prompt.messages, context.max_tokens, **context.options(prompt))
     context.replies.append((prompt, reply))
     if not reply.done:
         raise CheckFailed("the stream ended without [DONE]")

@@ -140,7 +140,7 @@ def ask_all(context: Context) -> Evaluation:
 def held_out_format(context: Context, evaluation: Evaluation) -> str:
     """Enough held-out prompts get closed reasoning, then an answer, then the end."""
     formed, bound = evaluation.formed, context.settings.min_format_rate
-    if sum(formed) / len(formed) < bound:
+    if bound is not None and sum(formed) / len(formed) < bound:
         bad = [prompt.id for prompt, good in zip(evaluation.prompts, formed, strict=True) if not good]
         first = next(iter(evaluation.problems.items()), None)
         problem = f"; {len(evaluation.problems)} requests failed, first {first[0]}: {first[1]}" if first else ""

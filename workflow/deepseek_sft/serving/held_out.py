@@ -114,10 +114,16 @@ def leaked_tokens(reply: Reply, reasoning_parser: str | None) -> list[str]:
 
 
 def final_answer(reply: Reply, reasoning_parser: str | None) -> str:
-    """The answer without reasoning; empty where reasoning never closed."""
-    if reasoning_parser or "<think>" not in reply.answer:
+    """The answer without reasoning; empty where reasoning opened and never closed.
+
+    Without a parser reasoning is part of the text, and its opening tag may be part of the prompt, as in R1's template.
+    """
+    if reasoning_parser:
         return reply.answer
-    return reply.answer.partition("</think>")[2]
+    _, closed, rest = reply.answer.rpartition("</think>")
+    if closed:
+        return rest
+    return "" if "<think>" in reply.answer else reply.answer
 
 
 def well_formed(reply: Reply, reasoning_parser: str | None) -> bool:

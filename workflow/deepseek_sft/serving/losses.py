@@ -20,6 +20,7 @@ from .api import Api, CheckFailed, parsed
 from .held_out_tokens import Sequence, digest
 
 SCHEMA = 1
+REQUESTS_AT_ONCE = 4  # each is a prefill that writes out logits of its tokens; more would wait for each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def served_logprobs(api: Api, sequences: list[list[int]], concurrency: int) -> l
         body = {"model": api.model, "prompt": sequence, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         return _prompt_logprobs(parsed(api.post("/v1/completions", body)), sequence)
 
-    with ThreadPoolExecutor(concurrency) as pool:
+    with ThreadPoolExecutor(min(concurrency, REQUESTS_AT_ONCE)) as pool:
         return list(pool.map(ask, sequences))
 
 

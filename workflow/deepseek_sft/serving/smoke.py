@@ -145,7 +145,10 @@ class _Test:
             check("held_out_exact_match", evaluation.held_out_exact_match, context, self.evaluation)
         check("no_template_tokens", checks.no_template_tokens, context)
         check("prompt_as_trained", checks.prompt_as_trained, context)
+        if self.evaluation:
+            self.evaluation.write(self.record)  # kept also if measuring losses is too much for the server
         self._compare()
+        self._warn_of_gates_not_judged()
         if self.evaluation:
             self.evaluation.write(self.record)
             report.figures["samples"] = self.evaluation.shown()
@@ -157,6 +160,17 @@ class _Test:
         if context.example:
             texts = {"reasoning": context.example.reasoning, "answer": context.example.answer}
             report.figures["example"] = {"prompt": context.prompts[0].question, **texts}
+
+    def _warn_of_gates_not_judged(self) -> None:
+        """A gate that is set and cannot be judged must not pass in silence."""
+        for name, key in (
+            ("held_out_exact_match", "min_exact_match_rate"),
+            ("held_out_loss", "max_loss"),
+            ("loss_drop", "base_measured"),
+        ):
+            if getattr(self.context.settings, key) is not None and name not in self.report.checks:
+                why = self.report.skipped.get(name, "no held-out samples are configured")
+                say(f"warning: smoke_test.{key} is set but was not judged: {why}")
 
     def _check(self, name: str, function: Callable[..., str], *arguments: Any) -> None:
         self.context.api.check = name
@@ -250,6 +264,11 @@ class _Test:
             return "training's template is not known"
         # One token must be left to ask for.
         found = sequences(context.prompts, context.model.path, context.settings.template, context.max_model_len - 1)
+        references = sum(prompt.reference is not None for prompt in context.prompts)
+        if len(found) < references:
+            say(
+                f"warning: {references - len(found)} of {references} references do not fit the context: no loss of them"
+            )
         return found or "no held-out sample has a reference that fits the context"
 
     def _own_sequences(self) -> list[list[int]]:
