@@ -1,6 +1,7 @@
 """Promises of training's numbers: the same however a step is spread, and those of a plain loop over transformers."""
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -27,6 +28,7 @@ MIXED = {
     "offload-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "sequence_parallel_size": 2},
     "offload-parameters": {"strategy": "zero3_offload", "offload": "parameters"},
 }
+BROKEN = ("zero3", "zero3_offload")
 BALANCE = {"balance_bias_speed": 0.01, "max_grad_norm": 1e6}
 
 
@@ -53,6 +55,9 @@ def cases(world_size: int) -> dict:
             micro = 4 if settings.get("sequence_parallel_size") == 2 else 2
             found[name] = {"settings": BF16 | settings | {"micro_batch_size": micro}, "steps": 50}
         gathered = {"keep_layer_gathered": True, "micro_batch_size": 8, "max_grad_norm": 1e6}
+        for strategy in BROKEN:
+            settings = BF16 | {"strategy": strategy, "gradient_accumulation_steps": 2, "micro_batch_size": 1}
+            found[f"broken-{strategy}"] = {"settings": settings, "steps": 2, "broken": True}
         found["kept-gathered"] = {"settings": gathered, "steps": 1, "moments": True}
         found["balance"] = {"settings": BALANCE | {"micro_batch_size": 4, "sequence_parallel_size": 2}, "steps": 3}
     if world_size == 1:
@@ -141,6 +146,14 @@ def test_balance_biases_move_by_the_whole_batch_and_stay_equal_on_all_ranks(figu
     assert shared["biases"] == alone["biases"]
     assert shared["biases"][0] == figures["reference-float32"]["biases"]
     assert shared["biases"][0] != shared["biases"][2]
+
+
+@pytest.mark.parametrize("strategy", BROKEN)
+def test_a_gradient_that_is_no_number_under_a_finite_loss_changes_no_weight(figures, strategy):
+    found = figures[f"broken-{strategy}"]
+    assert all(map(math.isfinite, found["losses"]))
+    assert found["verdicts"] == ["not_finite", "fine"]
+    assert found["unchanged"]
 
 
 def test_each_rank_reads_its_share_of_the_base(figures):

@@ -1,8 +1,9 @@
 """Run by the train environment's Python: the same steps, spread over ranks in different ways, beside a plain loop.
 
 Usage: training_spread_probe.py INPUTS CASES OUTPUT, with ``tests`` in PYTHONPATH
-CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool}. Writes OUTPUT/<name>.json for each,
-and the references (``training_reference.py``).
+CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool, "broken": bool}. Writes
+OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
+parameter's gradient is not a number.
 """
 
 import json
@@ -19,14 +20,22 @@ import training_reference
 def run_cases(inputs: Path, cases: dict, output: Path) -> None:
     """On each rank of a group: all cases of its world size, one after another."""
     import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_fp32_param
     from training_engine import engine
 
     for name, case in cases.items():
         begin = time.monotonic()
         with engine(inputs / "base", inputs / "tokens", **case["settings"]) as run:
-            figures: dict = {"losses": [], "biases": []}
+            figures: dict = {"losses": [], "biases": [], "verdicts": []}
+            broken = run.model.llm.routers()[0].weight
+            hook = broken.register_hook(lambda gradient: gradient * float("nan")) if case.get("broken") else None
+            before = safe_get_full_fp32_param(broken).clone()
             for step in range(case["steps"]):
                 figures["losses"].append(run.step())
+                figures["verdicts"].append(run.result.verdict.kind)
+                if hook is not None:
+                    figures["unchanged"] = torch.equal(before, safe_get_full_fp32_param(broken))
+                    hook = hook.remove()
                 if step == 0 and case.get("moments"):
                     figures["moments"] = differences(run.first_moments(), output / "reference.pt")
                 if run.model.balance_bias is not None:

@@ -89,6 +89,15 @@ def test_missing_section_says_what_it_is(production):
         config.resolve(production)
 
 
+@pytest.mark.parametrize("changes", [{"strategy": "zero3"}, {"offload": "parameters"}])
+def test_adam_on_the_host_needs_its_states_there(production, changes):
+    production["train"] |= {"optimizer": "cpu_adam"}
+    config.resolve(production)
+    production["train"] |= changes
+    with pytest.raises(BadInputError, match=r"train.optimizer: `cpu_adam` needs optimizer states in host memory"):
+        config.resolve(production)
+
+
 def test_sequence_parallel_size_must_divide_the_ranks_of_a_cpu_node(production):
     demo = merged_demo(production)
     demo["train"]["sequence_parallel_size"] = 4

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planning_plans import make, published
 
-from deepseek_sft.planning import device_memory, host_memory
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.planning import device_memory, gate, host_memory
 from deepseek_sft.planning.alternatives import change
 from deepseek_sft.planning.plan import MISFIT, longest_row_that_fits
 from deepseek_sft.planning.settings import GIB
@@ -142,3 +143,14 @@ def test_a_layer_that_is_kept_gathered_takes_its_memory_and_saves_its_traffic():
     kept = with_training(plan, keep_layer_gathered=True)
     assert kept.device_bytes - plan.device_bytes == pytest.approx(1.05 * 23e9, rel=0.01)
     assert kept.duration.traffic.value / plan.duration.traffic.value == pytest.approx(3 / 4)
+
+
+def test_shards_that_do_not_divide_the_experts_are_refused_before_any_job():
+    with pytest.raises(BadInputError, match="experts_per_shard 7 does not divide the base's 256 routed experts"):
+        gate.check_possible(with_training(published(32, 4, "zero3_offload", 1), experts_per_shard=7))
+
+
+def test_gradients_of_an_fp32_run_are_held_in_fp32_whatever_they_are_added_up_in():
+    training = published(32, 4, "zero3_offload", 1).training
+    several = dataclasses.replace(training, gradient_accumulation_steps=4, gradient_accumulation_dtype="bfloat16")
+    assert (several.gradient_width, dataclasses.replace(several, dtype="float32").gradient_width) == (2, 4)

@@ -157,6 +157,11 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
             f"train.sequence_parallel_size: {size} does not divide the {ranks} ranks of a node; "
             f"allowed: {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
         )
+    if train["optimizer"] == "cpu_adam" and (train["strategy"] != "zero3_offload" or train["offload"] == "parameters"):
+        yield (
+            "train.optimizer: `cpu_adam` needs optimizer states in host memory; set strategy `zero3_offload` and "
+            "offload `both` or `optimizer`"
+        )
     if train["min_learning_rate"] > train["learning_rate"]:
         yield "train.min_learning_rate: is above learning_rate"
     plan = config["plan"]

@@ -122,7 +122,7 @@ def preflight_is_asked():
 def show_plan(folder):
     """Shell text that prints a plan on the terminal: needs, time, notes and verdict, without the formulas."""
     text = f"{RESULTS}/{folder}/plan.txt"
-    return f" && sed -n '1,/^parameters$/p; /^note: /p; /^verdict: /,$p' {quote(text)} | grep -v '^parameters$'"
+    return f" && sed -n '1,/^parameters$/p; /^note: /p; /^write into the profile:$/,/^$/p; /^verdict: /,$p' {quote(text)} | grep -v '^parameters$'"
 
 
 def what_clean_removes(wildcards):

@@ -134,7 +134,7 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
             f"{width} × {bucket:,} (twice reduce_bucket_size at most)",
         ),
     ]
-    if training.keep_layer_gathered and training.activation_checkpointing:
+    if training.keep_layer_gathered:
         layer = release.largest_layer(model.config)
         buffers.append(Term("layer that is kept gathered", width * layer, f"{width} × {layer:,}"))
     return states + buffers

@@ -7,7 +7,10 @@ from .plan import MISFIT, Plan, profile_lines
 
 
 def check_possible(plan: Plan) -> None:
-    """Raises BadInputError where the sequence-parallel size divides neither heads nor the ranks of a node."""
+    """Raises BadInputError where a size divides not what it must: ranks of a node, heads, experts."""
+    experts, each = plan.model["n_routed_experts"], plan.training.experts_per_shard
+    if experts % each:
+        raise BadInputError(f"train.experts_per_shard {each} does not divide the base's {experts} routed experts")
     if not alternatives.possible(plan):
         raise BadInputError(
             f"train.sequence_parallel_size {plan.training.sequence_parallel_size} does not divide the "

@@ -63,7 +63,7 @@ class Training:
     def gradient_width(self) -> int:
         """Bytes of one element of a rank's gradients, as they are held until the optimizer step."""
         several = self.gradient_accumulation_steps > 1
-        return DTYPE_BYTES[self.gradient_accumulation_dtype] if several else self.width
+        return max(self.width, DTYPE_BYTES[self.gradient_accumulation_dtype]) if several else self.width
 
 
 @dataclass(frozen=True)

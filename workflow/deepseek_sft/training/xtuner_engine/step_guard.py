@@ -4,6 +4,7 @@ ZeRO-3's optimizer asks ``_overflow_check_and_loss_scale_update`` first, which i
 gradients without touching weights or moments. The guard answers there, from the gradient's norm. DeepSpeed is pinned.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ class StepGuard:
     def _check(self) -> bool:
         """Whether the update is dropped; called by the optimizer once per step."""
         norms = self._group_norms()
-        norm = torch.linalg.vector_norm(torch.stack(norms)).to(self._device)
+        of_groups = torch.stack(norms)
+        norm = torch.linalg.vector_norm(of_groups)
+        # DeepSpeed gives -1 for a group whose norm is not finite.
+        norm = norm.masked_fill((of_groups < 0).any(), math.nan).to(self._device)
         dist.broadcast(norm, 0)  # one value decides on all ranks
         self.norm = norm.item()
         self.verdict = self.health.judge(self.step, self.loss, self.norm)
