@@ -1,6 +1,8 @@
 """Several nodes write one model: shares are complete and even, they do not meet, and one run completes the folder."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from conversion_helpers import convert_all, write_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import parts, shard_writer
+from deepseek_sft.checkpoint import parts, progress_folder, shard_writer
 from deepseek_sft.checkpoint.parts import Part
 from deepseek_sft.checkpoint.progress_folder import Finished, ProgressFolder
 from deepseek_sft.checkpoint.safetensors_files import Shard
@@ -115,6 +117,48 @@ def test_same_share_twice_is_refused_at_the_file(tmp_path):
     with pytest.raises(BadInputError, match="another process is writing"):
         shard_writer.OpenShard(tmp_path, shard)
     first.close()
+
+
+@pytest.mark.parametrize("found", ["replaced", "gone"])
+def test_file_that_another_process_took_over_never_gets_its_final_name(tmp_path, monkeypatch, found):
+    monkeypatch.setattr(shard_writer.fcntl, "flock", lambda *_: None)  # a file system without locks
+    (shard,) = shards_of([100])
+    first = shard_writer.OpenShard(tmp_path, shard)
+    first.part.unlink()
+    if found == "replaced":
+        first.part.write_bytes(b"half written")
+    with pytest.raises(BadInputError, match="another process is writing"):
+        first.publish()
+    assert not first.final.exists()
+    first.close()
+
+
+def test_file_taken_over_before_it_is_locked_is_refused_untouched(tmp_path, monkeypatch):
+    (shard,) = shards_of([100])
+    part = tmp_path / f"{shard.name}.part"
+
+    def flock(*_):
+        part.unlink()
+        part.write_bytes(b"the other's")
+
+    monkeypatch.setattr(shard_writer.fcntl, "flock", flock)
+    with pytest.raises(BadInputError, match="another process is writing"):
+        shard_writer.OpenShard(tmp_path, shard)
+    assert part.read_bytes() == b"the other's"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_folder_is_locked_through_a_descriptor_for_reading_and_writing(tmp_path, monkeypatch, shared):
+    modes, real = [], progress_folder.fcntl.flock
+
+    def flock(descriptor, operation):
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(progress_folder.fcntl, "flock", flock)
+    with ProgressFolder(tmp_path / "model", {}).locked(shared=shared, replace=False):
+        pass
+    assert set(modes) == {os.O_RDWR}  # NFS refuses either lock on anything less
 
 
 def test_file_finished_from_other_inputs_does_not_count(tmp_path):

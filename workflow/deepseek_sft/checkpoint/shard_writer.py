@@ -61,15 +61,31 @@ class OpenShard:
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInputError(f"another process is writing {self.part}", "give every process its share") from None
+            raise self._written_elsewhere() from None
         except OSError:
             pass  # a file system without locks; the lock of the whole folder has said so
+        self._require_own()
         os.ftruncate(self.descriptor, 0)
         try:
             os.posix_fallocate(self.descriptor, 0, self.shard.size)
         except OSError:  # not every file system can; a full disk shows in the write then
             os.ftruncate(self.descriptor, self.shard.size)
         write_fully(self.descriptor, self.shard.header, 0)
+
+    def _written_elsewhere(self) -> BadInputError:
+        return BadInputError(f"another process is writing {self.part}", "give every process its share")
+
+    def _require_own(self) -> None:
+        """
+        Raises:
+            BadInputError: what has the file's name by now is not what is written here; locks do not work everywhere.
+        """
+        try:
+            own = os.path.samestat(os.fstat(self.descriptor), self.part.stat())
+        except FileNotFoundError:
+            own = False
+        if not own:
+            raise self._written_elsewhere()
 
     def work(self, produce: Produce, name: str, start: int, count: int) -> tuple[str, int]:
         made, non_finite = produce(name, start, count)
@@ -81,6 +97,7 @@ class OpenShard:
     def publish(self) -> None:
         """Sync the file and give it its name."""
         os.fsync(self.descriptor)
+        self._require_own()
         os.replace(self.part, self.final)
         files.fsync_directory(self.final.parent)
         self.close()
