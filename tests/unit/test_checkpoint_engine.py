@@ -1,5 +1,7 @@
 """The engine of conversion: checksums joined from ranges, bounded descriptors, order of work, the measured plan."""
 
+import ctypes
+import errno
 import itertools
 import os
 import zlib
@@ -23,7 +25,7 @@ from deepseek_sft.checkpoint import (
     zero,
 )
 from deepseek_sft.checkpoint.byte_ranges import OpenFiles
-from deepseek_sft.errors import BadInputError
+from deepseek_sft.errors import BadInputError, CrashError
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -168,6 +170,40 @@ def test_work_is_announced_before_it_is_done(tmp_path, inputs, monkeypatch):
     monkeypatch.setattr(convert, "write_model", watched)
     convert_all(inputs, tmp_path / "model")
     assert sorted(done) == sorted(announced) and len(done) == len(set(done))
+
+
+# ---- space
+
+
+def fallocate_failing_with(code):
+    def fallocate(*_):
+        ctypes.set_errno(code)
+        return -1
+
+    return fallocate
+
+
+def test_file_system_without_allocation_is_not_filled_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "_fallocate", fallocate_failing_with(errno.EOPNOTSUPP))
+    with open(tmp_path / "a", "w+b") as stream:
+        shard_writer.reserve(stream.fileno(), 1 << 24)
+        found = os.fstat(stream.fileno())
+    assert found.st_size == 1 << 24 and found.st_blocks * 512 < 1 << 20
+
+
+def test_space_is_taken_at_once_or_said_to_be_missing(tmp_path):
+    with open(tmp_path / "a", "w+b") as stream:
+        shard_writer.reserve(stream.fileno(), 1 << 20)
+        assert os.fstat(stream.fileno()).st_blocks * 512 >= 1 << 20
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            shard_writer.reserve(stream.fileno(), 1 << 62)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_lack_of_space_is_told_with_what_to_do(tmp_path, inputs, monkeypatch, code):
+    monkeypatch.setattr(shard_writer, "_fallocate", fallocate_failing_with(code))
+    with pytest.raises(CrashError, match=rf"failed: {os.strerror(code)}[\s\S]*free space"):
+        convert_all(inputs, tmp_path / "model")
 
 
 # ---- the plan

@@ -5,6 +5,8 @@ name once synced. Threads go on with the next files while one is being synced.
 """
 
 import concurrent.futures
+import ctypes
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,24 @@ Item = tuple[str, int, int]
 
 WRITE_BACK = 1 << 20  # bytes; from this size on the kernel is asked to write at once, so that syncing has little to do
 MOST_UNSYNCED = 4  # complete files that wait for the disk
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+# Not os.posix_fallocate: where a file system cannot allocate (NFSv3, older Lustre, BeeGFS) the C library then writes
+# a byte into every block of the file.
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a file its size, with its blocks where the file system can; else a full disk shows in the writing.
+
+    Raises:
+        OSError: no space.
+    """
+    if _fallocate(descriptor, 0, 0, size):
+        if (code := ctypes.get_errno()) in NO_SPACE:
+            raise OSError(code, os.strerror(code))
+        os.ftruncate(descriptor, size)
 
 
 def write_fully(descriptor: int, data: Any, offset: int) -> None:
@@ -66,10 +86,7 @@ class OpenShard:
             pass  # a file system without locks; the lock of the whole folder has said so
         self._require_own()
         os.ftruncate(self.descriptor, 0)
-        try:
-            os.posix_fallocate(self.descriptor, 0, self.shard.size)
-        except OSError:  # not every file system can; a full disk shows in the write then
-            os.ftruncate(self.descriptor, self.shard.size)
+        reserve(self.descriptor, self.shard.size)
         write_fully(self.descriptor, self.shard.header, 0)
 
     def _written_elsewhere(self) -> BadInputError:
