@@ -55,20 +55,25 @@ def test_every_record_of_master_weights_is_checked_and_read_once(tmp_path, input
     conversion, (progress, bytes_read, _) = convert_all(inputs, tmp_path / "model")
     groups = len({int(p.starts[0]) for p in conversion.checkpoint.parameters.values()})
     assert groups > 1
-    assert progress.figures == {"records_checked": RANKS * groups, "records_without_checksum": 0}
+    biases = len(conversion.checkpoint.buffers)
+    assert biases and progress.figures == {"records_checked": RANKS * groups + biases, "records_without_checksum": 0}
     assert bytes_read == conversion.bytes_to_read
+
+
+def flip_bit(path, offset):
+    with open(path, "r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)[0]
+        stream.seek(offset)
+        stream.write(bytes([byte ^ 1]))
+    return path
 
 
 def flip_bit_of_a_weight(checkpoint, rank):
     opened = zero.open_checkpoint(checkpoint)
     parameter = opened.parameters["llm.model.layers.1.mlp.experts.0.w2"]
     path, offset, _ = list(parameter.pieces(0, parameter.elements))[rank]
-    with open(path, "r+b") as stream:
-        stream.seek(offset + 5)
-        byte = stream.read(1)[0]
-        stream.seek(offset + 5)
-        stream.write(bytes([byte ^ 1]))
-    return path
+    return flip_bit(path, offset + 5)
 
 
 @pytest.fixture
@@ -83,6 +88,14 @@ def test_one_flipped_bit_in_a_weight_is_refused_with_the_file(tmp_path, damaged)
     with pytest.raises(BadInputError, match=f"{path.name}: the content of record .* checksum"):
         convert_all(folder, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_one_flipped_bit_in_a_router_bias_is_refused_with_the_file(tmp_path):
+    write_inputs(tmp_path / "in")
+    bias = next(iter(zero.open_checkpoint(tmp_path / "in/step").buffers.values()))
+    path = flip_bit(bias.file, bias.offset)
+    with pytest.raises(BadInputError, match=f"{path.name}: the content of record .* checksum"):
+        convert_all(tmp_path / "in", tmp_path / "model")
 
 
 def test_restored_file_is_converted_by_the_same_command(tmp_path, inputs, damaged):
