@@ -16,7 +16,7 @@ import synthetic_zero3
 from deepseek_sft.checkpoint import base_model, byte_ranges, convert, safetensors_files, verify, zero
 from deepseek_sft.checkpoint.number_formats import float32_to_bf16
 from deepseek_sft.checkpoint.weight_checks import ChangeBound, adamw_ratio
-from deepseek_sft.errors import GateError
+from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.model import release
 
 LEARNING_RATE, STEPS = 1e-3, 1
@@ -210,6 +210,20 @@ def test_script_exits_3_without_a_receipt_and_0_with_one(made, model, tmp_path, 
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 3 and "model.norm.weight" in found.stderr and "Traceback" not in found.stderr
     assert not (tmp_path / "r.json").exists()
+
+
+def test_first_error_ends_the_verification_without_reading_the_other_files(made, model, monkeypatch):
+    begun = []
+
+    def measure_file(opened, path, *_):
+        begun.append(path)
+        time.sleep(0.01)
+        raise BadInputError(f"{path} cannot be read")
+
+    monkeypatch.setattr(verify, "measure_file", measure_file)
+    with pytest.raises(BadInputError, match="cannot be read"):
+        check(made, model, workers=1)
+    assert len(begun) < len(list(model.glob("*.safetensors")))
 
 
 def test_many_ranks_are_compared_with_few_descriptors_for_all_threads_together(tmp_path, monkeypatch):

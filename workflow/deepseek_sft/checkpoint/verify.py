@@ -264,11 +264,15 @@ def verify(
             executor.submit(measure_file, opened, path, held, tensors, base, sources, decay, full): path
             for path, held in found.items()
         }
-        for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
-            digest, figures = task.result()
-            hashes[tasks[task].name] = digest
-            measured |= figures
-            cli.say(f"{tasks[task].name}: {len(figures)} tensors checked, {done}/{len(tasks)}")
+        try:
+            for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
+                digest, figures = task.result()
+                hashes[tasks[task].name] = digest
+                measured |= figures
+                cli.say(f"{tasks[task].name}: {len(figures)} tensors checked, {done}/{len(tasks)}")
+        except BaseException:  # the rest would be read for nothing
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
     checks |= check_values(measured, bound, copied, checkpoint is not None)
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name not in hashes:
