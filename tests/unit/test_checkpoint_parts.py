@@ -210,7 +210,22 @@ def test_rule_on_several_nodes_scatters_and_completes(tmp_path, project, inputs,
     assert done.returncode == 0, done.stderr
     assert all(f"part {k}/3 is complete" in done.stderr for k in (1, 2, 3))
     figures = json.loads((tmp_path / "receipt.json").read_text())["figures"]
-    assert figures["nodes"] == 3 and figures["files_kept_from_earlier_run"] == figures["shards"]
+    assert figures["nodes"] == 3 and figures["files_kept_from_earlier_run"] == 0
+    assert figures["bytes_written"] == figures["bytes"] and figures["bytes_read"] > figures["bytes"]
+
+
+def test_retry_on_several_nodes_tells_its_own_work_and_the_size_of_the_model(tmp_path, project, inputs, slurm):
+    conversion, (begun, _, _) = convert_all(inputs, tmp_path / "model", part=Part(2, 3))
+    script = project / "workflow/scripts/convert_checkpoint.py"
+    arguments = [f"--checkpoint={inputs / 'step'}", f"--base={inputs / 'base'}", "--max-shard-size=20kB"]
+    arguments += [f"--output={tmp_path / 'model'}", f"--receipt={tmp_path / 'receipt.json'}", "--nodes=3"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "receipt.json").read_text())["figures"]
+    assert figures["files_kept_from_earlier_run"] == len(begun.done) > 0
+    assert figures["bytes"] == conversion.bytes_to_write
+    assert figures["bytes_written"] == conversion.bytes_to_write - begun.written
+    assert 0 < figures["bytes_read"] < conversion.bytes_to_read
 
 
 @pytest.mark.parametrize("code, kind", [(2, BadInputError), (4, StoppedError), (1, CrashError), (137, CrashError)])
