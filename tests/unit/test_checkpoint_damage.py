@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from deepseek_sft.checkpoint import torch_pickle, zero
 from deepseek_sft.checkpoint.byte_ranges import OpenFiles
-from deepseek_sft.errors import BadInputError
+from deepseek_sft.errors import BadInputError, StoppedError
 from deepseek_sft.model import release
 
 WORLD_SIZE = 3
@@ -230,6 +230,17 @@ def test_bound_on_memory_is_lifted_again_when_several_threads_read(tmp_path, mon
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         list(executor.map(torch_pickle.load, [archive] * 2))
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_stop_while_a_state_is_read_stays_a_stop(tmp_path, monkeypatch):
+    synthetic_zero3.write_archive(tmp_path / "a.pt", pickle.dumps({}, 2))
+
+    def stopped(_):
+        raise StoppedError("stopped by SIGTERM")
+
+    monkeypatch.setattr(torch_pickle.DescriptorUnpickler, "load", stopped)
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        torch_pickle.load(torch_pickle.open_archive(tmp_path / "a.pt"))
 
 
 def test_two_records_of_one_name_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """The engine of conversion: checksums joined from ranges, bounded descriptors, order of work, the measured plan."""
 
+import ctypes
+import errno
 import itertools
 import os
 import zlib
@@ -23,7 +25,7 @@ from deepseek_sft.checkpoint import (
     zero,
 )
 from deepseek_sft.checkpoint.byte_ranges import OpenFiles
-from deepseek_sft.errors import BadInputError
+from deepseek_sft.errors import BadInputError, CrashError
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -53,20 +55,25 @@ def test_every_record_of_master_weights_is_checked_and_read_once(tmp_path, input
     conversion, (progress, bytes_read, _) = convert_all(inputs, tmp_path / "model")
     groups = len({int(p.starts[0]) for p in conversion.checkpoint.parameters.values()})
     assert groups > 1
-    assert progress.figures == {"records_checked": RANKS * groups, "records_without_checksum": 0}
+    biases = len(conversion.checkpoint.buffers)
+    assert biases and progress.figures == {"records_checked": RANKS * groups + biases, "records_without_checksum": 0}
     assert bytes_read == conversion.bytes_to_read
+
+
+def flip_bit(path, offset):
+    with open(path, "r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)[0]
+        stream.seek(offset)
+        stream.write(bytes([byte ^ 1]))
+    return path
 
 
 def flip_bit_of_a_weight(checkpoint, rank):
     opened = zero.open_checkpoint(checkpoint)
     parameter = opened.parameters["llm.model.layers.1.mlp.experts.0.w2"]
     path, offset, _ = list(parameter.pieces(0, parameter.elements))[rank]
-    with open(path, "r+b") as stream:
-        stream.seek(offset + 5)
-        byte = stream.read(1)[0]
-        stream.seek(offset + 5)
-        stream.write(bytes([byte ^ 1]))
-    return path
+    return flip_bit(path, offset + 5)
 
 
 @pytest.fixture
@@ -83,12 +90,21 @@ def test_one_flipped_bit_in_a_weight_is_refused_with_the_file(tmp_path, damaged)
     assert not (tmp_path / "model").exists()
 
 
+def test_one_flipped_bit_in_a_router_bias_is_refused_with_the_file(tmp_path):
+    write_inputs(tmp_path / "in")
+    bias = next(iter(zero.open_checkpoint(tmp_path / "in/step").buffers.values()))
+    path = flip_bit(bias.file, bias.offset)
+    with pytest.raises(BadInputError, match=f"{path.name}: the content of record .* checksum"):
+        convert_all(tmp_path / "in", tmp_path / "model")
+
+
 def test_restored_file_is_converted_by_the_same_command(tmp_path, inputs, damaged):
     folder, _ = damaged
     with pytest.raises(BadInputError):
         convert_all(folder, tmp_path / "model")
     flip_bit_of_a_weight(folder / "step", 3)  # back
-    convert_all(folder, tmp_path / "model")
+    _, (progress, _, _) = convert_all(folder, tmp_path / "model")
+    assert 0 < progress.kept < len(progress.done)  # what was made from other records of that file stays
     convert_all(inputs, tmp_path / "whole")
     assert small_models.contents(tmp_path / "model") == small_models.contents(tmp_path / "whole")
 
@@ -168,6 +184,40 @@ def test_work_is_announced_before_it_is_done(tmp_path, inputs, monkeypatch):
     monkeypatch.setattr(convert, "write_model", watched)
     convert_all(inputs, tmp_path / "model")
     assert sorted(done) == sorted(announced) and len(done) == len(set(done))
+
+
+# ---- space
+
+
+def fallocate_failing_with(code):
+    def fallocate(*_):
+        ctypes.set_errno(code)
+        return -1
+
+    return fallocate
+
+
+def test_file_system_without_allocation_is_not_filled_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "_fallocate", fallocate_failing_with(errno.EOPNOTSUPP))
+    with open(tmp_path / "a", "w+b") as stream:
+        shard_writer.reserve(stream.fileno(), 1 << 24)
+        found = os.fstat(stream.fileno())
+    assert found.st_size == 1 << 24 and found.st_blocks * 512 < 1 << 20
+
+
+def test_space_is_taken_at_once_or_said_to_be_missing(tmp_path):
+    with open(tmp_path / "a", "w+b") as stream:
+        shard_writer.reserve(stream.fileno(), 1 << 20)
+        assert os.fstat(stream.fileno()).st_blocks * 512 >= 1 << 20
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            shard_writer.reserve(stream.fileno(), 1 << 62)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_lack_of_space_is_told_with_what_to_do(tmp_path, inputs, monkeypatch, code):
+    monkeypatch.setattr(shard_writer, "_fallocate", fallocate_failing_with(code))
+    with pytest.raises(CrashError, match=rf"failed: {os.strerror(code)}[\s\S]*free space"):
+        convert_all(inputs, tmp_path / "model")
 
 
 # ---- the plan

@@ -1,6 +1,8 @@
 """Several nodes write one model: shares are complete and even, they do not meet, and one run completes the folder."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from conversion_helpers import convert_all, write_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import parts, shard_writer
+from deepseek_sft.checkpoint import parts, progress_folder, shard_writer
 from deepseek_sft.checkpoint.parts import Part
 from deepseek_sft.checkpoint.progress_folder import Finished, ProgressFolder
 from deepseek_sft.checkpoint.safetensors_files import Shard
@@ -117,6 +119,48 @@ def test_same_share_twice_is_refused_at_the_file(tmp_path):
     first.close()
 
 
+@pytest.mark.parametrize("found", ["replaced", "gone"])
+def test_file_that_another_process_took_over_never_gets_its_final_name(tmp_path, monkeypatch, found):
+    monkeypatch.setattr(shard_writer.fcntl, "flock", lambda *_: None)  # a file system without locks
+    (shard,) = shards_of([100])
+    first = shard_writer.OpenShard(tmp_path, shard)
+    first.part.unlink()
+    if found == "replaced":
+        first.part.write_bytes(b"half written")
+    with pytest.raises(BadInputError, match="another process is writing"):
+        first.publish()
+    assert not first.final.exists()
+    first.close()
+
+
+def test_file_taken_over_before_it_is_locked_is_refused_untouched(tmp_path, monkeypatch):
+    (shard,) = shards_of([100])
+    part = tmp_path / f"{shard.name}.part"
+
+    def flock(*_):
+        part.unlink()
+        part.write_bytes(b"the other's")
+
+    monkeypatch.setattr(shard_writer.fcntl, "flock", flock)
+    with pytest.raises(BadInputError, match="another process is writing"):
+        shard_writer.OpenShard(tmp_path, shard)
+    assert part.read_bytes() == b"the other's"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_folder_is_locked_through_a_descriptor_for_reading_and_writing(tmp_path, monkeypatch, shared):
+    modes, real = [], progress_folder.fcntl.flock
+
+    def flock(descriptor, operation):
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(progress_folder.fcntl, "flock", flock)
+    with ProgressFolder(tmp_path / "model", {}).locked(shared=shared, replace=False):
+        pass
+    assert set(modes) == {os.O_RDWR}  # NFS refuses either lock on anything less
+
+
 def test_file_finished_from_other_inputs_does_not_count(tmp_path):
     (shard,) = shards_of([3])
     for identity in ({"step": 1}, {"step": 2}):
@@ -166,7 +210,22 @@ def test_rule_on_several_nodes_scatters_and_completes(tmp_path, project, inputs,
     assert done.returncode == 0, done.stderr
     assert all(f"part {k}/3 is complete" in done.stderr for k in (1, 2, 3))
     figures = json.loads((tmp_path / "receipt.json").read_text())["figures"]
-    assert figures["nodes"] == 3 and figures["files_kept_from_earlier_run"] == figures["shards"]
+    assert figures["nodes"] == 3 and figures["files_kept_from_earlier_run"] == 0
+    assert figures["bytes_written"] == figures["bytes"] and figures["bytes_read"] > figures["bytes"]
+
+
+def test_retry_on_several_nodes_tells_its_own_work_and_the_size_of_the_model(tmp_path, project, inputs, slurm):
+    conversion, (begun, _, _) = convert_all(inputs, tmp_path / "model", part=Part(2, 3))
+    script = project / "workflow/scripts/convert_checkpoint.py"
+    arguments = [f"--checkpoint={inputs / 'step'}", f"--base={inputs / 'base'}", "--max-shard-size=20kB"]
+    arguments += [f"--output={tmp_path / 'model'}", f"--receipt={tmp_path / 'receipt.json'}", "--nodes=3"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "receipt.json").read_text())["figures"]
+    assert figures["files_kept_from_earlier_run"] == len(begun.done) > 0
+    assert figures["bytes"] == conversion.bytes_to_write
+    assert figures["bytes_written"] == conversion.bytes_to_write - begun.written
+    assert 0 < figures["bytes_read"] < conversion.bytes_to_read
 
 
 @pytest.mark.parametrize("code, kind", [(2, BadInputError), (4, StoppedError), (1, CrashError), (137, CrashError)])

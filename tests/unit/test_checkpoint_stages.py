@@ -1,5 +1,6 @@
 """Stages 1 and 2, several groups, frozen and shared parameters, buffers: every element is found where it lies."""
 
+import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import synthetic_zero12
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import base_model, convert, zero
+from deepseek_sft.checkpoint import base_model, conversion_plan, convert, zero
 from deepseek_sft.checkpoint.byte_ranges import OpenFiles
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.model import release
@@ -107,6 +108,23 @@ def test_fused_experts_and_two_parameter_groups_convert_at_stages_1_and_2(tmp_pa
     for name, values in trained.items():
         expected = values if name.endswith(release.CORRECTION_BIAS) else small_models.rounded(values)
         assert np.array_equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_plan_measures_many_parameters_and_stays_within_their_bytes_at_stages_1_and_2(tmp_path, model, stage):
+    base, trained = model
+    buffers = {n: v for n, v in trained.items() if n.endswith(release.CORRECTION_BIAS)}
+    weights = {n: v for n, v in trained.items() if n not in buffers}
+    synthetic_zero12.write_checkpoint(tmp_path / "c", [weights], 3, stage, buffers)
+    opened = zero.open_checkpoint(tmp_path / "c"), base_model.open_model(base)
+    halves = {n: dataclasses.replace(p, dtype="BF16") for n, p in opened[0].parameters.items()}
+    for dtype, parameters in ((4, opened[0].parameters), (2, halves)):
+        checkpoint = dataclasses.replace(opened[0], parameters=parameters)
+        conversion = convert.prepare(checkpoint, opened[1], tmp_path / "model", convert.Options())
+        ranges = conversion_plan._probed_ranges(conversion)
+        sizes = {dtype * length for p in parameters.values() for _, _, length in p.pieces(0, p.elements)}
+        assert len(ranges) == min(conversion_plan.MOST_PROBED, len(parameters))
+        assert {size for _, _, size in ranges} <= sizes
 
 
 @pytest.mark.parametrize("stage", [2, 3])

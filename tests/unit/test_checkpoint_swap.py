@@ -85,6 +85,19 @@ def test_nothing_remains_when_a_tool_fails(tmp_path, machine, monkeypatch, faili
     assert machine.swaps == [EXISTING] and records(tmp_path) == []
 
 
+def test_swap_file_of_another_run_with_the_same_name_is_left_alone(tmp_path, machine):
+    others = tmp_path / f"deepseek-sft-{socket.gethostname()}-{swap.os.getpid()}.swap"
+    others.write_bytes(b"pages")
+    machine.swaps.append(f"{others} file 1 0 -3")
+    (machine.proc / "swaps").write_text("Filename\n" + "".join(f"{line}\n" for line in machine.swaps))
+    with (
+        pytest.raises(BadInputError, match=r"cannot be made: File exists[\s\S]*--swap-folder"),
+        swap.provided(1000, tmp_path / "model", tmp_path, PLENTY),
+    ):
+        pytest.fail("without swap nothing may run")
+    assert machine.calls == [] and others.read_bytes() == b"pages" and records(tmp_path) == [others.name]
+
+
 def test_no_file_is_made_where_none_is_needed(tmp_path, machine):
     with swap.provided(0, tmp_path / "model", tmp_path, PLENTY):
         pass

@@ -4,16 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import large_zero3
 import numpy as np
 import pytest
 import small_models
 import synthetic_zero3
 
-from deepseek_sft.checkpoint import base_model, convert, safetensors_files, verify, zero
+from deepseek_sft.checkpoint import base_model, byte_ranges, convert, safetensors_files, verify, zero
 from deepseek_sft.checkpoint.number_formats import float32_to_bf16
 from deepseek_sft.checkpoint.weight_checks import ChangeBound, adamw_ratio
-from deepseek_sft.errors import GateError
+from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.model import release
 
 LEARNING_RATE, STEPS = 1e-3, 1
@@ -207,3 +210,40 @@ def test_script_exits_3_without_a_receipt_and_0_with_one(made, model, tmp_path, 
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 3 and "model.norm.weight" in found.stderr and "Traceback" not in found.stderr
     assert not (tmp_path / "r.json").exists()
+
+
+def test_first_error_ends_the_verification_without_reading_the_other_files(made, model, monkeypatch):
+    begun = []
+
+    def measure_file(opened, path, *_):
+        begun.append(path)
+        time.sleep(0.01)
+        raise BadInputError(f"{path} cannot be read")
+
+    monkeypatch.setattr(verify, "measure_file", measure_file)
+    with pytest.raises(BadInputError, match="cannot be read"):
+        check(made, model, workers=1)
+    assert len(begun) < len(list(model.glob("*.safetensors")))
+
+
+def test_many_ranks_are_compared_with_few_descriptors_for_all_threads_together(tmp_path, monkeypatch):
+    specs = large_zero3.write_base(tmp_path / "base", small_models.SHAPE)
+    large_zero3.write_checkpoint(tmp_path / "step", specs, world_size=60, experts_per_shard=2)
+    checkpoint, base = zero.open_checkpoint(tmp_path / "step"), base_model.open_model(tmp_path / "base")
+    convert.run(convert.prepare(checkpoint, base, tmp_path / "model", convert.Options(largest_shard=8_000)))
+
+    descriptors = [len(list(Path("/proc/self/fd").iterdir()))]
+    real = byte_ranges.OpenFiles.read_into
+
+    def read_into(self, *arguments):
+        real(self, *arguments)
+        time.sleep(1e-4)  # lets the other threads come as far
+        descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
+
+    monkeypatch.setattr(byte_ranges.OpenFiles, "read_into", read_into)
+    monkeypatch.setattr(byte_ranges.resource, "getrlimit", lambda kind: (84, 84))
+    monkeypatch.setattr(byte_ranges.resource, "setrlimit", lambda kind, limits: None)
+    threads, kept = 12, byte_ranges.file_limit()
+    result = verify.verify(tmp_path / "model", base, checkpoint, full=True, workers=threads)
+    assert result.checks["checkpoint"].failures == []
+    assert max(descriptors) - descriptors[0] <= kept + 2 * threads  # each thread uses a file, and lists descriptors

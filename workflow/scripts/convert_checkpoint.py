@@ -22,7 +22,7 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
 from deepseek_sft.checkpoint import base_model, conversion_plan, convert, memory, outputs, parts, swap, zero
-from deepseek_sft.checkpoint.model_writer import Progress
+from deepseek_sft.checkpoint.model_writer import Progress, finished_files
 from deepseek_sft.checkpoint.sizes import show_size
 from deepseek_sft.errors import BadInputError, StoppedError
 
@@ -93,19 +93,23 @@ def main() -> None:
         print(conversion_plan.text(plan))
         return
     started = time.monotonic()
+    earlier = finished_files(conversion.plan)
     if args.nodes > 1:
         parts.run_on_nodes(args.nodes, [*sys.argv, "--nodes=1", "--part=slurm"])
     progress, bytes_read, seconds = convert.run(conversion)
     _tell(args, conversion, progress, seconds)
     if options.part:
         return
-    if args.nodes > 1:  # what the nodes did, this process only knows by its result
+    if args.nodes > 1 and not progress.already_complete:  # what the nodes did, this process knows by its result
         seconds = time.monotonic() - started
-        bytes_read, progress.written = conversion.bytes_to_read, conversion.bytes_to_write
+        progress.kept = len(earlier)
+        progress.written = conversion.bytes_to_write - sum(shard.size for shard in earlier)
+        bytes_read = conversion.bytes_to_read * progress.written // conversion.bytes_to_write
     figures = {
         "parameters": conversion.parameters,
         "tensors": len(conversion.sources),
         "shards": len(conversion.shards),
+        "bytes": conversion.bytes_to_write,
         "bytes_read": bytes_read,
         "bytes_written": progress.written,
         "seconds": round(seconds, 3),

@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
         default="drop",
         help="the multi-token-prediction layer, which is not trained; keep: copy if there is one",
     )
-    streaming.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 8")
+    streaming.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 16")
     sizes = parser.add_argument_group("tiny model")
     sizes.add_argument("--seed", type=int, default=0, help="of the random weights")
     for field in dataclasses.fields(tiny.TinyShape):

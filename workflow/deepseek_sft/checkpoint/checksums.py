@@ -7,6 +7,7 @@ that the records are checked without reading a byte twice. Only the padding that
 
 import functools
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +76,26 @@ def join(ranges: list[Range]) -> list[Range]:
 
 
 @dataclass(frozen=True)
+class Damaged:
+    """A record whose content is not what was written, and the bytes of its file that it takes (the last excluded)."""
+
+    file: Path
+    record: str
+    start: int
+    end: int
+
+    def has_part_in(self, ranges: Iterable[Sequence[int]]) -> bool:
+        """Whether one of these ranges of its file (first byte, byte after the last, …) lies partly in it."""
+        return any(start < self.end and self.start < end for start, end, *_ in ranges)
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """Which records were checked, and which of them are damaged: file and record's name."""
+    """How many records were compared and how many have no checksum, and which are damaged."""
 
     checked: int
     unchecked: int
-    damaged: list[tuple[Path, str]]
+    damaged: list[Damaged]
 
 
 def _records(path: Path) -> dict[int, tuple[str, int, int]]:
@@ -135,17 +150,17 @@ def check(opened: OpenFiles, path: Path, ranges: list[Range], largest_gap: int) 
         whole = _fill_gaps(opened, path, start, end, inside)
         checked += 1
         if whole != [(start, end, expected)]:
-            damaged.append((path, name))
+            damaged.append(Damaged(path, name, start, end))
     return Verdict(checked, unchecked, damaged)
 
 
-def error_of(damaged: list[tuple[Path, str]]) -> BadInputError | None:
+def error_of(damaged: list[Damaged]) -> BadInputError | None:
     """The error that names the damaged files, if there are any."""
     if not damaged:
         return None
-    path, name = damaged[0]
+    first = damaged[0]
     more = f", and {len(damaged) - 1} more records" if len(damaged) > 1 else ""
     return BadInputError(
-        f"{path}: the content of record {name} does not have the checksum it was written with{more}",
+        f"{first.file}: the content of record {first.record} does not have the checksum it was written with{more}",
         "a disk or a copy damaged this file: restore it, or use an older checkpoint; then run the same command",
     )

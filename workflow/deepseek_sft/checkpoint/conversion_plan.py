@@ -8,6 +8,7 @@ from . import bandwidth
 from .convert import Conversion
 from .partitioned import Partitioned
 from .parts import Part, share
+from .safetensors_files import ITEM_SIZES
 from .sizes import show_size
 
 MOST_PROBED = 64  # parameters
@@ -15,13 +16,13 @@ MOST_PROBED = 64  # parameters
 
 def _probed_ranges(conversion: Conversion) -> list[tuple[Path, int, int]]:
     """Some of the largest ranges of the master weights, from all over the model and the ranks."""
-    found = {p.skip: p for p in conversion.checkpoint.parameters.values() if isinstance(p, Partitioned)}
+    found = {(p.skip, p.first): p for p in conversion.checkpoint.parameters.values() if isinstance(p, Partitioned)}
     parameters = sorted(found.values(), key=lambda p: -p.partition)[:MOST_PROBED]
     ranges = []
     for number, parameter in enumerate(parameters):
         pieces = list(parameter.pieces(0, parameter.elements))
         path, offset, length = pieces[number * len(pieces) // len(parameters)]
-        ranges.append((path, offset, 4 * length))
+        ranges.append((path, offset, ITEM_SIZES[parameter.dtype] * length))
     return ranges
 
 

@@ -200,9 +200,10 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
     return Conversion(checkpoint, base, sources, restored, shards, plan, options, found, buffers)
 
 
-def master_weight_files(checkpoint: Checkpoint) -> set[Path]:
-    """The ranks' files that hold the FP32 master weights."""
-    return {path for p in checkpoint.parameters.values() if p.dtype == "F32" for path in p.files}
+def checked_files(checkpoint: Checkpoint) -> set[Path]:
+    """The ranks' files that hold the FP32 master weights, and those of the buffers (the router's biases)."""
+    master_weights = {path for p in checkpoint.parameters.values() if p.dtype == "F32" for path in p.files}
+    return master_weights | {buffer.file for buffer in checkpoint.buffers.values()}
 
 
 def run(conversion: Conversion) -> tuple[Progress, int, float]:
@@ -212,7 +213,7 @@ def run(conversion: Conversion) -> tuple[Progress, int, float]:
         BadInputError, CrashError: see ``model_writer.write_model``; a checkpoint file that ends early or is damaged.
     """
     checkpoint, options, sources = conversion.checkpoint, conversion.options, conversion.sources
-    checked = master_weight_files(checkpoint) if options.checksums else set()
+    checked = checked_files(checkpoint) if options.checksums else set()
     drop = conversion.bytes_to_read > LARGE * conversion.memory.usable
     started = time.monotonic()
     with (

@@ -143,6 +143,12 @@ def write_model(plan: Plan, produce: Produce) -> Progress:
     return progress
 
 
+def finished_files(plan: Plan) -> list[Shard]:
+    """The weight files that are finished already, of an output that is still being made."""
+    folder = ProgressFolder(plan.output, plan.identity)
+    return [shard for shard in plan.shards if folder.finished(shard)]
+
+
 def _finished(plan: Plan, folder: ProgressFolder, origin: dict[str, Any]) -> Progress:
     for shard in plan.shards:
         path = plan.output / shard.name

@@ -79,7 +79,8 @@ class ProgressFolder:
         """
         self.incomplete.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(exist_ok=True)
-        with open(self.folder / LOCK, "w", encoding="utf-8") as stream:
+        # NFS refuses a shared lock on what is not open for reading, and an exclusive one on what is not for writing
+        with open(self.folder / LOCK, "a+", encoding="utf-8") as stream:
             deadline = time.monotonic() + (PATIENCE_S if shared else 0)
             while not self._begin(stream.fileno(), shared, replace):
                 if time.monotonic() > deadline:

@@ -84,5 +84,9 @@ def check_notes(folder: Path, notes: dict[str, Any], largest_gap: int) -> Checke
             checked, unchecked = checked + verdict.checked, unchecked + verdict.unchecked
             damaged += verdict.damaged
     figures = {"records_checked": checked, "records_without_checksum": unchecked}
-    useless = {output for output, note in notes.items() if any(path.name in (note or {}) for path, _ in damaged)}
+    useless = {
+        output
+        for output, note in notes.items()
+        if any(record.has_part_in((note or {}).get(record.file.name, ())) for record in damaged)
+    }
     return Checked(figures, useless, checksums.error_of(damaged))

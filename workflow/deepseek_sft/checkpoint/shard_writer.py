@@ -5,6 +5,8 @@ name once synced. Threads go on with the next files while one is being synced.
 """
 
 import concurrent.futures
+import ctypes
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,24 @@ Item = tuple[str, int, int]
 
 WRITE_BACK = 1 << 20  # bytes; from this size on the kernel is asked to write at once, so that syncing has little to do
 MOST_UNSYNCED = 4  # complete files that wait for the disk
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+# Not os.posix_fallocate: where a file system cannot allocate (NFSv3, older Lustre, BeeGFS) the C library then writes
+# a byte into every block of the file.
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a file its size, with its blocks where the file system can; else a full disk shows in the writing.
+
+    Raises:
+        OSError: no space.
+    """
+    if _fallocate(descriptor, 0, 0, size):
+        if (code := ctypes.get_errno()) in NO_SPACE:
+            raise OSError(code, os.strerror(code))
+        os.ftruncate(descriptor, size)
 
 
 def write_fully(descriptor: int, data: Any, offset: int) -> None:
@@ -61,15 +81,28 @@ class OpenShard:
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInputError(f"another process is writing {self.part}", "give every process its share") from None
+            raise self._written_elsewhere() from None
         except OSError:
             pass  # a file system without locks; the lock of the whole folder has said so
+        self._require_own()
         os.ftruncate(self.descriptor, 0)
-        try:
-            os.posix_fallocate(self.descriptor, 0, self.shard.size)
-        except OSError:  # not every file system can; a full disk shows in the write then
-            os.ftruncate(self.descriptor, self.shard.size)
+        reserve(self.descriptor, self.shard.size)
         write_fully(self.descriptor, self.shard.header, 0)
+
+    def _written_elsewhere(self) -> BadInputError:
+        return BadInputError(f"another process is writing {self.part}", "give every process its share")
+
+    def _require_own(self) -> None:
+        """
+        Raises:
+            BadInputError: what has the file's name by now is not what is written here; locks do not work everywhere.
+        """
+        try:
+            own = os.path.samestat(os.fstat(self.descriptor), self.part.stat())
+        except FileNotFoundError:
+            own = False
+        if not own:
+            raise self._written_elsewhere()
 
     def work(self, produce: Produce, name: str, start: int, count: int) -> tuple[str, int]:
         made, non_finite = produce(name, start, count)
@@ -81,6 +114,7 @@ class OpenShard:
     def publish(self) -> None:
         """Sync the file and give it its name."""
         os.fsync(self.descriptor)
+        self._require_own()
         os.replace(self.part, self.final)
         files.fsync_directory(self.final.parent)
         self.close()

@@ -170,15 +170,20 @@ def provided(needed: int, output: Path, folder: Path, memory: Memory) -> Iterato
     place = output.with_name(f"{output.name}.swap-{host}-{pid}.json")
     files.write_json(place, asdict(record))
     try:
-        _make(path, missing)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:  # a file that exists is another run's, perhaps of a host with the same name: leave it
+        place.unlink(missing_ok=True)
+        raise BadInputError(f"{path} cannot be made: {error.strerror}", "give another --swap-folder") from None
+    try:
+        _make(descriptor, path, missing)
         cli.say(f"swap: {show_size(missing)} in {path} until this run ends")
         yield
     finally:
         _remove(record, place)
 
 
-def _make(path: Path, size: int) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+def _make(descriptor: int, path: Path, size: int) -> None:
+    """Turn the empty file behind ``descriptor``, which is closed, into swap that is on."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:

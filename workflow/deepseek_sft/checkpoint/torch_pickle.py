@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from ..errors import BadInputError
+from ..errors import BadInputError, StageError
 from ..model.release import TensorSpec
 from .safetensors_files import ITEM_SIZES, StoredTensor
 
@@ -271,5 +271,7 @@ def load(archive: Archive) -> Any:
             f"{archive.path} is refused: {error}",
             "nothing of it was executed; use a checkpoint written by DeepSpeed, mmengine or xtuner",
         ) from None
+    except StageError:  # asked to stop meanwhile
+        raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         _corrupt(archive.path, f"its pickle cannot be read ({type(error).__name__}: {error})")

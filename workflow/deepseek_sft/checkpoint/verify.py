@@ -14,6 +14,7 @@ from .. import cli, files
 from ..errors import BadInputError, GateError
 from ..model import release
 from .base_model import BaseModel
+from .byte_ranges import OpenFiles, allow_open_files
 from .convert import trained_sources
 from .outputs import TORCH_DTYPES, copied_sources, output_config, output_specs
 from .safetensors_files import INDEX_NAME, StoredTensor, read_header
@@ -257,16 +258,21 @@ def verify(
     measured: dict[str, Measured] = {}
     hashes: dict[str, str] = {}
     decay = bound.decay if bound else 0.0
-    with concurrent.futures.ThreadPoolExecutor(workers) as executor:
+    allow_open_files((checkpoint.file_count if checkpoint else 0) + len(base.files) + len(found))
+    with OpenFiles() as opened, concurrent.futures.ThreadPoolExecutor(workers) as executor:
         tasks = {
-            executor.submit(measure_file, path, held, tensors, base, sources, decay, full): path
+            executor.submit(measure_file, opened, path, held, tensors, base, sources, decay, full): path
             for path, held in found.items()
         }
-        for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
-            digest, figures = task.result()
-            hashes[tasks[task].name] = digest
-            measured |= figures
-            cli.say(f"{tasks[task].name}: {len(figures)} tensors checked, {done}/{len(tasks)}")
+        try:
+            for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
+                digest, figures = task.result()
+                hashes[tasks[task].name] = digest
+                measured |= figures
+                cli.say(f"{tasks[task].name}: {len(figures)} tensors checked, {done}/{len(tasks)}")
+        except BaseException:  # the rest would be read for nothing
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
     checks |= check_values(measured, bound, copied, checkpoint is not None)
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name not in hashes:

@@ -238,6 +238,7 @@ def compare_quantized(
 
 
 def measure_file(
+    opened: OpenFiles,
     path: Path,
     tensors: Mapping[str, StoredTensor],
     everything: Mapping[str, StoredTensor],
@@ -249,28 +250,28 @@ def measure_file(
     """sha256 of a weight file and the figures of its tensors.
 
     Args:
+        opened: shared by all threads, so that together they keep within what this process may open.
         tensors: those in the file, in the order of their offsets.
         everything: those of all files; block factors may lie elsewhere.
         sources: where tensors were converted or copied from, as far as they are to be compared with it.
     """
     hasher = hashlib.sha256()
     figures = {}
-    with OpenFiles() as opened:
-        header = min((t.offset for t in tensors.values()), default=path.stat().st_size)
-        hasher.update(opened.read(path, 0, np.uint8, header))
-        for name, tensor in tensors.items():
-            factors = everything.get(name + SCALE_SUFFIX) if tensor.spec.dtype == "F8_E4M3" else None
-            if factors and factors.spec != fp8_blocks.factors_spec(tensor.spec):
-                factors = None  # the shape check reports it
-            known = name in base.tensors and not name.endswith(SCALE_SUFFIX)
-            old = base.source(name) if known and base.tensors[name].spec.shape == tensor.spec.shape else None
-            decays = 0.0 if name.endswith(CORRECTION_BIAS) else decay
-            figures[name] = measure_tensor(opened, hasher, tensor, factors, old, decays)
-            source = sources.get(name)
-            if source is None or tuple(source.shape) != tensor.spec.shape:
-                continue
-            if factors and source.dtype != "F8_E4M3":
-                compare_quantized(opened, name, tensor, factors, source, full, figures[name])
-            elif tensor.spec.dtype in ("F32", "BF16", source.dtype):
-                compare_with_source(opened, name, tensor, source, full, figures[name])
+    header = min((t.offset for t in tensors.values()), default=path.stat().st_size)
+    hasher.update(opened.read(path, 0, np.uint8, header))
+    for name, tensor in tensors.items():
+        factors = everything.get(name + SCALE_SUFFIX) if tensor.spec.dtype == "F8_E4M3" else None
+        if factors and factors.spec != fp8_blocks.factors_spec(tensor.spec):
+            factors = None  # the shape check reports it
+        known = name in base.tensors and not name.endswith(SCALE_SUFFIX)
+        old = base.source(name) if known and base.tensors[name].spec.shape == tensor.spec.shape else None
+        decays = 0.0 if name.endswith(CORRECTION_BIAS) else decay
+        figures[name] = measure_tensor(opened, hasher, tensor, factors, old, decays)
+        source = sources.get(name)
+        if source is None or tuple(source.shape) != tensor.spec.shape:
+            continue
+        if factors and source.dtype != "F8_E4M3":
+            compare_quantized(opened, name, tensor, factors, source, full, figures[name])
+        elif tensor.spec.dtype in ("F32", "BF16", source.dtype):
+            compare_with_source(opened, name, tensor, source, full, figures[name])
     return hasher.hexdigest(), figures

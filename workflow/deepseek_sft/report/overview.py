@@ -51,7 +51,7 @@ def headline(stages: dict[str, Stage], metrics: list[dict[str, Any]]) -> list[tu
     passed = sum(check.passed is True for check in checks)
     smoke = ("passed" if passed == len(checks) else "failed") if checks else stages["smoke_test"].state
     place = mapping(stages["convert_checkpoint"].receipt.get("result")).get("model", "")
-    size = model.get("bytes_written", model.get("bytes"))
+    size = model.get("bytes", model.get("bytes_written"))
     parameters = f"{value('parameters', model['parameters'])} parameters" if "parameters" in model else ""
     return [
         (
