@@ -108,7 +108,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     start = min(found.optimizer)
     first = read_optimizer(found.optimizer[start], Loader())
     stage, world_size = first.stage, first.world_size
-    found.check(stage, world_size)
+    found.check(stage, world_size, found.optimizer[start].name)
     if marker:
         marker.check(folder, world_size)
     model_paths = found.model_paths(stage, world_size)

@@ -54,8 +54,11 @@ class RankFiles:
             raise BadInputError(f"{folder} holds no ZeRO checkpoint (zero_pp_rank_*_optim_states.pt)", hint)
         return RankFiles(folder, found["optim"], found["model"])
 
-    def check(self, stage: int, world_size: int) -> None:
+    def check(self, stage: int, world_size: int, said_by: str) -> None:
         """
+        Args:
+            said_by: name of the file that gave stage and world size, which may itself be what is wrong.
+
         Raises:
             BadInputError: naming the missing or left-over files of ``world_size`` ranks.
         """
@@ -64,10 +67,11 @@ class RankFiles:
             kinds.append(("model_states", self.model))
         elif self.model:
             name = next(iter(self.model.values())).name
-            raise BadInputError(f"{self.folder} holds {name}, but its optimizer states are of stage {stage}")
+            raise BadInputError(f"{self.folder} holds {name}, but {said_by} says that it is of stage {stage}")
         elif not (self.folder / WHOLE_MODEL_FILE).is_file():
             raise BadInputError(
-                f"{self.folder / WHOLE_MODEL_FILE} is missing", "restore it, or use an older checkpoint"
+                f"{self.folder / WHOLE_MODEL_FILE} is missing, which stage {stage} has ({said_by})",
+                "restore it, or use an older checkpoint",
             )
         for kind, files in kinds:
             missing = [rank for rank in range(world_size) if rank not in files]
@@ -76,12 +80,13 @@ class RankFiles:
                 shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
                 raise BadInputError(
                     f"{self.folder} is incomplete: of {world_size} ranks the {kind} file of {len(missing)} is missing: "
-                    f"zero_pp_rank_[{shown}]_mp_rank_00_{kind}.pt",
+                    f"zero_pp_rank_[{shown}]_mp_rank_00_{kind}.pt ({said_by} gives the number of ranks)",
                     "restore the missing files, or use an older checkpoint",
                 )
             if extra:
                 raise BadInputError(
-                    f"{self.folder} holds files of more than {world_size} ranks: {extra[0]}", "remove them"
+                    f"{self.folder} holds files of more than the {world_size} ranks of {said_by}: {extra[0]}",
+                    "remove them",
                 )
 
     def model_paths(self, stage: int, world_size: int) -> list[Path]:
