@@ -304,6 +304,17 @@ def test_script_exits_2_without_traceback_or_receipt(tmp_path):
     assert not receipt.exists()
 
 
+@pytest.mark.parametrize(("broken", "said"), [(2, "warning: 2 rejected ("), (1, "1 rejected (")])
+def test_script_warns_where_most_records_are_rejected(tmp_path, broken, said):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write_lines(tmp_path / "a.jsonl", [good, *["{"] * broken])
+    outputs = ("--output", tmp_path / "t", "--rejects", tmp_path / "r", "--receipt", tmp_path / "p.json")
+    done = run_script("prepare_data.py", "--source", path, *outputs)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "rejected (" in line]
+    assert said in line and ("warning" in line) == ("warning" in said)
+
+
 def test_demo_files_are_what_their_generator_writes(tmp_path):
     subprocess.run([sys.executable, DEMO / "make_chats.py", tmp_path], check=True)
     for name in ("chats.jsonl", "broken.jsonl", "held_out.jsonl"):

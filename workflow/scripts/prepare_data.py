@@ -64,7 +64,8 @@ def main() -> None:
     cli.say(f"{figures.accepted} of {figures.records} records accepted, {figures.trained_turns} trained turns")
     if figures.rejected:
         reasons = ", ".join(f"{reason} {count}" for reason, count in figures.rejects.most_common())
-        cli.say(f"{figures.rejected} rejected ({reasons}), each with its reason in {arguments.rejects}")
+        loud = "warning: " if 2 * figures.rejected > figures.records else ""  # the report repeats warnings
+        cli.say(f"{loud}{figures.rejected} rejected ({reasons}), each with its reason in {arguments.rejects}")
 
 
 if __name__ == "__main__":
