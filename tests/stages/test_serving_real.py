@@ -152,7 +152,7 @@ def test_samples_hold_question_answer_reference_and_the_bases_words(passed):
 def test_speed_is_measured_by_vllms_own_benchmark(passed):
     benchmark = passed["figures"]["benchmark"]
     assert benchmark["tool"].startswith("vllm bench serve")
-    assert benchmark["by_concurrency"]["2"]["requests"] == 4
+    assert benchmark["by_concurrency"]["2"]["requests"] == 8
     assert benchmark["by_concurrency"]["2"]["tokens_per_second"] > 0
 
 
