@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from .. import files
 from ..errors import BadInputError
 from .messages import THINK_CLOSE, THINK_OPEN
-from .templates import ASSISTANT, END, USER, Piece
+from .templates import ASSISTANT, END, TEMPLATES, USER, Piece
 from .words import WordEncoder, word_encoder
 
 TAG = re.compile(r"<[^<>\s]+>")  # the shape of all of DeepSeek's added tokens
@@ -112,7 +112,7 @@ def load_encoder(folder: Path, template: str) -> Encoder:
     """
     encoder, bos, eos = _load(Path(folder))
     needed = [bos, eos, USER, ASSISTANT]
-    if template == "deepseek-v3.1":
+    if TEMPLATES[template].prompt_decides_thinking:
         needed += [THINK_OPEN, THINK_CLOSE]  # they separate prompt from answer and must not melt into text
     missing = [name for name in needed if name not in encoder.control]
     if missing or eos != END:

@@ -92,6 +92,7 @@ class Template:
         output: pieces of a tool's output.
         cuts_history: whether the serving template removes the reasoning of earlier messages by itself.
         call_line: what a later call puts at the end of the user's message before it, in history.
+        prompt_decides_thinking: whether the prompt opens the reasoning, or closes it at once, as the request asks.
     """
 
     reply: Callable[[Reply, Place], Pieces | None]
@@ -99,6 +100,7 @@ class Template:
     output: Callable[[str, Place], Pieces]
     cuts_history: bool
     call_line: str = ""
+    prompt_decides_thinking: bool = False
 
 
 def system_pieces(text: str) -> Pieces:
@@ -199,5 +201,5 @@ def _v31_output(text: str, place: Place) -> Pieces:
 TEMPLATES: dict[str, Template] = {
     "deepseek-r1": Template(_r1_reply, _r1_history, _r1_output, cuts_history=True, call_line="\n"),
     "deepseek-v3": Template(_r1_reply, _r1_history, _r1_output, cuts_history=False, call_line="\n"),
-    "deepseek-v3.1": Template(_v31_reply, _v31_history, _v31_output, cuts_history=True),
+    "deepseek-v3.1": Template(_v31_reply, _v31_history, _v31_output, cuts_history=True, prompt_decides_thinking=True),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.messages import split_reasoning
+from ..data.templates import TEMPLATES
 from .api import Api, CheckFailed, CheckSkipped, Reply, parsed
 from .comparison import ModelFolder
 from .held_out import Prompt, final_answer, leaked_tokens
@@ -62,8 +63,9 @@ class Context:
         return min(self.settings.max_tokens, room)
 
     def options(self, prompt: Prompt) -> dict[str, Any]:
-        """What a request says to the chat template. V3.1's opens the reasoning only where ``thinking`` asks for it."""
-        if self.settings.template != "deepseek-v3.1":
+        """What a request says to the chat template: V3.1's opens the reasoning only where ``thinking`` asks for it."""
+        template = TEMPLATES.get(self.settings.template or "")
+        if template is None or not template.prompt_decides_thinking:
             return {}
         thinks = bool(self.reasoning_parser)
         if prompt.reference is not None:
