@@ -26,6 +26,25 @@ SHAPE = tiny.TinyShape(
     vocab_size=96,
 )
 
+FULL_SIZE = tiny.TinyShape(
+    hidden_size=7168,
+    layers=61,
+    dense_layers=3,
+    heads=128,
+    routed_experts=256,
+    groups=8,
+    groups_used=4,
+    experts_per_token=8,
+    moe_intermediate_size=2048,
+    intermediate_size=18432,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    qk_nope_head_dim=128,
+    v_head_dim=128,
+    vocab_size=129280,
+)  # DeepSeek-V3 and R1
+
 
 def make_base(folder, seed=0, largest_shard=30_000, **changes):
     """A BF16 base model in several files."""

@@ -40,7 +40,7 @@ sys.exit(code)
 
 
 def test_full_size_checkpoint_is_planned_within_a_gibibyte(tmp_path, script):
-    specs = large_zero3.write_base(tmp_path / "base", large_zero3.FULL_SIZE)
+    specs = large_zero3.write_base(tmp_path / "base", small_models.FULL_SIZE)
     assert len(specs) == 45_395
     fp32 = large_zero3.write_checkpoint(tmp_path / "step", specs, world_size=256, filled=False)
     assert fp32 == 4 * 671_026_404_352  # biases are buffers

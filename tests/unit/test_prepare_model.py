@@ -16,21 +16,6 @@ from deepseek_sft.errors import BadInputError, CrashError
 from deepseek_sft.model import release, tiny
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-FULL_SIZE = tiny.TinyShape(
-    hidden_size=7168,
-    layers=61,
-    dense_layers=3,
-    heads=128,
-    routed_experts=256,
-    groups=8,
-    groups_used=4,
-    experts_per_token=8,
-    moe_intermediate_size=2048,
-    intermediate_size=18432,
-    q_lora_rank=1536,
-    qk_nope_head_dim=128,
-    v_head_dim=128,
-)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +33,7 @@ def copy(base, tmp_path):
 
 
 def test_full_size_has_the_published_tensors_and_parameters():
-    specs = release.tensor_specs(tiny.config_of(FULL_SIZE))
+    specs = release.tensor_specs(tiny.config_of(small_models.FULL_SIZE))
     assert len(specs) == 45_395
     assert sum(spec.elements for spec in specs.values()) == 671_026_419_200
 

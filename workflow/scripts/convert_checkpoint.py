@@ -93,8 +93,8 @@ def main() -> None:
         print(conversion_plan.text(plan))
         return
     started = time.monotonic()
-    earlier = finished_files(conversion.plan)
     if args.nodes > 1:
+        earlier = finished_files(conversion.plan)
         parts.run_on_nodes(args.nodes, [*sys.argv, "--nodes=1", "--part=slurm"])
     progress, bytes_read, seconds = convert.run(conversion)
     _tell(args, conversion, progress, seconds)

@@ -50,7 +50,7 @@ def main() -> int:
     transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
     if arguments.smoke_test and os.environ.get("SLURM_NODEID", "0") == "0":
         # Those of an earlier model say nothing about this one, which may not even start.
-        for earlier in (transcript, transcript.with_name("evaluation.jsonl")):
+        for earlier in (transcript, smoke_settings.record_beside(transcript)):
             earlier.unlink(missing_ok=True)
 
     def smoke_test(url: str, seconds: float, nodes: list[str]) -> list[str]:

@@ -50,7 +50,7 @@ def main() -> None:
     if arguments.model_dir and not (arguments.model_dir / "config.json").is_file():
         raise BadInputError(f"--model-dir {arguments.model_dir}: no config.json in it")
     settings = smoke_settings.from_arguments(arguments)
-    record = arguments.evaluation or arguments.transcript.with_name("evaluation.jsonl")
+    record = arguments.evaluation or smoke_settings.record_beside(arguments.transcript)
     parser_name = None if arguments.reasoning_parser in ("", "none") else arguments.reasoning_parser
     server = smoke.Server(
         arguments.url,

@@ -10,12 +10,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from ..python_path import with_library
 from ..training.nodes import NodeEnvironment
 from . import exchange
 from .findings import Finding
 
 WORKER = "deepseek_sft.preflight.all_reduce_worker"
-WORKFLOW = Path(__file__).resolve().parents[2]
 DEFAULT_MB = {"nccl": 1024.0, "gloo": 16.0, "sockets": 32.0}
 LIMIT_S = 240.0
 
@@ -53,7 +53,7 @@ def over_torch(
         "MASTER_ADDR": node.main_host,
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(node.world_size),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(WORKFLOW), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": with_library(os.environ),
         "OMP_NUM_THREADS": "1",
     }
     if backend == "gloo":

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import functools
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ def _view(
     if stage.rule == "train" and compared:
         tables.append(("planned against measured", [(one.name, one.text(), None) for one in compared]))
     if stage.rule == "tokenize_data":
-        statistics = _json(collect.result_path(results, stage, "statistics"))
+        statistics = collect.read_json(collect.result_path(results, stage, "statistics"))
         drawn = [plots.lengths(statistics), plots.reasoning_by_answer(statistics)]
         examples = mapping(mapping(statistics).get("reject_examples"))
         rows = {
@@ -272,10 +271,3 @@ def _versions(stages: dict[str, Stage]) -> list[tuple[str, str, str]]:
 
 def _short_list(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _json(path: Path | None) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError, RecursionError):
-        return None

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import BadInputError
+from ..training import run_folder
 from . import formatting
 
 CHAIN = (
@@ -248,14 +249,14 @@ def training_metrics(results: Path, train: Stage) -> list[dict[str, Any]]:
 def _metrics_path(results: Path, train: Stage) -> Path | None:
     if train.receipt or train.state == "not run":
         return result_path(results, train, "metrics")
-    runs = (results / "train" / "runs").glob("*/metrics.jsonl")
+    runs = (results / "train" / "runs").glob(f"*/{run_folder.METRICS}")
     return max(runs, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def expert_loads(results: Path, train: Stage) -> list[dict[str, Any]]:
     """Lines of ``expert_load.jsonl`` by step, which lies beside the metrics."""
     path = _metrics_path(results, train)
-    return metrics(path.with_name("expert_load.jsonl")) if path else []
+    return metrics(path.with_name(run_folder.EXPERT_LOAD)) if path else []
 
 
 def config(results: Path) -> dict[str, Any]:
@@ -264,6 +265,14 @@ def config(results: Path) -> dict[str, Any]:
         return mapping(yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
+
+
+def read_json(path: Path | None) -> Any:
+    """What a JSON file holds; None without a file that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def metrics(path: Path | None) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ Looks only: nothing is written, locked or waited for. Whatever cannot be read is
 """
 
 import dataclasses
-import json
 import re
 import shutil
 import socket
@@ -107,7 +106,10 @@ def screen(results: Path, logs: Path | None) -> str:
         rows += training_rows(run, now)
     elif stages["train"].receipt:
         rows.append(("trained", _trained(stages["train"])))
-    rows += [*_last_checkpoint(run), ("disk left", _disk(results, run)), *_log_rows(now)]
+    newest = _newest_marker(run) if run else None
+    if run:
+        rows.append(("checkpoint", _last_checkpoint(run, newest)))
+    rows += [("disk left", _disk(results, newest)), *_log_rows(now)]
     return "\n".join(f"{name:<12}{formatting.clean(text)}" for name, text in rows if text)
 
 
@@ -170,7 +172,7 @@ def _state_of(log: Path, job: Job | None, known: list[Job] | None, silent: float
     """Whether the stage that writes ``log`` runs: by its Slurm job, by its process, or else by the log's age."""
     owner = log.name.rsplit("-", 1)[0]  # <job id>, or local-<pid of stage.sh>
     if job:
-        return "running" if job.state in ALIVE else "queued"
+        return _queue_state(job)
     if owner.isdecimal() and known is not None:
         return "stopped"
     if match := re.fullmatch(r"local-(\d+)", owner):
@@ -206,9 +208,8 @@ def _stage_text(now: Progress) -> str:
         return "all done"
     if now.state == "not run":
         return f"{now.rule} is next; nothing runs"
-    since = f" for {formatting.duration(now.since)}" if now.since is not None and now.state.endswith("run") else ""
-    if now.state == "running" and now.since is not None:
-        since = f" for {formatting.duration(now.since)}"
+    runs = now.state in ("running", "seems to run")
+    since = f" for {formatting.duration(now.since)}" if runs and now.since is not None else ""
     note = f": {now.note}" if now.note else ""
     return f"{now.rule}, {now.state}{since}{note}"
 
@@ -237,7 +238,7 @@ def newest_run(results: Path) -> Path | None:
 def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
     """Step, loss, speed and time left of a training run, from its metrics."""
     lines = collect.metrics(run / run_folder.METRICS)
-    settings = mapping(_json(run / "settings.json"))
+    settings = mapping(collect.read_json(run / "settings.json"))
     total = mapping(settings.get("schedule")).get("steps")
     if not lines:
         return [("step", f"none of {total} yet: loading the model, or the first step")]
@@ -285,18 +286,15 @@ def job_seconds(text: str) -> float | None:
     return ((24.0 * days + hours) * 60 + minutes) * 60 + seconds
 
 
-def _last_checkpoint(run: Path | None) -> list[tuple[str, str]]:
-    """The newest committed checkpoint and what is being written now; no row without a run."""
-    if run is None:
-        return []
-    newest = _newest_marker(run)
+def _last_checkpoint(run: Path, newest: tuple[Path, Path, int] | None) -> str:
+    """The newest committed checkpoint and what is being written now."""
     writing = [path.name for path in run.glob("step_*") if _number(path) and not (path / checkpoints.MARKER).exists()]
     tail = f"; {', '.join(sorted(writing))} being written or not complete" if writing else ""
     if newest is None:
-        return [("checkpoint", f"none yet{tail}")]
+        return f"none yet{tail}"
     marker, folder, size = newest
     age = formatting.duration(max(0.0, time.time() - marker.stat().st_mtime))
-    return [("checkpoint", f"{folder}, {formatting.byte_size(size)}, {age} ago{tail}")]
+    return f"{folder}, {formatting.byte_size(size)}, {age} ago{tail}"
 
 
 def _newest_marker(run: Path) -> tuple[Path, Path, int] | None:
@@ -305,7 +303,7 @@ def _newest_marker(run: Path) -> tuple[Path, Path, int] | None:
     if not markers:
         return None
     marker = max(markers, key=lambda path: _number(path.parent))
-    sizes = mapping(mapping(_json(marker)).get("files")).values()
+    sizes = mapping(mapping(collect.read_json(marker)).get("files")).values()
     return marker, marker.parent, sum(size for size in sizes if isinstance(size, int))
 
 
@@ -315,11 +313,10 @@ def _number(folder: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _disk(results: Path, run: Path | None) -> str:
+def _disk(results: Path, newest: tuple[Path, Path, int] | None) -> str:
     place = results if results.exists() else results.parent if results.parent.exists() else Path()
     usage = shutil.disk_usage(place)
     text = f"{formatting.byte_size(usage.free)} of {formatting.byte_size(usage.total)} at {place}"
-    newest = _newest_marker(run) if run else None
     if newest and newest[2]:
         text += f", room for {usage.free // newest[2]:,} more checkpoints"
     return text
@@ -344,10 +341,3 @@ def _log_rows(now: Progress) -> list[tuple[str, str]]:
     if now.state == "running" and now.silent is not None and now.silent > SILENT_S:
         rows.append(("attention", f"no line for {formatting.duration(now.silent)}: look at the log and the nodes"))
     return rows
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import say
+from ..python_path import with_library
 from . import versions, vllm_bench
 from .api import Api, CheckFailed, Reply
 
-LIBRARY = Path(__file__).resolve().parents[2]
 STARTING_S = 300  # vLLM's command line imports most of vLLM, from a file system that may be slow
 
 
@@ -128,7 +128,7 @@ def _by_vllm(api: Api, url: str, tokenizer: Path, to_do: list[Load], api_key: st
     environment = os.environ | ({"OPENAI_API_KEY": api_key} if api_key else {})
     # Like the smoke test's own requests, these must not leave the node by way of a site's proxy.
     environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), "*")
-    environment["PYTHONPATH"] = f"{LIBRARY}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+    environment["PYTHONPATH"] = with_library(os.environ)
     limit = STARTING_S + api.timeout_s * sum(load.requests / load.concurrency + 1 for load in to_do)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..python_path import with_library
 from .api import CheckFailed
 
 # Largest mean difference of log-probabilities to transformers, by the dtype of the weights.
@@ -81,8 +82,7 @@ def compute(jobs: list[Job]) -> list[dict[str, Any]]:
     Raises:
         CheckFailed: transformers failed or took too long.
     """
-    library = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": f"{library}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}
+    environment = os.environ | {"PYTHONPATH": with_library(os.environ)}
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         request.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))

@@ -17,6 +17,7 @@ from typing import Any
 from .. import files
 from ..cli import say
 from ..errors import CrashError, StageError, StoppedError
+from ..python_path import with_library
 from . import api_keys, commands, control, lasting, model_folder, network, processes, versions
 from .commands import Programs
 from .failures import NodeFailure, StopRequest
@@ -254,8 +255,7 @@ class Node:
         """Until Ray itself counts all nodes: its placement would otherwise wait silently for half an hour."""
         nodes = self.watch.nodes
         command = [self.programs.python, "-m", f"{__package__}.ray_nodes", f"{self.place.head}:{gcs_port}", str(nodes)]
-        library = str(Path(__file__).resolve().parents[2])
-        environment = environment | {"PYTHONPATH": f"{library}:{environment.get('PYTHONPATH', '')}".rstrip(":")}
+        environment = environment | {"PYTHONPATH": with_library(environment)}
         child = self.watch.start("ray_nodes", command, environment, ends=True)
         self.watch.wait(
             lambda: child.exit_code() is not None, JOIN_TIMEOUT_S, lambda: f"waiting for Ray to count {nodes} nodes"

@@ -145,12 +145,13 @@ class _Test:
             check("held_out_exact_match", evaluation.held_out_exact_match, context, self.evaluation)
         check("no_template_tokens", checks.no_template_tokens, context)
         check("prompt_as_trained", checks.prompt_as_trained, context)
-        if self.evaluation:
-            self.evaluation.write(self.record)  # kept also if measuring losses is too much for the server
-        self._compare()
+        try:
+            self._compare()
+        finally:  # the answers are kept also if measuring losses is too much for the server
+            if self.evaluation:
+                self.evaluation.write(self.record)
         self._warn_of_gates_not_judged()
         if self.evaluation:
-            self.evaluation.write(self.record)
             report.figures["samples"] = self.evaluation.shown()
         if context.settings.benchmark:
             check("benchmark", self._benchmark)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
@@ -56,6 +57,11 @@ def check(smoke: SmokeSettings, where: str) -> None:
         raise BadInputError(
             f"{where}: smoke_test.benchmark_concurrency is {list(levels)}, expected numbers of at least 1"
         )
+
+
+def record_beside(transcript: Path) -> Path:
+    """Where the record of the held-out samples lies, unless said otherwise."""
+    return transcript.with_name("evaluation.jsonl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import say
+from ..python_path import with_library
 from . import early_stop, run_folder, watchdog
 from .nodes import NodeEnvironment, threads_per_rank
 
 WORKER = "deepseek_sft.training.xtuner_engine.worker"
-WORKFLOW = Path(__file__).resolve().parents[2]
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
 TAIL_LINES, HANG_LINES = 25, 80  # shown of a rank's log; a hang's ends with all its threads
 PR_SET_PDEATHSIG = 1
@@ -82,7 +82,7 @@ def command_of(node: NodeEnvironment, start: Start) -> list[str]:
 def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
     """Environment of the ranks; what the user has set is kept."""
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WORKFLOW), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = with_library(environment)
     environment["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = f"[node {node.node_rank} rank ${{rank}}] "
     defaults = {
         "OMP_NUM_THREADS": str(threads_per_rank(node.ranks_per_node)),
