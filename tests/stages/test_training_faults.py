@@ -52,7 +52,7 @@ def test_a_hang_and_a_kill_inside_a_save_lose_no_checkpoint_and_no_step(trainer)
     run.wait_for(process, lambda: len(list(folder.iterdir())) > 2)
     ranks_of(process)[0].kill()
     text = run.finish(process, expected=5)
-    assert "without a last word on this node: rank 0" in text
+    assert "without a last word on this node: rank 0 (killed" in text
     assert not (folder / "committed.json").exists()
     assert (run.run_folder / "step_3" / "committed.json").exists()
 
@@ -60,6 +60,27 @@ def test_a_hang_and_a_kill_inside_a_save_lose_no_checkpoint_and_no_step(trainer)
     assert "step_6 does not count (no commit marker)" in text
     assert run.losses() == undisturbed.losses()
     assert sorted(path.name for path in run.run_folder.glob("step_*")) == ["step_6", "step_9"]
+
+
+ENDINGS = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    time.sleep(5)
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "2":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(100)
+"""
+
+
+def test_the_killed_rank_is_known_also_when_torchrun_ends_the_others_before_they_speak(environment, tmp_path):
+    (tmp_path / "rank.py").write_text(ENDINGS)
+    command = [str(environment("train")), "-m", "deepseek_sft.training.torchrun", str(tmp_path / "endings.json")]
+    command += ["--nproc-per-node", "3", str(tmp_path / "rank.py")]
+    done = subprocess.run(command, cwd=STAGES.parents[1] / "workflow", capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    # Rank 2 was killed as well, but by torchrun and half a minute later.
+    assert json.loads((tmp_path / "endings.json").read_text()) == {"0": -15, "1": -9, "2": -15}, done.stderr
 
 
 def test_a_skipped_update_leaves_weights_and_moments_as_they_were(trainer, environment):

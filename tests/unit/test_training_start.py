@@ -206,3 +206,33 @@ def test_a_crash_is_told_by_its_first_rank_and_names_the_silent_ones(tmp_path):
     assert "rank 1 on h: ValueError: first cause" in told
     assert "rank 2 (killed" in told
     assert "line two" in told
+
+
+@pytest.mark.parametrize(
+    ("codes", "heard", "told", "shown"),
+    [
+        ({0: -15, 1: -9, 2: -15}, [], ["rank 1 (killed from outside, or out of memory: SIGKILL)"], 1),
+        ({0: 1, 1: -9, 2: -15}, [0], ["rank 0 on h: lost its peer", "rank 1 (killed"], 1),
+        ({0: 1, 1: -15, 2: -15}, [0], ["rank 0 on h: lost its peer"], 0),
+        ({0: -15, 1: -15, 2: -11}, [], ["rank 2 (ended by SIGSEGV)"], 2),
+        ({0: 1, 1: -15, 2: 1}, [], ["rank 0, 2 (exit code 1)"], 0),
+        ({0: -15, 1: -15, 2: -15}, [], ["rank 0, 1, 2 (ended by SIGTERM)"], 0),
+    ],
+)
+def test_a_killed_rank_is_told_apart_from_those_that_torchrun_stopped(tmp_path, codes, heard, told, shown):
+    node = nodes.detect("cpu", 3, {})
+    folder = launch.attempt_folder(tmp_path, node.attempt)
+    for rank in range(3):
+        logs = folder / "node0" / "x" / "attempt_0" / str(rank)
+        logs.mkdir(parents=True)
+        (logs / "stderr.log").write_text(f"log of rank {rank}\n")
+    for rank in heard:
+        record = {"rank": rank, "host": "h", "time": 10.0, "error": "lost its peer", "traceback": ""}
+        (folder / f"failure-rank{rank}.json").write_text(json.dumps(record))
+    (folder / "endings-node0.json").write_text(json.dumps(codes))
+    assert launch.has_crashed(tmp_path, node)
+    *lines, title, log = launch.explain_failure(tmp_path, node).splitlines()
+    assert len(lines) == len(told)
+    assert all(part in line for part, line in zip(told, lines, strict=True))
+    assert title.startswith(f"last lines of rank {shown} ")
+    assert log == f"  | log of rank {shown}"

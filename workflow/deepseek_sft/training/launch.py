@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..python_path import with_library
 from . import early_stop, run_folder, watchdog
 from .nodes import NodeEnvironment, threads_per_rank
 
+TORCHRUN = "deepseek_sft.training.torchrun"
 WORKER = "deepseek_sft.training.xtuner_engine.worker"
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
 TAIL_LINES, HANG_LINES = 25, 80  # shown of a rank's log; a hang's ends with all its threads
@@ -67,7 +68,7 @@ class Start:
 
 def command_of(node: NodeEnvironment, start: Start) -> list[str]:
     """The torchrun command of this node: static rendezvous, no restarts (a requeue or a retry restarts the job)."""
-    command = [sys.executable, "-m", "torch.distributed.run"]
+    command = [sys.executable, "-m", TORCHRUN, str(_endings_file(start.run, node))]
     command += ["--nnodes", str(node.nodes), "--node-rank", str(node.node_rank)]
     command += ["--nproc-per-node", str(node.ranks_per_node), "--max-restarts", "0"]
     command += ["--master-addr", node.main_host, "--master-port", str(node.main_port)]
@@ -137,41 +138,79 @@ def run_ranks(node: NodeEnvironment, start: Start) -> int:
             raise
 
 
-def failures(run: Path, node: NodeEnvironment) -> list[dict[str, Any]]:
-    """Last words of this start's ranks, of all nodes."""
-    records = []
-    for path in attempt_folder(run, node.attempt).glob("failure-rank*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            records.append(json.loads(path.read_text()))
-    return records
+def has_crashed(run: Path, node: NodeEnvironment) -> bool:
+    """Whether a rank of this start, on any node, has crashed, hung or been killed."""
+    folder = attempt_folder(run, node.attempt)
+    return any(any(folder.glob(pattern)) for pattern in ("failure-rank*.json", "endings-node*.json"))
 
 
 def explain_failure(run: Path, node: NodeEnvironment) -> str:
-    """What is known of a crash: the first rank that left a message, its last lines, and the ranks that left none."""
+    """What is known of a crash: the ranks that left no message, the first that left one, and the last lines of one."""
     folder = attempt_folder(run, node.attempt)
-    records = failures(run, node)
-    first_rank = node.node_rank * node.ranks_per_node
-    own = set(range(first_rank, first_rank + node.ranks_per_node))
-    silent = sorted(own - {record["rank"] for record in records})
-    lines, found = [], []
+    records = _read_all(folder.glob("failure-rank*.json"))
     hung = [record for record in records if "hang" in record]
+    first = min(records, key=lambda record: record["time"], default=None)
     if hung and len(hung) == len(records):
-        lines += watchdog.explain(hung, node.world_size, node.ranks_per_node, node.hosts)
-        silent = []
-        found = watchdog.suspects(hung, node.world_size)
-    if records:
-        first = min(records, key=lambda record: record["time"])
-        if not lines:
-            lines.append(f"rank {first['rank']} on {first['host']}: {first['error']}")
-    if silent:
-        names = ", ".join(map(str, silent))
-        lines.append(f"without a last word on this node: rank {names} (killed from outside, or out of memory)")
-    shown = found[0] if found else first["rank"] if records else silent[0] if silent else first_rank
+        lines = watchdog.explain(hung, node.world_size, node.ranks_per_node, node.hosts)
+        suspects = watchdog.suspects(hung, node.world_size)
+    else:
+        silent = _without_word(run, node, {record["rank"] for record in records})
+        lines = [f"rank {first['rank']} on {first['host']}: {first['error']}"] if first else []
+        lines += [f"without a last word on this node: rank {_list(ranks)} ({end})" for end, ranks in silent.items()]
+        suspects = [rank for ranks in silent.values() for rank in ranks]
+    known = hung or _endings_file(run, node).exists()  # that the silent ones were no victims of torchrun
+    if first and not (suspects and known):
+        suspects = [first["rank"]]
+    shown = suspects[0] if suspects else node.node_rank * node.ranks_per_node
     logs = sorted((folder / f"node{shown // node.ranks_per_node}").glob(f"**/{shown % node.ranks_per_node}/stderr.log"))
     if logs:
         text = logs[-1].read_text(errors="replace").splitlines()[-(HANG_LINES if hung else TAIL_LINES) :]
         lines += [f"last lines of rank {shown} ({logs[-1]}):", *(f"  | {line}" for line in text)]
     return "\n".join(lines) or f"no rank left a message; logs are in {folder}"
+
+
+def _without_word(run: Path, node: NodeEnvironment, heard: set[int]) -> dict[str, list[int]]:
+    """This node's ranks that left no message, by how they ended; without those that torchrun stopped after a failure.
+
+    Args:
+        heard: ranks that left a message.
+    """
+    first = node.node_rank * node.ranks_per_node
+    silent = [rank for rank in range(first, first + node.ranks_per_node) if rank not in heard]
+    records = _read_all([_endings_file(run, node)])
+    if not records:  # torchrun itself was ended, or saw no rank fail
+        return {"killed from outside, or out of memory": silent} if silent else {}
+    codes = {rank: records[0][str(rank)] for rank in silent if str(rank) in records[0]}
+    if heard or any(code != -signal.SIGTERM for code in codes.values()):
+        codes = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM}
+    ends: dict[str, list[int]] = {}
+    for rank, code in sorted(codes.items()):
+        ends.setdefault(_describe(code), []).append(rank)
+    return ends
+
+
+def _describe(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"killed from outside, or out of memory: {name}" if code == -signal.SIGKILL else f"ended by {name}"
+
+
+def _list(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _endings_file(run: Path, node: NodeEnvironment) -> Path:
+    """Exit codes of this node's ranks that failed, see ``torchrun``."""
+    return attempt_folder(run, node.attempt) / f"endings-node{node.node_rank}.json"
+
+
+def _read_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    records = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            records.append(json.loads(path.read_text()))
+    return records
 
 
 @contextlib.contextmanager

@@ -198,7 +198,7 @@ def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start) -> int:
         return launch.run_ranks(node, start)
     except launch.Terminated:
         agreed = run_folder.read_status(run.folder, node.attempt, patience=0)
-        if agreed is None and not launch.failures(run.folder, node):
+        if agreed is None and not launch.has_crashed(run.folder, node):
             raise
         return 1
 
