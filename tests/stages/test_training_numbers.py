@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -28,6 +29,12 @@ MIXED = {
     "offload-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "sequence_parallel_size": 2},
     "offload-parameters": {"strategy": "zero3_offload", "offload": "parameters"},
 }
+COMPILED = {  # DeepSpeed's optimizer is compiled by each start
+    "cpu-adam-both": {"strategy": "zero3_offload", "optimizer": "cpu_adam"},
+    "cpu-adam-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "optimizer": "cpu_adam"},
+}
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
+COMPILES = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler (Debian: g++)")
 BROKEN = ("zero3", "zero3_offload")
 BALANCE = {"balance_bias_speed": 0.01, "max_grad_norm": 1e6}
 
@@ -51,7 +58,7 @@ def cases(world_size: int) -> dict:
             steps = STEPS if spread in LONG else 1
             found[spread_name(spread)] = {"settings": settings, "steps": steps, "moments": True}
     if world_size == 2:
-        for name, settings in MIXED.items():
+        for name, settings in (MIXED | COMPILED if HAS_COMPILER else MIXED).items():
             micro = 4 if settings.get("sequence_parallel_size") == 2 else 2
             found[name] = {"settings": BF16 | settings | {"micro_batch_size": micro}, "steps": 50}
         gathered = {"keep_layer_gathered": True, "micro_batch_size": 8, "max_grad_norm": 1e6}
@@ -97,6 +104,8 @@ def figures(environment, project, tmp_path_factory):
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
     }
 
     (folder / "cases.json").write_text(json.dumps({size: cases(size) for size in (1, 2, 4, 8)}))
@@ -125,7 +134,7 @@ def test_twenty_steps_agree_with_a_plain_loop_to_four_digits(figures, spread):
     assert figures[spread_name(spread)]["losses"] == pytest.approx(figures["reference-float32"]["losses"], rel=5e-5)
 
 
-@pytest.mark.parametrize("way", sorted(MIXED))
+@pytest.mark.parametrize("way", [*sorted(MIXED), *(pytest.param(way, marks=COMPILES) for way in sorted(COMPILED))])
 def test_bf16_with_fp32_masters_follows_a_plain_loop_for_fifty_steps(figures, way):
     wanted, found = np.array(figures["reference-bfloat16"]["losses"]), np.array(figures[way]["losses"])
     assert len(found) == 50

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from training_helpers import settings
@@ -73,6 +74,17 @@ def test_settings_that_the_base_or_the_node_cannot_take_are_refused_on_gpus_too(
     node = nodes.detect("cuda", None, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"})
     with pytest.raises(BadInputError, match=message):
         stage._check(settings(**changes), base, {"longest": longest}, node)
+
+
+def test_an_optimizer_that_nothing_can_compile_is_refused_before_the_start(monkeypatch):
+    base = {"num_attention_heads": 4, "n_routed_experts": 8}
+    node, chosen = nodes.detect("cuda", 8, SLURM), settings(strategy="zero3_offload", optimizer="cpu_adam")
+    monkeypatch.setenv("CXX", "cat")
+    stage._check(chosen, base, {"longest": 100}, node)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BadInputError, match=r"node 1 has no C\+\+ compiler \(no-such-compiler\)"):
+        stage._check(chosen, base, {"longest": 100}, node)
+    stage._check(settings(), base, {"longest": 100}, node)
 
 
 def test_scontrol_expands_ranges(tmp_path, monkeypatch):
@@ -190,6 +202,7 @@ def test_what_the_user_sets_for_the_ranks_is_kept(monkeypatch, tmp_path):
     start = launch.Start(tmp_path, "cuda", {})
     environment = launch.environment_of(nodes.detect("cuda", 2, {}), start)
     assert environment["OMP_NUM_THREADS"] == "5"
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["NCCL_SOCKET_IFNAME"] == "ib0"
 
 

@@ -85,7 +85,12 @@ def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
     environment = dict(os.environ)
     environment["PYTHONPATH"] = with_library(environment)
     environment["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = f"[node {node.node_rank} rank ${{rank}}] "
+    tools = str(Path(sys.executable).parent)  # ninja's place, where an operator is compiled
+    environment["PATH"] = os.pathsep.join([tools, environment.get("PATH", os.defpath)])
     defaults = {
+        # For each node and start: a shared folder keeps the lock of a compilation that was killed, and the others'
+        # next start waits for it; and what one node compiled need not run on another's processor.
+        "TORCH_EXTENSIONS_DIR": str(attempt_folder(start.run, node.attempt) / f"compiled-node{node.node_rank}"),
         "OMP_NUM_THREADS": str(threads_per_rank(node.ranks_per_node)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -6,6 +6,8 @@ folder, configuration, lock, receipt.
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,12 @@ def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any],
         raise BadInputError(
             f"the longest row has {statistics['longest']} tokens, the base has {limit} positions",
             "lower data.max_length",
+        )
+    compiler = os.environ.get("CXX", "c++")
+    if chosen.optimizer == "cpu_adam" and not shutil.which(compiler):
+        raise BadInputError(
+            f"train.optimizer cpu_adam is compiled at the start, and node {node.node_rank} has no C++ compiler ({compiler})",
+            "install one on every node (g++), name it in CXX through `train.environment`, or set optimizer adamw",
         )
 
 
