@@ -246,7 +246,7 @@ def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any],
     compiler = os.environ.get("CXX", "c++")
     if chosen.optimizer == "cpu_adam" and not shutil.which(compiler):
         raise BadInputError(
-            f"train.optimizer cpu_adam is compiled at the start, and node {node.node_rank} has no C++ compiler ({compiler})",
+            f"train.optimizer cpu_adam is compiled at start: node {node.node_rank} has no C++ compiler ({compiler})",
             "install one on every node (g++), name it in CXX through `train.environment`, or set optimizer adamw",
         )
 
