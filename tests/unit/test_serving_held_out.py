@@ -271,13 +271,13 @@ def test_record_is_kept_when_the_server_dies_while_losses_are_measured(tmp_path,
     assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 3
 
 
-def test_gate_that_cannot_be_judged_is_said(tmp_path, model_dir, capsys):
+def test_gate_that_cannot_be_judged_fails(tmp_path, model_dir):
     write(tmp_path / "held_out.jsonl", [{"id": "bare", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}])
-    with fake_server() as server:
+    with fake_server() as server, pytest.raises(GateError) as raised:
         run(server, tmp_path, model_dir, max_loss=1, min_exact_match_rate=0.1, logprobs_max_parameters=-1)
-    said = capsys.readouterr().err
     for key in ("max_loss", "min_exact_match_rate"):
-        assert f"warning: smoke_test.{key} is set but was not judged" in said
+        assert f"smoke_test.{key} is set (null: not wanted), but not judged" in raised.value.problem
+    assert "base_measured" not in raised.value.problem
 
 
 def test_format_gate_that_is_off_only_reports(tmp_path, prompts, model_dir):

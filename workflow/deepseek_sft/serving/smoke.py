@@ -150,7 +150,7 @@ class _Test:
         finally:  # the answers are kept also if measuring losses is too much for the server
             if self.evaluation:
                 self.evaluation.write(self.record)
-        self._warn_of_gates_not_judged()
+        self._fail_gates_not_judged()
         if self.evaluation:
             report.figures["samples"] = self.evaluation.shown()
         if context.settings.benchmark:
@@ -162,16 +162,16 @@ class _Test:
             texts = {"reasoning": context.example.reasoning, "answer": context.example.answer}
             report.figures["example"] = {"prompt": context.prompts[0].question, **texts}
 
-    def _warn_of_gates_not_judged(self) -> None:
-        """A gate that is set and cannot be judged must not pass in silence."""
+    def _fail_gates_not_judged(self) -> None:
+        """A gate that somebody has set and that cannot be judged is not passed."""
         for name, key in (
             ("held_out_exact_match", "min_exact_match_rate"),
             ("held_out_loss", "max_loss"),
             ("loss_drop", "base_measured"),
         ):
             if getattr(self.context.settings, key) is not None and name not in self.report.checks:
-                why = self.report.skipped.get(name, "no held-out samples are configured")
-                say(f"warning: smoke_test.{key} is set but was not judged: {why}")
+                why = self.report.skipped.pop(name, "no held-out samples are configured")
+                self.report.record(name, False, f"smoke_test.{key} is set (null: not wanted), but not judged: {why}")
 
     def _check(self, name: str, function: Callable[..., str], *arguments: Any) -> None:
         self.context.api.check = name
