@@ -34,6 +34,11 @@ def test_slurm_says_which_node_this_is_and_where_ranks_meet():
     assert node.main_port == 24711
 
 
+@pytest.mark.parametrize("job", [1, 4711, 12767, 12768, 5538466, 67108863])
+def test_ranks_never_meet_on_a_port_that_an_outgoing_connection_may_hold(job):
+    assert 20000 <= nodes.detect("cpu", 4, SLURM | {"SLURM_JOB_ID": str(job)}).main_port < 32768
+
+
 def test_all_nodes_of_a_start_share_its_name_and_port_and_a_requeue_has_another_name():
     first, second = (nodes.detect("cpu", 1, SLURM | {"SLURM_NODEID": rank}) for rank in "01")
     assert (first.attempt, first.main_port) == (second.attempt, second.main_port)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ..errors import BadInputError
 
-FIRST_PORT, PORTS = 20000, 20000  # below the range that Linux hands out to clients (32768 and up) for most job ids
+FIRST_PORT, PORTS = 20000, 12768  # ends where the range begins that Linux hands out to clients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,13 +28,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
     raise TimeoutError("the other nodes have not reported")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     for name in ("nnodes", "node-rank", "nproc-per-node", "master-port"):
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("master-addr", "run-folder", "attempt"):
         parser.add_argument(f"--{name}", required=True)
-    options, _ = parser.parse_known_args()
+    options, _ = parser.parse_known_args(words)
     folder = Path(options.run_folder)
     reports = folder / "ranks"
     reports.mkdir(exist_ok=True)
@@ -65,7 +65,3 @@ def main() -> None:
         temporary.write_text(json.dumps(status | {"figures": {}}))
         temporary.replace(folder / "status.json")
     wait_for(lambda: options.attempt in (folder / "status.json").read_text())
-
-
-if __name__ == "__main__":
-    main()
