@@ -89,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.most_running = max(self.server.most_running, running)
         try:
             time.sleep(self.server.seconds)
+            if self.server.meeting:
+                self.server.meeting.wait()
             if self.has("concurrency") and running > 1:
                 return self.answer({"error": "overloaded"}, 500)
             if self.has("hangs_when_busy") and running > 3:
@@ -178,6 +180,7 @@ class FakeServer(ThreadingHTTPServer):
         self.requests: list[dict] = []
         self.lock = threading.Lock()
         self.chats = self.running = self.most_running = 0
+        self.meeting: threading.Barrier | None = None  # answers wait until as many requests are there
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ def test_a_hang_and_a_kill_inside_a_save_lose_no_checkpoint_and_no_step(trainer)
     run = trainer()
 
     process = run.start(2, **SETTINGS, hang_minutes={"start": 5, "step": 5, "save": 0.05})
-    run.wait_for(process, lambda: run.steps_done() >= 1)
+    # Written once old checkpoints are set aside; the ranks have not started.
+    run.wait_for(process, lambda: any(run.work.glob("train/runs/*/settings.json")))
     block_second_save(run)
     text = run.finish(process, expected=5)
     assert "hang: rank 1 on " in text
@@ -124,12 +125,13 @@ def test_a_run_saves_by_minutes_ends_by_hours_and_goes_on_with_more_of_them(trai
 
 def test_the_stop_signal_is_kept_from_the_first_moment_on(trainer):
     run = trainer()
-    # As the rendered script starts it.
-    command = ["bash", "-c", 'trap "" USR1; exec "$@"', "train", *run.command(1, max_steps=1000)]
     log = run.work / "early.log"
-    with open(log, "w") as stream:
-        process = subprocess.Popen(command, stderr=stream, stdout=stream)
-    time.sleep(0.02)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited, as from the rendered script's trap
+    try:
+        with open(log, "w") as stream:
+            process = subprocess.Popen(run.command(1, max_steps=1000), stderr=stream, stdout=stream)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGUSR1)

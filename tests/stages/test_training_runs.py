@@ -77,9 +77,10 @@ def test_a_run_that_is_killed_stopped_and_terminated_ends_with_the_losses_of_an_
     ranks_of(process)[1].kill()
     text = run.finish(process, expected=5)
     assert "rank 1 (killed" in text
+    killed_at = run.steps_done()
 
     process = run.start(2, **settings)
-    run.wait_for(process, lambda: run.steps_done() >= 8 and (run.run_folder / "step_6").exists())
+    run.wait_for(process, lambda: run.steps_done() > killed_at)
     process.send_signal(signal.SIGUSR1)
     text = run.finish(process, expected=4)
     stopped_at = run.steps_done()
@@ -181,3 +182,18 @@ def test_two_nodes_train_together_and_the_first_writes_the_receipt(trainer, unin
     assert run.receipt["figures"]["nodes"] == 2
     assert run.receipt["figures"]["world_size"] == 2
     assert run.losses() == pytest.approx(uninterrupted.losses()[:3], rel=1e-5)
+
+
+def test_a_termination_that_reaches_the_nodes_one_after_the_other_is_no_crash(trainer):
+    run = trainer()
+    job = {"SLURM_JOB_ID": "778", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2"}
+    job["GLOO_SOCKET_IFNAME"] = "lo"
+    settings = {"sequence_parallel_size": 1, "micro_batch_size": 2, "max_steps": 10_000}
+    second = run.start(1, environment=job | {"SLURM_NODEID": "1"}, **settings)
+    told = run.log
+    first = run.start(1, environment=job | {"SLURM_NODEID": "0"}, **settings)
+    run.wait_for(first, lambda: run.steps_done() > 0)
+    first.terminate()
+    run.finish(first, expected=143)
+    assert second.wait(60) == 143, told.read_text()  # its rank has lost its peer; a signal never came
+    assert "node 1 ends because " in told.read_text()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,8 +242,17 @@ def test_port_can_be_listened_on_again_at_once():
     exchange.ask("127.0.0.1", port, {"ask": "hello"})
     first.shutdown()
     first.server_close()
-    with socket.socket() as listener:  # without SO_REUSEADDR, as the strictest program would
-        listener.bind(("", port))
+    # Its thread for our connection may take a moment to close; a socket in TIME_WAIT would hold the port for a minute.
+    deadline = time.monotonic() + 20
+    while True:
+        with socket.socket() as listener:  # without SO_REUSEADDR, as the strictest program would
+            try:
+                listener.bind(("", port))
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+        time.sleep(0.05)
 
 
 def test_file_that_another_node_wrote_differently_is_told(tmp_path):

@@ -40,8 +40,10 @@ def test_message_sent_right_after_the_hello_is_not_lost(tmp_path):
         worker = control.join_head(control.read_rendezvous(tmp_path), {"node": "n1"})
         worker.send({"event": "failure", "reports": [1]})
         worker.close()
-        time.sleep(0.1)
-        assert channel.poll() == [{"event": "failure", "reports": [1]}]
+        deadline, messages = time.monotonic() + 20, []
+        while not (messages and channel.gone) and time.monotonic() < deadline:
+            messages += channel.poll()
+        assert messages == [{"event": "failure", "reports": [1]}]
         assert list(channel.hellos) == channel.gone == ["n1"]
     finally:
         channel.close()

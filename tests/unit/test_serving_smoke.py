@@ -1,6 +1,8 @@
 """The smoke test's checks against a server that misbehaves in one way at a time."""
 
+import functools
 import json
+import threading
 from pathlib import Path
 
 import numpy
@@ -9,7 +11,7 @@ import safetensors.numpy
 from serving_fakes import LOGPROB, MODEL, fake_server
 
 from deepseek_sft.errors import CrashError, GateError
-from deepseek_sft.serving import comparison, smoke
+from deepseek_sft.serving import checks, comparison, smoke
 from deepseek_sft.serving.smoke_settings import SmokeSettings
 
 PROMPTS = [
@@ -96,6 +98,7 @@ def test_slow_server_fails_with_the_deadline_named(tmp_path):
 
 def test_server_that_hangs_under_load_fails_that_check_within_its_deadline(tmp_path):
     with fake_server("hangs_when_busy") as server, pytest.raises(GateError) as raised:
+        server.seconds = 0.3  # so that requests overlap
         run(server, tmp_path, benchmark=False, concurrency=8, request_timeout_s=2)
     assert failed_checks(raised.value) == {"concurrency"}
     assert "no complete answer within 2 s" in raised.value.problem
@@ -144,10 +147,21 @@ def test_temperature_zero_is_sent_with_every_request(tmp_path):
     assert {request["temperature"] for request in server.requests} == {0}
 
 
-def test_concurrency_is_reached(tmp_path):
+def test_concurrency_is_reached(tmp_path, monkeypatch):
+    check = checks.concurrency
+
+    @functools.wraps(check)
+    def meeting(context):
+        server.meeting = threading.Barrier(32, timeout=60)
+        try:
+            return check(context)
+        finally:
+            server.meeting = None
+
+    monkeypatch.setattr(checks, "concurrency", meeting)
     with fake_server() as server:
-        server.seconds = 0.3
-        run(server, tmp_path, benchmark=False, concurrency=32, request_timeout_s=20)
+        report = run(server, tmp_path, benchmark=False, concurrency=32, request_timeout_s=60)
+    assert report.checks["concurrency"]["passed"]
     assert server.most_running == 32
 
 

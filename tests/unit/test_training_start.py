@@ -227,6 +227,34 @@ def test_a_crash_is_told_by_its_first_rank_and_names_the_silent_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "endings", "notes", "first"),
+    [
+        ({}, {}, {0: 100.0}, "node0"),
+        ({}, {}, {}, None),
+        ({3: 100.4}, {1: {3: 1, 2: -15}}, {0: 100.0, 1: 100.9}, "node0"),  # rank 3 has lost node 0's ranks
+        ({3: 99.9}, {}, {0: 100.0}, "node0"),  # it saw them go before their program saw the signal
+        ({3: 98.0}, {1: {3: 1, 2: -15}}, {0: 100.0}, None),  # it crashed, then Slurm terminated node 0
+        ({0: 99.0}, {1: {3: -9, 2: -15}}, {0: 101.0}, None),  # rank 3 was killed, then Slurm terminated node 0
+        ({}, {1: {3: 1, 2: -15}}, {0: 101.0}, None),  # rank 3 ended without a word
+        ({}, {1: {3: -2, 2: -15}}, {0: 101.0}, "node0"),
+    ],
+)
+def test_a_termination_is_told_from_a_crash_by_what_came_first(tmp_path, words, endings, notes, first):
+    node = nodes.NodeEnvironment(2, 0, "alpha", 20000, 2, None, "start", ("alpha", "beta"))
+    folder = launch.attempt_folder(tmp_path, "start")
+    folder.mkdir(parents=True)
+    for rank, when in words.items():
+        (folder / f"failure-rank{rank}.json").write_text(json.dumps({"rank": rank, "time": when}))
+    for number, codes in endings.items():
+        (folder / f"endings-node{number}.json").write_text(json.dumps(codes))
+    for number, when in notes.items():
+        note = {"time": when, "host": f"node{number}", "signal": 15}
+        (folder / f"terminated-node{number}.json").write_text(json.dumps(note))
+    found = launch.termination(tmp_path, node)
+    assert (found and found["host"]) == first
+
+
+@pytest.mark.parametrize(
     ("codes", "heard", "told", "shown"),
     [
         ({0: -15, 1: -9, 2: -15}, [], ["rank 1 (killed from outside, or out of memory: SIGKILL)"], 1),
@@ -248,7 +276,6 @@ def test_a_killed_rank_is_told_apart_from_those_that_torchrun_stopped(tmp_path, 
         record = {"rank": rank, "host": "h", "time": 10.0, "error": "lost its peer", "traceback": ""}
         (folder / f"failure-rank{rank}.json").write_text(json.dumps(record))
     (folder / "endings-node0.json").write_text(json.dumps(codes))
-    assert launch.has_crashed(tmp_path, node)
     *lines, title, log = launch.explain_failure(tmp_path, node).splitlines()
     assert len(lines) == len(told)
     assert all(part in line for part, line in zip(told, lines, strict=True))

@@ -141,7 +141,8 @@ class Node:
             self._start_ray(folder, environment, gcs_port)
         else:
             self._start_vllm(environment, "", 0, master_port)
-        watch.on_ready = self._record_processes
+        watch.wait(lambda: watch.ready, None, None)
+        self._record_processes()
         watch.wait(lambda: False, None, None)
         raise AssertionError("unreachable: the wait ends by an exception only")
 

@@ -100,7 +100,7 @@ def stop(children: list[Child], grace_s: float) -> None:
     while time.monotonic() < end:
         for child in children:
             child.exit_code()  # reaps it
-        rest = [each for each in me.children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+        rest = [each for each in me.children(recursive=True) if _runs(each)]
         _reap()
         if not rest:
             return
@@ -111,6 +111,13 @@ def stop(children: list[Child], grace_s: float) -> None:
         time.sleep(1 if not asked else 0.2)
         asked = True
     say(f"warning: processes that cannot be ended: {[each.pid for each in me.children(recursive=True)]}")
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # its parent, which still runs, has just reaped it
+        return False
 
 
 def engine_processes(descendants: list[psutil.Process]) -> dict[psutil.Process, str]:

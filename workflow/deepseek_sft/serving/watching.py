@@ -35,7 +35,7 @@ class Watch:
         channel: connection to the other nodes, None with one node.
         log: output of this node's processes.
         log_start: byte offset in it at which this start begins.
-        on_ready: called on a worker once the head says that the API answers.
+        ready: on a worker, whether the head has said that the API answers.
     """
 
     def __init__(self, run_dir: Path):
@@ -49,7 +49,7 @@ class Watch:
         self.finished: set[str] = set()
         self.channel: control.HeadChannel | control.WorkerChannel | None = None
         self.start_message: control.Message | None = None  # on a worker, once the head sent it
-        self.on_ready: Callable[[], None] = lambda: None
+        self.ready = False
         self._signal: int | None = None
         self._segments = Segments()
         self._memory_kills = memory_kills.count()
@@ -137,7 +137,7 @@ class Watch:
         if message["event"] == "start":
             self.start_message = message
         if message["event"] == "ready":
-            self.on_ready()
+            self.ready = True
         if message["event"] == "failure":
             raise NodeFailure(message["reports"])
         if message["event"] == "error":

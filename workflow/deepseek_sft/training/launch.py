@@ -6,12 +6,15 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..cli import say
 from ..python_path import with_library
 from . import early_stop, run_folder, watchdog
@@ -21,6 +24,9 @@ TORCHRUN = "deepseek_sft.training.torchrun"
 WORKER = "deepseek_sft.training.xtuner_engine.worker"
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
 TAIL_LINES, HANG_LINES = 25, 80  # shown of a rank's log; a hang's ends with all its threads
+# A rank may lose its peer, which Slurm signals as well, before its node's program has seen the signal. After a crash a
+# node ends a second later at the earliest (it waits for a status), and only then does Slurm terminate the others.
+CONSEQUENCE = 0.5
 PR_SET_PDEATHSIG = 1
 # On CPU a third of a step went into page faults, since glibc gives large tensors back to the kernel after each use; and
 # oneDNN keeps a compiled kernel for each of the ever-changing numbers of tokens per expert (1,024 of them: 0.6 GiB).
@@ -36,6 +42,7 @@ class Terminated(Exception):
 
     def __init__(self, number: int):
         super().__init__(number)
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -138,15 +145,29 @@ def run_ranks(node: NodeEnvironment, start: Start) -> int:
         )
         try:
             return process.wait()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Terminated):
+                _note_termination(start.run, node, error.number)
             _end(process)
             raise
 
 
-def has_crashed(run: Path, node: NodeEnvironment) -> bool:
-    """Whether a rank of this start, on any node, has crashed, hung or been killed."""
+def termination(run: Path, node: NodeEnvironment) -> dict[str, Any] | None:
+    """The first termination of this start on any node, ``host`` and ``signal``; None where a rank had crashed before.
+
+    Ranks that lose a terminated peer leave words as crashed ones do: those count that came before the signal.
+    """
     folder = attempt_folder(run, node.attempt)
-    return any(any(folder.glob(pattern)) for pattern in ("failure-rank*.json", "endings-node*.json"))
+    notes = _read_all(_note_file(run, node, number) for number in range(node.nodes))
+    first = min(notes, key=lambda note: note["time"], default=None)
+    records = _read_all(folder.glob("failure-rank*.json"))
+    if first is None or any(record["time"] < first["time"] - CONSEQUENCE for record in records):
+        return None
+    heard = {str(record["rank"]) for record in records}
+    endings = _read_all(folder.glob("endings-node*.json"))
+    stops = (-signal.SIGTERM, -signal.SIGINT)
+    killed = any(rank not in heard and code not in stops for codes in endings for rank, code in codes.items())
+    return None if killed else first
 
 
 def explain_failure(run: Path, node: NodeEnvironment) -> str:
@@ -208,6 +229,17 @@ def _list(ranks: Iterable[int]) -> str:
 def _endings_file(run: Path, node: NodeEnvironment) -> Path:
     """Exit codes of this node's ranks that failed, see ``torchrun``."""
     return attempt_folder(run, node.attempt) / f"endings-node{node.node_rank}.json"
+
+
+def _note_file(run: Path, node: NodeEnvironment, number: int) -> Path:
+    return attempt_folder(run, node.attempt) / f"terminated-node{number}.json"
+
+
+def _note_termination(run: Path, node: NodeEnvironment, number: int) -> None:
+    """Say when this node was told to end, so that no node takes what follows for a crash."""
+    note = {"time": time.time(), "host": socket.gethostname(), "signal": number}
+    with contextlib.suppress(OSError):  # a full disk must not keep the ranks alive
+        files.write_text(_note_file(run, node, node.node_rank), json.dumps(note))
 
 
 def _read_all(paths: Iterable[Path]) -> list[dict[str, Any]]:

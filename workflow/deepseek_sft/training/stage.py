@@ -200,7 +200,7 @@ def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start) -> int:
         return launch.run_ranks(node, start)
     except launch.Terminated:
         agreed = run_folder.read_status(run.folder, node.attempt, patience=0)
-        if agreed is None and not launch.has_crashed(run.folder, node):
+        if agreed is None and launch.termination(run.folder, node):
             raise
         return 1
 
@@ -209,6 +209,9 @@ def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
     """Turn the end of this node's ranks into the stage's result: rank 0's status says what torchrun cannot."""
     status = run_folder.read_status(run.folder, node.attempt, patience=10.0 if exit_code == 0 else 1.0)
     if status is None:
+        if ended := launch.termination(run.folder, node):
+            say(f"node {node.node_rank} ends because {ended['host']} was terminated")
+            raise launch.Terminated(ended["signal"])
         problem = f"training crashed on node {node.node_rank} (torchrun exit code {exit_code})\n"
         raise CrashError(
             problem + launch.explain_failure(run.folder, node),
