@@ -6,6 +6,7 @@ documentation.
 
 import copy
 import difflib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ OPERATIONAL = {
 }
 
 
+@functools.cache
 def schema() -> dict[str, Any]:
-    """The configuration's JSON Schema."""
+    """The configuration's JSON Schema; not to be changed."""
     return yaml.safe_load(SCHEMA_FILE.read_text(encoding="utf-8"))
 
 
@@ -69,7 +71,28 @@ def operational(section: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def shaping(section: str, config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a section that decide its result."""
-    return {key: value for key, value in config[section].items() if key not in OPERATIONAL[section]}
+    values = settled(section, config)
+    return {key: value for key, value in values.items() if key not in OPERATIONAL.get(section, ())}
+
+
+def settled(section: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A section without the keys that came later (``x-later`` in the schema) and are at their defaults.
+
+    Such a key changes no params and no run id of experiments that were begun before it existed. Whoever reads the
+    settings of a rule fills its default in.
+    """
+    return _without_later_defaults(config[section], schema()["properties"][section])
+
+
+def _without_later_defaults(value: Any, node: dict[str, Any]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    known = node.get("properties", {})
+    return {
+        key: _without_later_defaults(entry, known.get(key, {}))
+        for key, entry in value.items()
+        if not (known.get(key, {}).get("x-later") and entry == known[key].get("default"))
+    }
 
 
 def _with_defaults(value: Any, node: dict[str, Any]) -> Any:

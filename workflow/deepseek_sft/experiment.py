@@ -158,7 +158,7 @@ class Experiment:
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
         # The test compares the prompts that the server renders with those of training.
-        smoke = self.config["smoke_test"] | {"template": self.config["data"]["template"]}
+        smoke = configuration.shaping("smoke_test", self.config) | {"template": self.config["data"]["template"]}
         return files.canonical_json(serve | {"smoke_test": smoke})
 
     def operational(self, rule: str) -> str:
@@ -174,7 +174,8 @@ class Experiment:
 
     def preflight_settings(self) -> dict[str, Any]:
         """Settings of preflight; the floor of the bandwidth follows from the network that the plan assumes."""
-        chosen = {key: value for key, value in self.config["preflight"].items() if key != "in_training"}
+        settled = configuration.settled("preflight", self.config)
+        chosen = {key: value for key, value in settled.items() if key != "in_training"}
         if chosen["all_reduce_min_gb_per_second"] is None and self.config["accelerator"] == "cuda":
             least = duration.NETWORK_SHARE[0] * self.config["plan"]["node_gb_per_second"]
             chosen["all_reduce_min_gb_per_second"] = round(least, 3)
@@ -193,9 +194,9 @@ class Experiment:
             "accelerator": config["accelerator"],
             "results": config["results"],
             "data": {"max_length": config["data"]["max_length"]},
-            "model": config["model"],
+            "model": configuration.settled("model", config),
             "convert": {"dtype": config["convert"]["dtype"]},
-            "plan": config["plan"],
+            "plan": configuration.settled("plan", config),
         }
         return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
 

@@ -92,7 +92,15 @@ class Settings:
     def shaping(self) -> dict[str, Any]:
         """The settings that decide what is trained, without the operational ones and the early end."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if key not in OPERATIONAL}
+        at_default = {key for key, default in LATER.items() if values[key] == default}
+        return {key: value for key, value in values.items() if key not in OPERATIONAL and key not in at_default}
+
+
+# Settings that came later (``x-later`` in the schema), which settings files of begun runs lack: part of the run id only
+# where they differ from these defaults, under which a run goes on as it was begun.
+LATER: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(Settings) if field.default is not dataclasses.MISSING
+}
 
 
 def read(path: str | Path) -> Settings:
@@ -109,10 +117,11 @@ def read(path: str | Path) -> Settings:
     if not isinstance(values, dict):
         raise BadInputError(f"settings {path} are not a JSON object")
     names = {field.name for field in dataclasses.fields(Settings)}
-    if missing := sorted(names - values.keys()):
+    if missing := sorted(names - LATER.keys() - values.keys()):
         raise BadInputError(f"{path}: missing settings: {', '.join(missing)}", "add them (config/README.md)")
     if unknown := sorted(values.keys() - names):
         raise BadInputError(f"{path}: unknown settings: {', '.join(unknown)}", "remove them (config/README.md)")
+    values = LATER | values
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             raise BadInputError(f"{path}: {key} is {values[key]!r}, allowed: {', '.join(allowed)}")
