@@ -200,6 +200,7 @@ class ModelState:
         world_size: number of ranks it speaks of, if any.
         step: steps by DeepSpeed's count, if any.
         skipped: those of them that the optimizer left out (overflows of FP16).
+        samples: rows trained on by DeepSpeed's count, if any.
     """
 
     shapes: Shapes
@@ -211,6 +212,7 @@ class ModelState:
     world_size: int | None
     step: int | None
     skipped: int
+    samples: int | None = None
 
 
 def read_model_state(archive: torch_pickle.Archive) -> ModelState:
@@ -240,6 +242,7 @@ def read_model_state(archive: torch_pickle.Archive) -> ModelState:
         world_size=_number(state.get("dp_world_size")),
         step=_number(state.get("global_steps")),
         skipped=_number(state.get("skipped_steps")) or 0,
+        samples=_number(state.get("global_samples")),
     )
 
 

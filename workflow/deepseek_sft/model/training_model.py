@@ -49,6 +49,7 @@ def build(
     dtype: torch.dtype,
     products: str = "auto",
     device: str = "cpu",
+    read_weights: bool = True,
 ) -> TrainingModel:
     """Build the model of ``folder`` and fill it, split across all ranks where ZeRO-3 is configured.
 
@@ -59,6 +60,7 @@ def build(
         dtype: of the parameters.
         products: ``auto``, ``grouped`` or ``loop``: how a shard's experts are multiplied.
         device: on which the model will train.
+        read_weights: False leaves weights and router biases undefined, for a start from a checkpoint that has them.
 
     Raises:
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
@@ -79,7 +81,7 @@ def build(
     rotary.original_inv_freq = rotary.inv_freq
     for router in model.routers():
         router.e_score_correction_bias = router.e_score_correction_bias.float()
-    model.bytes_read = load_release(model, folder)
+    model.bytes_read = load_release(model, folder) if read_weights else 0
     check_unchanged(model, published)
     return model
 

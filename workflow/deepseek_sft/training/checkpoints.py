@@ -17,7 +17,7 @@ from ..cli import say
 
 MARKER = "committed.json"
 FORMAT = 1
-INCOMPLETE = ".incomplete"
+INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +82,54 @@ def commit(folder: Path, marker: dict[str, Any], written: dict[str, int], patien
     return Checkpoint(folder, complete)
 
 
-def problem_of(folder: Path, run_id: str) -> str | None:
-    """Why a checkpoint folder does not count for a run; None where it does."""
+@dataclasses.dataclass(frozen=True)
+class NotCommitted:
+    """Why a checkpoint folder does not count for a run."""
+
+    reason: str
+
+
+def judge(folder: Path, run_id: str) -> Checkpoint | NotCommitted:
+    """The committed checkpoint in a folder, or why there is none; a marker that was edited or torn counts as none."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        if marker["format"] != FORMAT:
-            return f"marker of format {marker['format']}"
-        if marker["run_id"] != run_id:
-            return f"of run {marker['run_id']}"
-        if folder_of(folder.parent, marker["step"]).name != folder.name:
-            return f"marker of step {marker['step']}"
-        recorded = marker["files"]
     except FileNotFoundError:
-        return "no commit marker"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"unreadable marker: {error}"
+        return NotCommitted("no commit marker")
+    except (OSError, ValueError, RecursionError) as error:
+        return NotCommitted(f"unreadable marker: {error}")
+    if reason := _malformed(marker):
+        return NotCommitted(f"malformed marker: {reason}")
+    if marker["format"] != FORMAT:
+        return NotCommitted(f"marker of format {marker['format']}")
+    if marker["run_id"] != run_id:
+        return NotCommitted(f"of run {marker['run_id']}")
+    if folder_of(folder.parent, marker["step"]).name != folder.name:
+        return NotCommitted(f"marker of step {marker['step']}")
     found = sizes(folder)
-    for name, size in recorded.items():
+    for name, size in marker["files"].items():
         if found.get(name) != size:
-            return f"{name} has {found.get(name, 'no')} bytes instead of {size}"
+            return NotCommitted(f"{name} has {found.get(name, 'no')} bytes instead of {size}")
+    return Checkpoint(folder, marker)
+
+
+# Fields of the marker that a start relies on, with their types.
+FIELDS = {"format": int, "run_id": str, "step": int, "world_size": int, "progress": dict, "files": dict}
+
+
+def _malformed(marker: Any) -> str | None:
+    if not isinstance(marker, dict):
+        return "no JSON object"
+    for key, kind in FIELDS.items():
+        value = marker.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{key} is {json.dumps(value)[:80]}"
+    if marker["step"] < 0 or marker["world_size"] < 1:
+        return f"step {marker['step']} of {marker['world_size']} ranks"
+    if not all(type(size) is int for size in marker["files"].values()):
+        return "files are not names with sizes"
+    sums = marker.get("checksums", {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        return "checksums are not names with text"
     return None
 
 
@@ -108,9 +137,8 @@ def committed(run: Path, run_id: str) -> list[Checkpoint]:
     """All committed checkpoints of a run, newest last."""
     if not run.is_dir():
         return []
-    found = [p for p in run.iterdir() if re.fullmatch(r"step_\d+", p.name) and problem_of(p, run_id) is None]
-    read = [Checkpoint(p, json.loads((p / MARKER).read_text(encoding="utf-8"))) for p in found]
-    return sorted(read, key=lambda checkpoint: checkpoint.step)
+    judged = [judge(p, run_id) for p in run.iterdir() if re.fullmatch(r"step_\d+", p.name)]
+    return sorted((c for c in judged if isinstance(c, Checkpoint)), key=lambda checkpoint: checkpoint.step)
 
 
 def newest(run: Path, run_id: str) -> Checkpoint | None:
@@ -125,19 +153,33 @@ def set_aside(run: Path, run_id: str) -> list[Path]:
     for folder in sorted(run.iterdir()) if run.is_dir() else []:
         if not re.fullmatch(r"step_\d+", folder.name):
             continue
-        problem = problem_of(folder, run_id)
-        if problem:
-            target = folder.with_name(folder.name + INCOMPLETE)
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
-            moved.append(target)
-            say(f"checkpoint {folder.name} does not count ({problem}): set aside as {target.name}")
+        judged = judge(folder, run_id)
+        if isinstance(judged, NotCommitted):
+            moved.append(_renamed(folder, INCOMPLETE))
+            say(f"checkpoint {folder.name} does not count ({judged.reason}): set aside as {moved[-1].name}")
     return moved
+
+
+def set_aside_damaged(folder: Path) -> Path:
+    """Rename a checkpoint whose content is not what was committed; returns its new place."""
+    return _renamed(folder, DAMAGED)
+
+
+def _renamed(folder: Path, suffix: str) -> Path:
+    target = folder.with_name(folder.name + suffix)
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
+    return target
+
+
+def _aside(run: Path) -> list[Path]:
+    """Checkpoints that were set aside."""
+    return [folder for suffix in (INCOMPLETE, DAMAGED) for folder in sorted(run.glob(f"step_*{suffix}"))]
 
 
 def make_room(run: Path, expected: int) -> None:
     """Remove what was set aside when ``expected`` bytes would not fit; otherwise it waits for the next commit."""
-    aside = list(run.glob(f"step_*{INCOMPLETE}"))
+    aside = _aside(run)
     if aside and shutil.disk_usage(run).free < expected:
         say(f"removing {', '.join(folder.name for folder in aside)}: the next checkpoint needs the space")
         for folder in aside:
@@ -147,11 +189,13 @@ def make_room(run: Path, expected: int) -> None:
 def prune(run: Path, run_id: str, keep: int) -> None:
     """Remove all but the newest ``keep`` committed checkpoints, and those set aside.
 
-    Called only after a newer checkpoint is committed. The marker goes first: what an interrupted removal leaves is
+    A damaged one stays, for a person to look at or to restore, until training has come as far again. Called only after a newer checkpoint is committed. The marker goes first: what an interrupted removal leaves is
     not a checkpoint any more.
     """
     for old in committed(run, run_id)[:-keep]:
         (old.folder / MARKER).unlink()
         shutil.rmtree(old.folder)
-    for folder in run.glob(f"step_*{INCOMPLETE}"):
-        shutil.rmtree(folder, ignore_errors=True)
+    last = max((checkpoint.step for checkpoint in committed(run, run_id)), default=-1)
+    for folder in _aside(run):
+        if folder.suffix == INCOMPLETE or int(folder.stem.removeprefix("step_")) <= last:
+            shutil.rmtree(folder, ignore_errors=True)

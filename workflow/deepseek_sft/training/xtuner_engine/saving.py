@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.hooks import Hook
 
+from ...checkpoint import rank_state
 from ...cli import say
 from ...files import fsync_directory
 from .. import checkpoints
@@ -56,7 +57,8 @@ class CheckpointHook(Hook):
         metrics = next(hook for hook in runner.hooks if isinstance(hook, MetricsHook))
         progress = metrics.snapshot(runner)
         told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (own, bias_checksum(runner.model.model.module.llm)))  # waits: all files are down
+        content = rank_state.digests_of(folder, own)
+        dist.all_gather_object(told, (own, content, bias_checksum(runner.model.model.module.llm)))  # waits for all
         failure = None
         if rank == 0:
             try:
@@ -74,11 +76,12 @@ class CheckpointHook(Hook):
             say(f"checkpoint {folder.name} committed: {self.last_bytes / GIB:.2f} GiB in {seconds:.1f} s")
 
     def _commit(self, runner, folder: Path, step: int, progress: dict[str, Any], told: list[Any]) -> None:
-        other = [rank for rank, (_, checksum) in enumerate(told) if checksum != told[0][1]]
+        other = [rank for rank, (_, _, checksum) in enumerate(told) if checksum != told[0][2]]
         if other:
             raise RuntimeError(f"the routers' correction biases of rank {other[0]} differ from rank 0's")
-        written = {name: size for files, _ in told for name, size in files.items()}
-        checkpoints.commit(folder, marker_of(runner, step, progress), written)
+        written = {name: size for files, _, _ in told for name, size in files.items()}
+        content = {name: digest for _, of_rank, _ in told for name, digest in of_rank.items()}
+        checkpoints.commit(folder, marker_of(runner, step, progress) | {"checksums": content}, written)
         self.last_bytes = sum(written.values())
         checkpoints.prune(folder.parent, runner.cfg.run_id, self.keep_checkpoints)
 

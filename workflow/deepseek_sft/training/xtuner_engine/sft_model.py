@@ -36,6 +36,7 @@ class DeepseekSFT(SupervisedFinetune):
         activation_checkpointing: bool,
         expert_products: str = "auto",
         balance_bias_speed: float = 0.0,
+        read_weights: bool = True,
     ):
         llm = build(
             Path(base),
@@ -44,6 +45,7 @@ class DeepseekSFT(SupervisedFinetune):
             dtype=getattr(torch, dtype),
             products=expert_products,
             device=accelerator,
+            read_weights=read_weights,
         )
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight

@@ -18,7 +18,7 @@ from pathlib import Path
 from deepseek_sft import files
 from deepseek_sft.cli import say
 from deepseek_sft.errors import StageError, StoppedError
-from deepseek_sft.training import checkpoints, launch, process_memory, run_folder
+from deepseek_sft.training import launch, process_memory, run_folder
 from deepseek_sft.training.run_folder import Status
 from deepseek_sft.training.settings import PHASES
 from deepseek_sft.training.watchdog import Watchdog
@@ -80,24 +80,25 @@ def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
 
 def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
     from mmengine.config import Config
-    from mmengine.runner import FlexibleRunner
     from xtuner.parallel.sequence import init_sequence_parallel
 
+    from deepseek_sft.training.xtuner_engine import resuming
     from deepseek_sft.training.xtuner_engine.loop import stop_files
 
-    start = _decide_start(options, rank)
-    config = Config.fromstring(start["config"], ".py")
+    config = Config.fromstring(_read_config(options, rank), ".py")
+    candidates = resuming.candidates_of(options.run, options.run.name)
     init_sequence_parallel(config.sequence_parallel)
     config.run = str(options.run)
     config.hosts = _hosts()
-    config.progress = start["progress"]
+    config.progress = {}
     config.stop_files = [str(path) for path in stop_files(options.run, options.stop_file)]
-    config.resume = start["checkpoint"]
+    config.resume = str(candidates[-1].folder) if candidates else None
+    config.model.read_weights = not candidates  # the checkpoint holds them all
     config.work_dir = str(launch.attempt_folder(options.run, options.attempt) / "mmengine")
     # What the plan calls `process`: interpreter, libraries, communication, and nothing of the model yet.
     config.memory_before_model_gib = round(process_memory.resident() / (1 << 30), 3)
-    runner = FlexibleRunner.from_cfg(config)
-    runner.watchdog = watchdog
+    runner = resuming.ResumingRunner.from_cfg(config)
+    runner.watchdog, runner.candidates = watchdog, candidates
     runner.train()
     if runner.train_loop.stopped:
         raise StoppedError(
@@ -113,19 +114,13 @@ def _communication() -> str:
     return "".join(f"  {name}={os.environ[name]}" for name in names)
 
 
-def _decide_start(options: argparse.Namespace, rank: int) -> dict:
-    """Configuration and checkpoint to start from, read by rank 0 alone: all ranks start from the same."""
+def _read_config(options: argparse.Namespace, rank: int) -> str:
+    """Text of the run's configuration, read by rank 0 alone: all ranks start from the same."""
     import torch.distributed as dist
 
-    box: list[dict | None] = [None]
+    box: list[str | None] = [None]
     if rank == 0:
-        text = (options.run / run_folder.CONFIG).read_text(encoding="utf-8")
-        newest = checkpoints.newest(options.run, options.run.name)
-        box[0] = {
-            "config": text,
-            "checkpoint": str(newest.folder) if newest else None,
-            "progress": newest.progress if newest else {},
-        }
+        box[0] = (options.run / run_folder.CONFIG).read_text(encoding="utf-8")
     dist.broadcast_object_list(box)
     return box[0]
 

@@ -1,0 +1,88 @@
+"""Resuming: from checkpoints of earlier versions, and never from damaged or foreign ones."""
+
+import hashlib
+import shutil
+import subprocess
+
+import pytest
+import stored_checkpoint as stored
+from training_inputs import PROJECT, Trainer
+
+from deepseek_sft.checkpoint import torch_pickle
+
+
+SAVED_OFTEN = stored.SETTINGS | {"save_every_steps": 1, "keep_checkpoints": 9}
+
+
+def tensors_of(folder):
+    """Names, sizes and checksums of all tensors of a checkpoint."""
+    files = sorted(folder.glob("*_states.pt"))
+    return [part for file in files for part in torch_pickle.open_archive(file).directory if "/data/" in part[0]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return stored.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def resumed(environment, inputs, tmp_path_factory):
+    """A run that went on from the stored checkpoint: its trainer."""
+    trainer = Trainer(environment("train"), inputs, tmp_path_factory.mktemp("resumed"))
+    stored.place(trainer.work)
+    trainer.said = trainer.run(stored.RANKS, **SAVED_OFTEN)
+    return trainer
+
+
+def test_a_checkpoint_of_the_first_format_goes_on_as_it_was_begun(resumed):
+    assert "resumed from step_3" in resumed.said and "records are right" in resumed.said
+    assert resumed.losses() == pytest.approx(stored.EXPECTED["losses"], rel=1e-6)
+    assert resumed.receipt["figures"]["resumed_from_step"] == 3
+
+
+def test_the_base_is_not_read_when_a_checkpoint_is_there(environment, inputs, tmp_path):
+    """Its weights are gone here, its configuration is not."""
+    trainer = Trainer(environment("train"), inputs, tmp_path)
+    stored.place(tmp_path)
+    aside = [(path, path.with_suffix(".aside")) for path in (inputs / "base").glob("*.safetensors")]
+    for path, hidden in aside:
+        path.rename(hidden)
+    try:
+        trainer.run(stored.RANKS, **stored.SETTINGS)
+    finally:
+        for path, hidden in aside:
+            hidden.rename(path)
+    assert trainer.losses() == pytest.approx(stored.EXPECTED["losses"], rel=1e-6)
+
+
+def test_a_checkpoint_of_the_first_format_is_converted_as_before(inputs, environment, tmp_path):
+    script = PROJECT / "workflow/scripts/convert_checkpoint.py"
+    command = [
+        *(str(environment("workflow")), str(script), "--checkpoint", str(stored.STORED / f"step_{stored.STEP}")),
+        *("--base", str(inputs / "base"), "--output", str(tmp_path / "model"), "--dtype", "fp32"),
+        *("--receipt", str(tmp_path / "receipt.json")),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    found = hashlib.sha256((tmp_path / "model/model.safetensors").read_bytes()).hexdigest()
+    assert found == stored.EXPECTED["model_sha256"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_sound_one_before_it_gives_the_same_bits(resumed):
+    """Step 6 is what an uninterrupted run saved; a bit of step 5 turns, and training comes there again from step 4."""
+    run, losses, wanted = resumed.run_folder, resumed.losses(), tensors_of(resumed.run_folder / "step_6")
+    shutil.rmtree(run / "step_6")
+    stored.flip(stored.optimizer(run / "step_5", 1))
+    said = resumed.run(stored.RANKS, **SAVED_OFTEN)
+    assert "checkpoint step_5 is damaged, set aside as step_5.damaged" in said and "resumed from step_4" in said
+    assert resumed.losses() == losses
+    assert tensors_of(run / "step_6") == wanted
+    assert not (run / "step_5.damaged").exists(), "training has come as far again"
+
+
+def test_where_no_checkpoint_is_sound_nothing_is_trained_and_nothing_is_run(environment, inputs, tmp_path):
+    trainer = Trainer(environment("train"), inputs, tmp_path)
+    run = stored.place(tmp_path)
+    stored.plant_gadget(stored.optimizer(run / "step_3", 0), tmp_path / "canary")
+    said = trainer.run(stored.RANKS, expected=2, **stored.SETTINGS)
+    assert "none of the 1 checkpoints" in said and "it asks for" in said and "step_3.damaged" in said
+    assert not (tmp_path / "canary").exists() and trainer.steps_done() == 0
