@@ -10,7 +10,6 @@ from training_inputs import PROJECT, Trainer
 
 from deepseek_sft.checkpoint import torch_pickle
 
-
 SAVED_OFTEN = stored.SETTINGS | {"save_every_steps": 1, "keep_checkpoints": 9}
 
 

@@ -1,4 +1,4 @@
-"""What a rank reads of a checkpoint to train on: everything is described, and nothing damaged or foreign is believed."""
+"""What a rank reads of a checkpoint to train on: all of it is described, nothing damaged or foreign is believed."""
 
 import json
 import shutil

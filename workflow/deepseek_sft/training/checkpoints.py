@@ -189,8 +189,9 @@ def make_room(run: Path, expected: int) -> None:
 def prune(run: Path, run_id: str, keep: int) -> None:
     """Remove all but the newest ``keep`` committed checkpoints, and those set aside.
 
-    A damaged one stays, for a person to look at or to restore, until training has come as far again. Called only after a newer checkpoint is committed. The marker goes first: what an interrupted removal leaves is
-    not a checkpoint any more.
+    A damaged one stays, for a person to look at or to restore, until training has come as far again. Called only
+    after a newer checkpoint is committed. The marker goes first: what an interrupted removal leaves is not a
+    checkpoint any more.
     """
     for old in committed(run, run_id)[:-keep]:
         (old.folder / MARKER).unlink()

@@ -164,7 +164,8 @@ def _fill_optimizer(zero: Any, state: RankState, opened: RecordingFiles) -> None
 
 
 def _fill_buffers(module: torch.nn.Module, state: RankState, opened: RecordingFiles) -> None:
-    wanted = {name: buffer for name, buffer in module.named_buffers() if name in module.state_dict().keys()}
+    kept = set(module.state_dict())  # without the buffers that are computed, such as rotary frequencies
+    wanted = {name: buffer for name, buffer in module.named_buffers() if name in kept}
     if wanted.keys() != state.buffers.keys():
         raise BadInputError(
             f"the checkpoint has other buffers: {', '.join(sorted(wanted.keys() ^ state.buffers.keys()))}"
