@@ -56,7 +56,7 @@ def test_index_describes_the_rows(source):
     rows = list(tokens)
     assert set(info) == {
         "format", "shards", "rows", "samples", "tokens", "trained_tokens", "max_length", "longest", "vocab_size",
-        "template", "packed", "bos_token_id", "eos_token_id", "tokenizer_fingerprint",
+        "template", "packed", "bos_token_id", "eos_token_id", "tokenizer_fingerprint", "sha256",
     }  # fmt: skip
     assert info["rows"] == info["samples"] == len(rows) == figures["samples"]
     assert info["tokens"] == sum(len(r["input_ids"]) for r in rows)

@@ -1,6 +1,7 @@
 """Token files: samples on disk as memory-mapped Arrow, and the small JSON file that describes them.
 
-A folder holds ``shard-00000.arrow`` … (Arrow IPC *file* format, uncompressed) and, written last, ``tokens.json``.
+A folder holds ``shard-00000.arrow`` … (Arrow IPC *file* format, uncompressed) and, written last, ``tokens.json`` with
+their sha256.
 Columns: ``id`` string; ``input_ids`` list<int32>; ``labels`` list<int32>, unshifted, -100 where not trained;
 ``sample_lengths`` list<int32>, the lengths of the samples that a row holds one after the other (one, unless packed).
 
@@ -8,6 +9,7 @@ Imports pyarrow and numpy alone: the training environment reads with the same mo
 """
 
 import bisect
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -106,10 +108,12 @@ class TokenDataset:
         self.path = Path(path)
         self.info = _read_index(self.path)
         self._batches: list[pyarrow.RecordBatch] = []
+        self._shards: list[str] = []  # of each batch
         self._starts = [0]
         for shard in self.info["shards"]:
             for batch in read_batches(self.path / shard):
                 self._batches.append(batch)
+                self._shards.append(shard)
                 self._starts.append(self._starts[-1] + batch.num_rows)
         if self._starts[-1] != self.info["rows"]:
             raise BadInputError(
@@ -130,6 +134,14 @@ class TokenDataset:
         item: dict[str, Any] = {"id": batch.column(0)[row].as_py()}
         for column, name in enumerate(SCHEMA.names[1:], 1):
             item[name] = batch.column(column)[row].values.to_numpy()
+        ids = item["input_ids"]
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.info.get("vocab_size", 1 << 31):
+            # On a GPU this would end in an assertion of the embedding's kernel, which names nothing.
+            raise BadInputError(
+                f"{self.path / self._shards[number]} is damaged: row {index} holds token {max(ids.max(), -ids.min())}, "
+                f"the vocabulary has {self.info['vocab_size']}",
+                _AGAIN,
+            )
         return item
 
     def lengths(self) -> Ids:
@@ -158,8 +170,34 @@ def read_batches(shard: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 def write_index(folder: Path, info: dict[str, Any]) -> None:
-    """Write ``tokens.json``, which makes the folder complete."""
-    files.write_json(folder / INDEX, {"format": FORMAT, **info})
+    """Write ``tokens.json``, which makes the folder complete, with the sha256 of every shard in ``info["shards"]``."""
+    sums = {name: _sha256(folder / name) for name in info["shards"]}
+    files.write_json(folder / INDEX, {"format": FORMAT, **info, "sha256": sums})
+
+
+def check_shards(folder: Path) -> int:
+    """Compare every shard with the sum that was written when the folder became complete.
+
+    Returns:
+        number of shards compared: none of folders that are older than the sums.
+
+    Raises:
+        BadInputError: naming the shard that is missing, cannot be read, or has another content.
+    """
+    sums = _read_index(folder).get("sha256", {})
+    for name, expected in sums.items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise BadInputError(f"{folder / name} cannot be read: {error.strerror}", _AGAIN) from None
+        if found != expected:
+            raise BadInputError(f"{folder / name} is damaged: its sha256 is not the one that {INDEX} holds", _AGAIN)
+    return len(sums)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 _AGAIN = "make the tokens again with tokenize_data"
@@ -177,8 +215,16 @@ def _read_index(folder: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInputError(f"{folder} is no complete token folder: {INDEX}: {error.strerror}", _AGAIN) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is not JSON: {error}", _AGAIN) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise BadInputError(f"{path} is not of token format {FORMAT}", _AGAIN)
+    shards, sums = info.get("shards"), info.get("sha256", {})
+    lists = isinstance(shards, list) and isinstance(sums, dict) and all(map(_is_name, [*shards, *sums]))
+    if not lists or not isinstance(info.get("rows"), int) or not isinstance(info.get("vocab_size", 1), int):
+        raise BadInputError(f"{path} does not name its shards, their sums, rows and vocab_size", _AGAIN)
     return info
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import files, receipts
 from ..cli import say
+from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
 from ..model import release
 from . import checkpoints, early_stop, launch, lock, run_folder, schedule, settings
@@ -82,6 +83,7 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
     start = launch.Start(run.folder, accelerator, run.settings.hang_minutes, stop_file)
     if node.node_rank > 0:
         if not _is_finished(run, node, stop_file):
+            token_files.check_shards(run.tokens)
             _conclude(run, node, _run_ranks(run, node, start))
         return
     say(f"run {run.run_id} in {run.folder}")
@@ -90,6 +92,8 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
         if _is_finished(run, node, stop_file):
             say("finished already; nothing to train (train.run_name forces a new run)")
         else:
+            checked = token_files.check_shards(run.tokens)
+            say(f"token files: {checked} shards as they were written" if checked else "token files: without checksums")
             _write_run(run, node, accelerator)
             _conclude(run, node, _run_ranks(run, node, start))
         write_receipt(run, receipt)
