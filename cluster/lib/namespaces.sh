@@ -27,7 +27,7 @@ start_box() (
     write_identity "$!" > "$state/run/box"
 )
 
-ready_or_dead() { [ -e "$state/run/ready" ] || ! identity_alive "$state/run/box"; }
+ready_or_dead() { [ -e "$state/run/ready" ] || [ -e "$state/run/failed" ] || ! identity_alive "$state/run/box"; }
 
 namespaces_up() {
     all_shares > "$state/shares"
@@ -39,7 +39,7 @@ namespaces_up() {
     render "login(10.77.0.1)" 6817 /etc/slurm "NodeName=node[1-$nodes] Port=6818"
     mkfifo "$state/run/orders"
     start_box
-    until_true 30 ready_or_dead && [ -e "$state/run/ready" ]
+    until_true 150 ready_or_dead && [ -e "$state/run/ready" ]
 }
 
 namespaces_down() {
