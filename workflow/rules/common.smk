@@ -8,7 +8,7 @@ from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
-from deepseek_sft import locks, submission
+from deepseek_sft import job_names, locks, submission
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
@@ -53,9 +53,10 @@ def operational_json(rule):
     return literal(quote(EXPERIMENT.operational(rule)))
 
 
-def render(rule, folder, allocation=job_resources.own_allocation()):
+def render(rule, folder, allocation=None):
     """Shell text that writes a rule's sbatch script and settings, by default from the resources of the very job."""
     place = f"{EXPERIMENT.render_arguments(rule)} --output {RESULTS}/{folder}"
+    allocation = allocation or job_resources.own_allocation(workflow, rule)
     return (
         f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} "
         f"--operational {operational_json(rule)} {allocation} && "
@@ -170,8 +171,8 @@ def lock_files(wildcards):
 
 def complete_resources(workflow):
     """Fill in what every Slurm job of ours needs, and refuse shapes that cannot work."""
-    STATED_RESOURCES.update(job_resources.complete_resources(workflow))
     try:
+        STATED_RESOURCES.update(job_resources.complete_resources(workflow))
         EXPERIMENT.check_shapes(job_resources.allocations(workflow))
     except StageError as error:
         raise WorkflowError(str(error))
@@ -184,13 +185,15 @@ def check_before_start(workflow):
         if rules == {"status"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
-        job_resources.check_allocations(workflow, rules)
+        for warning in job_resources.check_allocations(workflow, rules, submission.is_previewed(workflow)):
+            logger.warning(f"warning: {warning}")
         if rules & {"prepare_model", "train"}:
             resources = json.loads(resources_of_training(None))
             EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
     except StageError as error:
         raise WorkflowError(str(error))
+    job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
     build_environments(rules)
 
 
