@@ -139,10 +139,7 @@ def from_extra(extra: str, *names: str) -> str:
 def with_option(extra: str, name: str, value: str) -> str:
     """A line with this option and no other of its name; without it where ``value`` is empty."""
     kept = [option for option in options(extra) if name_of(option) != name]
-    line = " ".join(quoted(option) for option in kept)
-    if value:
-        line = f"{line} {_passable(f'{name}={value}')}".strip()
-    return line
+    return " ".join(_passable(option) for option in [*kept, *([f"{name}={value}"] if value else [])])
 
 
 def quoted(option: str) -> str:
@@ -155,9 +152,11 @@ def quoted(option: str) -> str:
 
 def _passable(option: str) -> str:
     """An option whose value the plugin does not mistake for one of its own: it takes the ``-n`` of ``gpu-n`` for one."""
+    plain = quoted(option)
+    if not refusals(f"{plain} "):
+        return plain
     name, value = name_of(option), value_of(option)
-    plain = f"{name}={shlex.quote(value)}"
-    return plain if not refusals(f"{plain} -") else f"{name}=" + "".join(f"'{c}'" if c == "-" else c for c in value)
+    return f"{name}=" + "".join("'-'" if letter == "-" else shlex.quote(letter) for letter in value)
 
 
 def refusals(extra: str) -> list[tuple[str, str]]:
