@@ -31,21 +31,21 @@ start_database() {
     until_true 60 slurmdbd_answers
 }
 
-# Accounts: project (the user's default; at most 20 jobs submitted, one day each), small (one job submitted, 2 nodes in all), funded (not
-# the user's). QOS: normal (the default), short (10 minutes, 2 nodes a job), urgent (not the user's).
+# Accounts: project (the user's default; at most 20 jobs submitted, one day each), small (one job submitted), narrow (2 nodes
+# in all), funded (not the user's). QOS: normal (the default), short (10 minutes, 2 nodes a job), urgent (not the user's).
 enter_site() {
     local user
     user=$(id -un)
     {
         sacctmgr -i add cluster vcluster
-        sacctmgr -i add account project,small,funded Description=x Organization=x
+        sacctmgr -i add account project,small,narrow,funded Description=x Organization=x
         sacctmgr -i add qos short MaxWall=10 MaxTRES=node=2
         sacctmgr -i add qos urgent
-        sacctmgr -i add user "$user" account=project,small DefaultAccount=project
-        sacctmgr -i modify user "$user" set QOS=normal,short DefaultQOS=normal where account=project,small
+        sacctmgr -i add user "$user" account=project,small,narrow DefaultAccount=project
+        sacctmgr -i modify user "$user" set QOS=normal,short DefaultQOS=normal where account=project,small,narrow
         sacctmgr -i modify user "$user" set MaxSubmitJobs=20 MaxWall=1-0 where account=project
         sacctmgr -i modify user "$user" set MaxSubmitJobs=1 where account=small
-        sacctmgr -i modify account small set GrpTRES=node=2
+        sacctmgr -i modify account narrow set GrpTRES=node=2
     } > "$slurm/log/sacctmgr.log" 2>&1
 }
 

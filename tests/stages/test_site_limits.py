@@ -3,7 +3,10 @@
 Each table is judged twice: by the check, and by Slurm itself, to which the same job is submitted.
 """
 
+import getpass
 import json
+import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,8 @@ from cluster_fixture import Cluster
 
 pytestmark = pytest.mark.cluster
 
-WAITING = ("Resources", "Priority", "None", "BeginTime", "Reservation")  # reasons of jobs that start one day
+# Slurm has not looked at them yet, or they wait for others of the table.
+UNDECIDED = [("PENDING", reason) for reason in ("None", "Priority", "Resources", "BeginTime")]
 PROBE = Path(__file__).with_name("site_probe.py")
 
 # what is asked for → the key by which it is refused; None where it can start
@@ -46,7 +50,7 @@ EVERYWHERE = [
 STOCK = [({"partition": "short,train", "runtime": 11}, None)]  # one of them is enough
 ACCOUNTING = [
     ({"partition": "short,train", "runtime": 11}, "runtime"),  # EnforcePartLimits=ALL
-    ({"account": "small", "nodes": 2}, None),
+    ({"account": "narrow", "nodes": 2}, None),
     ({"qos": "short", "runtime": 10, "nodes": 2}, None),
     ({"account": "funded"}, "slurm_account"),
     ({"account": "nobody"}, "slurm_account"),
@@ -56,7 +60,7 @@ ACCOUNTING = [
     ({"partition": "urgent"}, "qos"),
     ({"qos": "short", "runtime": 11}, "runtime"),
     ({"qos": "short", "nodes": 3}, "nodes"),
-    ({"account": "small", "nodes": 3}, "nodes"),
+    ({"account": "narrow", "nodes": 3}, "nodes"),
     ({"account": "project", "runtime": 1441}, "runtime"),
 ]
 KINDS = {"--stock": STOCK, "--accounting": ACCOUNTING}
@@ -64,46 +68,46 @@ KINDS = {"--stock": STOCK, "--accounting": ACCOUNTING}
 
 @pytest.fixture(scope="module", params=KINDS)
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, str]]:
-    if request.param == "--accounting" and not (shutil.which("slurmdbd") or Path("/usr/sbin/slurmdbd").exists()):
+    if request.param == "--accounting" and not shutil.which("slurmdbd", path=f"{os.environ['PATH']}:/usr/sbin"):
         pytest.skip("slurmdbd is not installed: cluster/install --accounting")
     cluster = Cluster(tmp_path_factory.mktemp("site"), 3)
     cluster.up(request.param, timeout=300)
     try:
-        reserve = "scontrol create reservation ReservationName=week StartTime=now Duration=7-0 Nodes=node[1-2] Flags=FLEX"
-        cluster.exec(*reserve.split(), "Users=root" if Path("/root").owner() == Path.home().owner() else f"Users={Path.home().owner()}")
+        # It begins later: a reservation that has begun keeps its nodes from all other jobs.
+        reserve = "scontrol create reservation ReservationName=week StartTime=now+6days Duration=1-0 Nodes=node[1-2]"
+        cluster.exec(*reserve.split(), f"Users={getpass.getuser()}")
         yield cluster, request.param
     finally:
         cluster.down()
 
 
+def options(values: dict) -> list[str]:
+    """The same request as words of sbatch."""
+    named = {"nodes": "nodes", "cpus_per_task": "cpus-per-task", "mem_mb": "mem", "runtime": "time"}
+    named |= {name: name for name in ("partition", "gres", "account", "qos", "constraint")}
+    words = [f"--{option}={values[name]}" for name, option in named.items() if name in values]
+    return [*words, "--ntasks-per-node=1", *values.get("extra", "").split()]
+
+
 def outcomes(cluster: Cluster, rows: list[dict]) -> list[str]:
-    """What Slurm makes of each row: ``refused``, ``never`` (pending for another reason than others' jobs), ``starts``."""
-    jobs = []
-    for values in rows:
-        options = [f"--nodes={values.get('nodes', 1)}", f"--ntasks-per-node=1", f"--cpus-per-task={values.get('cpus_per_task', 1)}"]
-        options += [f"--mem={values.get('mem_mb', 1000)}", f"--time={values.get('runtime', 5)}"]
-        options += [f"--{name}={values[name]}" for name in ("partition", "gres", "account", "qos", "constraint") if name in values]
-        options += values.get("extra", "").split()
-        done = cluster.exec("sbatch", "--parsable", "--output=/dev/null", *options, "--wrap", "true", check=False)
-        jobs.append(done.stdout.strip() if done.returncode == 0 else "")
-        if values.get("account") == "small" and jobs[-1]:  # which takes one job at a time
-            wait_until_settled(cluster, jobs[-1])
-    return [wait_until_settled(cluster, job) if job else "refused" for job in jobs]
-
-
-def wait_until_settled(cluster: Cluster, job: str) -> str:
-    deadline = time.monotonic() + 120
+    """What Slurm makes of each row: it ``starts`` one day, or ``never``: sbatch refuses it, or it waits for good."""
+    calls = "".join(
+        f"sbatch --parsable --output=/dev/null {shlex.join(options(values))} --wrap true || echo refused\n"
+        for values in rows
+    )
+    jobs = cluster.exec("bash", input=calls, timeout=300).stdout.split()
+    assert len(jobs) == len(rows)
+    deadline = time.monotonic() + 300
     while True:
-        state, reason = cluster.exec(
-            "squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T|%r"
-        ).stdout.strip().split("|")
-        if state != "PENDING":
-            return "never" if state == "CANCELLED" else "starts"
-        if reason not in WAITING:
-            cluster.exec("scancel", job)
-            return "never"
-        assert time.monotonic() < deadline, f"job {job} waits: {reason}"
-        time.sleep(0.2)
+        lines = cluster.exec("squeue", "--noheader", "--states=all", "--format=%i|%T|%r").stdout.split("\n")[:-1]
+        states = {job: (state, reason) for job, state, reason in (line.strip().split("|") for line in lines)}
+        open_ = [job for job in jobs if states.get(job, ("", "")) in UNDECIDED]
+        if not open_:
+            break
+        assert time.monotonic() < deadline, {job: states[job] for job in open_}
+        time.sleep(0.5)
+    waiting = {job for job, (state, reason) in states.items() if state == "PENDING" and reason != "Reservation"}
+    return ["never" if job == "refused" or job in waiting else "starts" for job in jobs]
 
 
 def test_refused_at_start_is_exactly_what_slurm_never_starts(
@@ -112,14 +116,19 @@ def test_refused_at_start_is_exactly_what_slurm_never_starts(
     cluster, kind = site
     table = EVERYWHERE + KINDS[kind]
     rows = [{"runtime": 5, "mem_mb": 1000} | values for values, _ in table]
-    python = str(environment("workflow"))
     said = cluster.exec(
-        "env", f"PYTHONPATH={project}/workflow", python, str(PROBE), input=json.dumps(rows), timeout=300
+        *("env", f"PYTHONPATH={project}/workflow", str(environment("workflow")), str(PROBE)),
+        input=json.dumps(rows),
+        timeout=300,
     ).stdout
     refused = json.loads(said)["refused"]
     assert dict(zip(map(str, rows), refused, strict=True)) == {
         str(row): [key] if key else [] for row, (_, key) in zip(rows, table, strict=True)
     }
-    seen = dict(zip(map(str, rows), outcomes(cluster, rows), strict=True))
-    wrong = {row: seen[row] for row, keys in zip(map(str, rows), refused, strict=True) if (seen[row] == "starts") == bool(keys)}
+    seen = outcomes(cluster, rows)
+    wrong = {
+        str(row): outcome
+        for row, keys, outcome in zip(rows, refused, seen, strict=True)
+        if outcome != ("never" if keys else "starts")
+    }
     assert wrong == {}

@@ -68,7 +68,9 @@ def test_what_the_plugin_refuses_is_refused_at_start_with_the_key_to_write(extra
     assert caught.value.fix == fix
 
 
-@pytest.mark.parametrize("extra", ["", "--signal=USR1@3600 --exclusive", "--mail-type=END --dependency=singleton", "--hint nomultithread"])
+@pytest.mark.parametrize(
+    "extra", ["", "--signal=USR1@3600 --exclusive", "--mail-type=END --dependency=singleton", "--hint nomultithread"]
+)
 def test_what_the_plugin_takes_is_let_through(extra):
     profile.check_extra(extra, KEY)
 

@@ -1,4 +1,4 @@
-"""What keeps a job from ever starting, judged from what Slurm 22.05 printed (fixtures/site), and from other sites' forms."""
+"""What keeps a job from ever starting: judged from what Slurm 22.05 printed (fixtures/site), and from others' forms."""
 
 import dataclasses
 import time
@@ -26,7 +26,9 @@ def site(accounting: bool = True, person: Person = ALICE, **changed: str) -> Sit
     plural = {"partition": "partitions", "node": "nodes", "reservation": "reservations"}
     values = {plural.get(name, name): changed.get(name, text(name)) for name in names}
     if not accounting:
-        values["config"] = changed.get("config", "ClusterName = vcluster\nAccountingStorageType = accounting_storage/none\n")
+        values["config"] = changed.get(
+            "config", "ClusterName = vcluster\nAccountingStorageType = accounting_storage/none\n"
+        )
     return Site.from_text(**values, person=person)
 
 
@@ -39,7 +41,15 @@ def keys(one: Site, **values) -> list[str]:
 
 @pytest.mark.parametrize(
     ("written", "minutes"),
-    [("1-00:00:00", 1440), ("7-00:00:00", 10080), ("00:10:00", 10), ("2-12", 3600), ("90", 90), ("0:30", 1), ("1-0:30", 1470)],
+    [
+        ("1-00:00:00", 1440),
+        ("7-00:00:00", 10080),
+        ("00:10:00", 10),
+        ("2-12", 3600),
+        ("90", 90),
+        ("0:30", 1),
+        ("1-0:30", 1470),
+    ],
 )
 def test_times_of_slurm_are_read_as_minutes(written, minutes):
     assert notation.minutes(written) == minutes
@@ -81,7 +91,9 @@ def test_host_lists_are_expanded(written, names):
 
 
 def test_a_word_in_a_nodes_reason_changes_none_of_its_facts():
-    line = "NodeName=n1 State=DOWN Partitions=a OS=Linux 6.1 #1 SMP Reason=disk State=IDLE bad [root@2026-01-01T00:00:00]"
+    line = (
+        "NodeName=n1 State=DOWN Partitions=a OS=Linux 6.1 #1 SMP Reason=disk State=IDLE bad [root@2026-01-01T00:00:00]"
+    )
     (record,) = notation.records(line)
     assert (record["State"], record["OS"], record["Reason"].split()[0]) == ("DOWN", "Linux 6.1 #1 SMP", "disk")
 
@@ -117,7 +129,7 @@ IMPOSSIBLE = [
     ({"partition": "urgent"}, "qos"),
     ({"qos": "short", "runtime": 11}, "runtime"),
     ({"qos": "short", "nodes": 3}, "nodes"),
-    ({"account": "small", "nodes": 3}, "nodes"),
+    ({"account": "narrow", "nodes": 3}, "nodes"),
     ({"runtime": 1441}, "runtime"),  # a day for the default account
 ]
 
@@ -140,7 +152,7 @@ def test_job_that_can_never_start_is_refused_by_its_key(values, key):
         {"partition": "short", "runtime": 10, "nodes": 2, "mem_mb": 64000, "cpus": 8},
         {"partition": "wide", "nodes": 2},
         {"qos": "short", "runtime": 10, "nodes": 2},
-        {"account": "small", "nodes": 2},
+        {"account": "narrow", "nodes": 2},
         {"account": "PROJECT"},
         {"runtime": 1440},
     ],
@@ -173,7 +185,9 @@ def test_one_of_several_partitions_is_enough_unless_the_site_wants_all():
 def test_nodes_of_different_sizes_count_only_where_they_are_large_enough():
     nodes = "\n".join(
         f"NodeName=node{i} CPUTot={cpus} RealMemory={memory} MemSpecLimit=1000 Gres={gres} State=IDLE"
-        for i, (cpus, memory, gres) in enumerate([(96, 500000, "gpu:h100:8"), (96, 500000, "gpu:h100:8"), (32, 90000, "")], 1)
+        for i, (cpus, memory, gres) in enumerate(
+            [(96, 500000, "gpu:h100:8"), (96, 500000, "gpu:h100:8"), (32, 90000, "")], 1
+        )
     )
     mixed = site(False, node=nodes)
     assert keys(mixed, nodes=2, cpus=96, gres="gpu:8", mem_mb=499000) == []
@@ -266,7 +280,9 @@ def test_limits_of_a_qos(columns, values, key):
 
 
 def test_limits_that_the_site_does_not_enforce_are_none():
-    config = "ClusterName = vcluster\nAccountingStorageType = accounting_storage/slurmdbd\nAccountingStorageEnforce = none\n"
+    config = (
+        "ClusterName = vcluster\nAccountingStorageType = accounting_storage/slurmdbd\nAccountingStorageEnforce = none\n"
+    )
     assert keys(site(config=config), runtime=1441) == []
 
 
@@ -319,7 +335,9 @@ def test_slurm_that_hangs_costs_seconds_and_a_warning(tmp_path, monkeypatch):
 
 def test_database_that_does_not_answer_leaves_the_other_limits(tmp_path, monkeypatch):
     show = "".join(f"*{what}) cat {FIXTURES}/{what}.txt;;" for what in ("config", "partition", "node", "reservation"))
-    programs(tmp_path, monkeypatch, scontrol=f'case "$*" in {show} esac', sacctmgr="echo 'Connection refused' >&2; exit 1")
+    programs(
+        tmp_path, monkeypatch, scontrol=f'case "$*" in {show} esac', sacctmgr="echo 'Connection refused' >&2; exit 1"
+    )
     found, silent = asking.site()
     assert keys(found, nodes=4) == ["nodes"]
     assert keys(found, account="nobody") == []

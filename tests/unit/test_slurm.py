@@ -115,7 +115,10 @@ def test_arguments_of_an_allocation_make_the_same_one():
     words = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(chosen.arguments()))
     fields = {field.name: field.type for field in dataclasses.fields(Allocation)}
     values = {name.replace("-", "_"): value for name, value in words.items()}
-    assert Allocation(**{name: int(one) if fields[name] in (int, "int") else one for name, one in values.items()}) == chosen
+    assert (
+        Allocation(**{name: int(one) if fields[name] in (int, "int") else one for name, one in values.items()})
+        == chosen
+    )
 
 
 def test_jobs_by_hand_are_named_after_experiment_and_stage():

@@ -1,7 +1,7 @@
 """Names of Slurm jobs: after the experiment, so that several ones are told apart in squeue.
 
-Snakemake's Slurm plugin gives all jobs of one start the same name, by which it asks for them, and the rule in the comment;
-a script by hand is named after experiment and stage. `squeue -o "%i %j %k"` shows both.
+Snakemake's Slurm plugin gives all jobs of one start the same name, by which it asks for them, and the rule in the
+comment; a script by hand is named after experiment and stage. `squeue -o "%i %j %k"` shows both.
 """
 
 import re
@@ -23,7 +23,7 @@ def by_hand(experiment: str, stage: str) -> str:
 def name_jobs(workflow: Any, experiment: str) -> None:
     """Put the experiment in front of the name that the plugin has chosen for all jobs of this start.
 
-    The plugin's own prefix (``slurm-jobname-prefix``) belongs to a profile, which many experiments share; it stays in front.
+    The plugin's own prefix (``slurm-jobname-prefix``) belongs to a profile, which experiments share; it stays in front.
     """
     executor = workflow.scheduler._executor
     name = getattr(executor, "run_uuid", None)

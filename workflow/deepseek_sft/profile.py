@@ -42,7 +42,13 @@ MANAGED = {
     "generic resources (GRES)": "gres",
     "GPU allocation": "gres",
 }
-OWN_KEY = {"--exclude": "exclude", "-x": "exclude", "--nodelist": "nodelist", "-w": "nodelist", "--reservation": "reservation"}
+OWN_KEY = {
+    "--exclude": "exclude",
+    "-x": "exclude",
+    "--nodelist": "nodelist",
+    "-w": "nodelist",
+    "--reservation": "reservation",
+}
 
 
 class _Resources(dict):
@@ -75,7 +81,7 @@ def understood(name: str, raw: Any, key: str) -> Any:
         _check_gres(raw, key)
     if name == "mem_mb" and raw in (0, "0"):
         raise BadInputError(
-            f"{key}: 0 would mean all memory of a node to Slurm, but the plugin leaves it out, and the plan needs a number",
+            f"{key}: 0 is all memory of a node to Slurm, but the plugin leaves it out, and the plan needs a number",
             "write the memory of a node in MB: `sinfo -o '%P %m'` prints it",
         )
     return None
@@ -151,7 +157,7 @@ def quoted(option: str) -> str:
 
 
 def _passable(option: str) -> str:
-    """An option whose value the plugin does not mistake for one of its own: it takes the ``-n`` of ``gpu-n`` for one."""
+    """An option whose value the plugin does not mistake for one of its own: the ``-n`` of ``gpu-n``."""
     plain = quoted(option)
     if not refusals(f"{plain} "):
         return plain

@@ -208,7 +208,11 @@ def check_allocations(workflow: Any, rules: set[str], submits: bool) -> list[str
     """
     wanted = allocations(workflow)
     asked = {name: wanted[name] for name in sorted(rules & set(wanted)) if submits or name == "serve"}
-    return checks.check(asked, lambda rule, resource: key(workflow, rule, resource), _jobs_at_once(workflow, rules)) if asked else []
+    return (
+        checks.check(asked, lambda rule, resource: key(workflow, rule, resource), _jobs_at_once(workflow, rules))
+        if asked
+        else []
+    )
 
 
 def _jobs_at_once(workflow: Any, rules: set[str]) -> int:

@@ -12,7 +12,6 @@ from .errors import BadInputError
 from .site import notation
 from .site.answers import Wanted
 
-
 LATER = ("constraint", "qos")  # fields that params of begun experiments do not have
 
 

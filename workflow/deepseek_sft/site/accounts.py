@@ -1,7 +1,7 @@
 """Why a job can never start on a site: accounts, QOS and their limits, as slurmdbd keeps them. Pure functions.
 
-Where a partition's QOS, the job's own and its account set the same limit, the first one counts (the job's own first if it
-has the flag OverPartQOS). A limit on what an account or QOS uses in all is judged for this one job.
+Where a partition's QOS, the job's own and its account set the same limit, the first one counts (the job's own first if
+it has the flag OverPartQOS). A limit on what an account or QOS uses in all is judged for this one job.
 """
 
 from . import notation
@@ -35,7 +35,9 @@ def problems(wanted: Wanted, site: Site) -> list[Problem]:
 
 def _nobody(site: Site) -> Problem:
     text = f"user {site.person.name} has no account on cluster {site.settings.get('ClusterName', '')}"
-    return Problem("slurm_account", text, "ask an administrator for one; `sacctmgr show associations user=$USER` lists yours")
+    return Problem(
+        "slurm_account", text, "ask an administrator for one; `sacctmgr show associations user=$USER` lists yours"
+    )
 
 
 def _qos_of_person(wanted: Wanted, site: Site) -> list[str]:
@@ -172,6 +174,8 @@ def _over(wanted: Wanted, most: dict[str, int], nodes: int, who: str, column: st
         asked = _asked(wanted, name, nodes)
         if asked is not None and asked > amount:
             unit = " MB" if name == "mem" else ""
-            fix = f"write {_resource(name)} so that it is {amount}{unit} or less in all, or another qos or slurm_account"
+            fix = (
+                f"write {_resource(name)} so that it is {amount}{unit} or less in all, or another qos or slurm_account"
+            )
             found.append(Problem(_resource(name), f"{asked}{unit} {name}, but {who} {amount}{unit} ({column})", fix))
     return found

@@ -130,7 +130,11 @@ class Site:
     def enforces(self, what: str) -> bool:
         """Whether slurmctld holds people to ``associations``, ``limits`` or ``qos``."""
         words = set(re.split(r"[,\s]+", self.settings.get("AccountingStorageEnforce", "").lower()))
-        implied = {"associations": {"limits", "qos", "safe", "wckeys", "all"}, "limits": {"safe", "all"}, "qos": {"all"}}
+        implied = {
+            "associations": {"limits", "qos", "safe", "wckeys", "all"},
+            "limits": {"safe", "all"},
+            "qos": {"all"},
+        }
         return self.associations is not None and bool(words & {what, *implied[what]})
 
     def needs_all_partitions(self) -> bool:

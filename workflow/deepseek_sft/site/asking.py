@@ -36,7 +36,9 @@ def site() -> tuple[Site, list[str]]:
             accounts = _accounts()
         except SilentError as error:
             silent.append(f"{error.problem}: limits of accounts and QOS are not checked")
-    return Site.from_text(answers["config"], answers["partition"], answers["node"], answers["reservation"], **accounts), silent
+    return Site.from_text(
+        answers["config"], answers["partition"], answers["node"], answers["reservation"], **accounts
+    ), silent
 
 
 def _accounts() -> dict[str, str]:
@@ -63,7 +65,12 @@ def ask(command: Sequence[str], seconds: float = ANSWER_S) -> str:
     """
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
     except OSError as error:
         raise SilentError(f"{command[0]}: {error.strerror}") from None
@@ -78,12 +85,14 @@ def ask(command: Sequence[str], seconds: float = ANSWER_S) -> str:
 
 
 def rehearse(submissions: dict[str, str]) -> list[str]:
-    """What ``sbatch --test-only`` says against the sbatch line of each rule: warnings, since it errs in both directions.
+    """What ``sbatch --test-only`` says against each rule's sbatch line: warnings, since it errs in both directions.
 
     Args:
         submissions: rule → options of its sbatch line, as shell text.
     """
-    commands = {rule: ["sbatch", "--test-only", *shlex.split(text), "--wrap", "true"] for rule, text in submissions.items()}
+    commands = {
+        rule: ["sbatch", "--test-only", *shlex.split(text), "--wrap", "true"] for rule, text in submissions.items()
+    }
     found = []
     with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
         asked = {rule: pool.submit(ask, command, ANSWER_S / 2) for rule, command in commands.items()}

@@ -51,10 +51,14 @@ def judge(wanted: dict[str, Wanted], site: Site, key: Callable[[str, str], str],
             warned.setdefault(warning, []).append(rule)
         most = accounts.most_submitted(one, site)
         if most and most[1] < at_once:
-            text = f"profile, jobs: {most[0]} takes {most[1]} job{'s' * (most[1] != 1)} of yours at a time (MaxSubmitJobs)"
+            text = (
+                f"profile, jobs: {most[0]} takes {most[1]} job{'s' * (most[1] != 1)} of yours at a time (MaxSubmitJobs)"
+            )
             fix = f"write jobs: {most[1]}" if most[1] else "write another slurm_account or qos"
             refused.setdefault(f"{text}\n    fix: {fix}", []).append(rule)
     if refused:
-        lines = [f"  - {text.replace(chr(10), f' [{chr(44).join(rules)}]{chr(10)}', 1)}" for text, rules in refused.items()]
+        lines = [
+            f"  - {text.replace(chr(10), f' [{chr(44).join(rules)}]{chr(10)}', 1)}" for text, rules in refused.items()
+        ]
         raise BadInputError("this cluster would never start these jobs; nothing was submitted\n" + "\n".join(lines))
     return [f"{', '.join(rules)}: {text}" for text, rules in warned.items()]

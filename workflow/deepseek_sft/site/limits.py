@@ -1,5 +1,6 @@
 """Why a job can never start on a site: partitions, nodes, reservations. Pure functions; accounts: ``accounts``."""
 
+import re
 from collections.abc import Callable
 
 from . import accounts, notation
@@ -82,7 +83,9 @@ def _reservation(wanted: Wanted, site: Site) -> list[Problem]:
         if row is None:
             found.append(Problem("reservation", f"there is no reservation {name}", f"{here}; or leave it out"))
         elif not _may_use(row, wanted, site):
-            whom = "; ".join(f"{key}={row[key]}" for key in ("Users", "Accounts", "Groups") if row.get(key, "") != "(null)")
+            whom = "; ".join(
+                f"{key}={row[key]}" for key in ("Users", "Accounts", "Groups") if row.get(key, "") != "(null)"
+            )
             text = f"reservation {name} is not yours ({whom})"
             found.append(Problem("reservation", text, "leave it out, or have its owner add you"))
     return found
@@ -153,7 +156,7 @@ def _on_nodes(wanted: Wanted, row: Record, site: Site) -> list[Problem]:
     if not all_nodes:
         return []  # Slurm shows none of them: nothing to judge by
     nodes, where = all_nodes, f"partition {row['PartitionName']}"
-    for resource, left, describe in _steps(wanted, row, site):
+    for _, left, describe in _steps(wanted, row, site):
         remaining = {name: record for name, record in nodes.items() if left(name, record)}
         if len(remaining) < wanted.nodes:
             return [describe(nodes, remaining, where)]
@@ -177,7 +180,7 @@ def _steps(wanted: Wanted, row: Record, site: Site) -> list[Step]:
     reserved = [
         set(notation.hosts(site.reservations[name].get("Nodes", "")))
         for name in wanted.reservation.split(",")
-        if name in site.reservations and "ANY_NODES" not in site.reservations[name].get("Flags", "")
+        if name in site.reservations and not re.search("ANY_NODES|FLEX", site.reservations[name].get("Flags", ""))
     ]
     per_cpu = notation.memory_mb(row.get("MaxMemPerCPU", "")) or 0
 
