@@ -8,7 +8,7 @@ from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
-from deepseek_sft import job_names, locks, submission
+from deepseek_sft import job_names, locks, place, submission
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
@@ -197,6 +197,11 @@ def check_before_start(workflow):
     build_environments(rules)
 
 
-if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start
+if workflow.is_main_process:
+    try:
+        place.check_writable(RESULTS, LOGS)
+    except StageError as error:
+        raise WorkflowError(str(error))
+    # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
         logger.warning(f"warning: {problem}")
