@@ -130,6 +130,7 @@ compute_node() {
 machine() {
     local name=$1 address=$2
     hostname "$name"
+    [ "$name" = login ] || [ ! -e "$state/host-names" ] || hostname "host-$name"
     if ! own_files "$name" || ! own_network "$address"; then
         echo "error: $name did not get its folders and network"
         exit 1

@@ -11,7 +11,7 @@ from deepseek_sft.slurm import Allocation
 
 def refused(values: dict) -> list[str]:
     try:
-        checks.check({"train": Allocation(**values)}, lambda rule, key: f"<{key}>", at_once=1)
+        checks.check({"train": Allocation(**values)}, lambda rule, key: f"<{key}>", at_once=len)
     except BadInputError as error:
         return sorted({line.split("<")[1].split(">")[0] for line in error.problem.splitlines() if "  - <" in line})
     return []

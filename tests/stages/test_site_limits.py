@@ -36,7 +36,6 @@ EVERYWHERE = [
     ({"extra": "--exclude=node1", "nodes": 3}, "exclude"),
     ({"extra": "--exclude=node77"}, "exclude"),
     ({"extra": "--reservation=tomorrow"}, "reservation"),
-    ({"extra": "--reservation=week", "nodes": 3}, "reservation"),
     ({"extra": "--reservation=week", "nodes": 2}, None),
     ({"partition": "gone"}, "slurm_partition"),
     ({"partition": "closed"}, "slurm_partition"),

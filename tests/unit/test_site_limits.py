@@ -292,17 +292,18 @@ def test_nobodys_user_is_told_that_he_has_no_account():
 
 
 def test_two_jobs_at_once_are_refused_where_the_account_takes_one():
-    wanted = {"prepare_data": dataclasses.replace(JOB, account="small")}
+    wanted = {rule: dataclasses.replace(JOB, account="small") for rule in ("prepare_data", "prepare_model")}
     with pytest.raises(BadInputError, match=r"profile, jobs: account small takes 1 job of yours(.|\n)*write jobs: 1"):
-        checks.judge(wanted, site(), lambda rule, key: key, at_once=2)
+        checks.judge(wanted, site(), lambda rule, key: key, at_once=len)
     assert accounts.most_submitted(wanted["prepare_data"], site()) == ("account small", 1)
-    checks.judge(wanted, site(), lambda rule, key: key, at_once=1)
+    wanted["prepare_model"] = JOB  # in another account
+    checks.judge(wanted, site(), lambda rule, key: key, at_once=len)
 
 
 def test_the_profiles_key_and_the_rules_stand_in_the_message():
     wanted = {rule: dataclasses.replace(JOB, partition="closed") for rule in ("train", "preflight")}
     with pytest.raises(BadInputError) as caught:
-        checks.judge(wanted, site(), lambda rule, key: f"profile, set-resources: train: {key}", at_once=1)
+        checks.judge(wanted, site(), lambda rule, key: f"profile, set-resources: train: {key}", at_once=len)
     assert str(caught.value).count("profile, set-resources: train: slurm_partition") == 1
     assert "[train,preflight]" in str(caught.value)
 
@@ -327,7 +328,7 @@ def test_slurm_that_hangs_costs_seconds_and_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "ANSWER_S", 0.5)
     monkeypatch.setattr(asking.ask, "__defaults__", (0.5,))
     begin = time.monotonic()
-    (warning,) = checks.check({"train": Asked()}, lambda rule, key: key, at_once=1)
+    (warning,) = checks.check({"train": Asked()}, lambda rule, key: key, at_once=len)
     assert "has not answered" in warning
     assert "not checked" in warning
     assert time.monotonic() - begin < 60, "it waits for the tool"
@@ -347,4 +348,12 @@ def test_database_that_does_not_answer_leaves_the_other_limits(tmp_path, monkeyp
 def test_without_sbatch_the_place_to_run_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInputError, match="no sbatch here"):
-        checks.check({"train": Asked()}, lambda rule, key: key, at_once=1)
+        checks.check({"train": Asked()}, lambda rule, key: key, at_once=len)
+
+
+def test_what_only_sbatch_knows_is_a_warning(tmp_path, monkeypatch):
+    say = "echo 'allocation failure: the site wants --licenses' >&2; exit 1"
+    programs(tmp_path, monkeypatch, sbatch=f'[ "$1" = --test-only ] && {{ {say}; }}', scontrol="exit 1")
+    assert asking.rehearse({"train": "--nodes=2 --exclude='gpu-'n"}) == [
+        "train: `sbatch --test-only` says: the site wants --licenses"
+    ]

@@ -24,7 +24,7 @@ def check_results(results: str) -> None:
 
 
 def check_writable(*folders: str) -> None:
-    """Raises BadInputError for the first of Snakemake's folders and ``folders`` that exists and is another user's alone.
+    """Raises BadInputError for the first of Snakemake's folders and ``folders`` that this user may not write.
 
     Of a folder that does not exist yet, the nearest one above it counts.
     """

@@ -5,6 +5,8 @@ allocation, in exactly one combination: ``mpi: ""``, ``tasks`` = ``nodes``, ``ta
 body runs inside a one-task step and srun fails or hangs; without ``tasks_per_gpu`` the number of tasks is wrong.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from snakemake.iocontainers import InputFiles, Wildcards
@@ -192,13 +194,13 @@ def rules_to_run(workflow: Any) -> set[str]:
     return {job.rule.name for job in workflow.dag.needrun_jobs()}
 
 
-def check_allocations(workflow: Any, rules: set[str], submits: bool) -> list[str]:
+def check_allocations(workflow: Any, rules: set[str], line: Callable[[Any, str], str] | None) -> list[str]:
     """Ask Slurm whether the jobs of ``rules`` can ever start; takes seconds at most, also where its tools hang.
 
     Args:
         workflow: Snakemake's workflow.
         rules: names of the rules to run.
-        submits: whether rules become Slurm jobs; ``serve`` always submits one.
+        line: gives the sbatch options of a rule's job; None where rules become no jobs (``serve`` always submits one).
 
     Returns:
         Sentences on what may keep jobs waiting, and on what could not be checked.
@@ -207,15 +209,14 @@ def check_allocations(workflow: Any, rules: set[str], submits: bool) -> list[str
         BadInputError: at least one job can never start; names every key that keeps it from that.
     """
     wanted = allocations(workflow)
-    asked = {name: wanted[name] for name in sorted(rules & set(wanted)) if submits or name == "serve"}
-    return (
-        checks.check(asked, lambda rule, resource: key(workflow, rule, resource), _jobs_at_once(workflow, rules))
-        if asked
-        else []
-    )
+    asked = {name: wanted[name] for name in sorted(rules & set(wanted)) if line or name == "serve"}
+    if not asked:
+        return []
+    lines = {name: line(workflow, name) for name in asked if line and name != "serve"}
+    return checks.check(asked, functools.partial(key, workflow), functools.partial(_jobs_at_once, workflow), lines)
 
 
 def _jobs_at_once(workflow: Any, rules: set[str]) -> int:
-    """How many of our jobs Slurm holds at a time: model and data are prepared side by side."""
+    """How many jobs of these rules Slurm holds at a time: model and data are prepared side by side."""
     beside = "prepare_model" in rules and rules & {"prepare_data", "tokenize_data"}
     return min(2 if beside else 1, workflow.resource_settings.nodes or 1)

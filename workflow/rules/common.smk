@@ -185,15 +185,16 @@ def check_before_start(workflow):
         if rules == {"status"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
-        for warning in job_resources.check_allocations(workflow, rules, submission.is_previewed(workflow)):
+        line = submission.options if submission.is_previewed(workflow) else None
+        for warning in job_resources.check_allocations(workflow, rules, line):
             logger.warning(f"warning: {warning}")
         if rules & {"prepare_model", "train"}:
             resources = json.loads(resources_of_training(None))
             EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
+        job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
     except StageError as error:
         raise WorkflowError(str(error))
-    job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
     build_environments(rules)
 
 
