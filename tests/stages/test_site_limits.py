@@ -131,3 +131,21 @@ def test_refused_at_start_is_exactly_what_slurm_never_starts(
         if outcome != ("never" if keys else "starts")
     }
     assert wrong == {}
+
+
+def test_nodes_whose_names_only_slurm_knows_reach_each_other(
+    tmp_path: Path, project: Path, environment: Callable[[str], Path]
+) -> None:
+    cluster = Cluster(tmp_path, 2)
+    cluster.up("--host-names")
+    try:
+        assert cluster.exec("srun", "--nodelist=node2", "hostname").stdout == "host-node2\n"
+        assert cluster.node("node1", "getent", "hosts", "node2", check=False).stdout == ""
+        settings = {"all_reduce_backend": "sockets", "local_disk_gb": 0.1, "shared_memory_gb": 0.1}
+        (tmp_path / "settings.json").write_text(json.dumps(settings))
+        words = ["--settings", "settings.json", "--results", "r", "--receipt", "r/receipt.json", "--accelerator", "cpu"]
+        program = [str(environment("workflow")), str(project / "workflow/scripts/preflight.py")]
+        cluster.exec("srun", "--nodes=2", "--mem=2000", *program, *words, "--ranks-per-node", "1", timeout=300)
+        assert json.loads((tmp_path / "r" / "receipt.json").read_text())["hosts"] == ["node1", "node2"]
+    finally:
+        cluster.down()
