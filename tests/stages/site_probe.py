@@ -2,21 +2,21 @@
 
 import json
 import sys
-import time
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.site import checks
+from deepseek_sft.site import asking, checks
+from deepseek_sft.site.answers import Site
 from deepseek_sft.slurm import Allocation
 
 
-def refused(values: dict) -> list[str]:
+def refused(values: dict, site: Site) -> list[str]:
     try:
-        checks.check({"train": Allocation(**values)}, lambda rule, key: f"<{key}>", at_once=len)
+        checks.judge({"train": Allocation(**values).wanted()}, site, lambda rule, key: f"<{key}>", at_once=len)
     except BadInputError as error:
         return sorted({line.split("<")[1].split(">")[0] for line in error.problem.splitlines() if "  - <" in line})
     return []
 
 
-begin = time.monotonic()
-answers = [refused(values) for values in json.load(sys.stdin)]
-json.dump({"refused": answers, "seconds": (time.monotonic() - begin) / len(answers)}, sys.stdout)
+found, silent = asking.site()
+assert not silent, silent
+json.dump([refused(values, found) for values in json.load(sys.stdin)], sys.stdout)

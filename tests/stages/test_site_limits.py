@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from cluster_fixture import Cluster
+from project_copy import copy_of
 
 pytestmark = pytest.mark.cluster
 
@@ -120,7 +121,7 @@ def test_refused_at_start_is_exactly_what_slurm_never_starts(
         input=json.dumps(rows),
         timeout=300,
     ).stdout
-    refused = json.loads(said)["refused"]
+    refused = json.loads(said)
     assert dict(zip(map(str, rows), refused, strict=True)) == {
         str(row): [key] if key else [] for row, (_, key) in zip(rows, table, strict=True)
     }
@@ -131,6 +132,24 @@ def test_refused_at_start_is_exactly_what_slurm_never_starts(
         if outcome != ("never" if keys else "starts")
     }
     assert wrong == {}
+
+
+def test_start_that_could_never_end_submits_nothing_and_names_each_key(
+    site: tuple[Cluster, str], project: Path, environment: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cluster, _ = site
+    clone = copy_of(project, tmp_path)
+    wrong = ["prepare_data:runtime=1-00:00:00", "prepare_data:slurm_partition=short", "prepare_model:constraint=a100"]
+    words = ["--profile", "profiles/demo", "--configfile", "config/experiments/demo.yaml", "--set-resources", *wrong]
+    snakemake = str(environment("workflow").parent / "snakemake")
+    count = ["squeue", "--noheader", "--states=all", "--format=%i"]
+    before = cluster.exec(*count).stdout
+    done = cluster.exec(snakemake, *words, "--", "data", cwd=clone, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "nothing was submitted" in done.stderr
+    assert "profile, set-resources: prepare_data: runtime: 1 day, but partition short allows 10 minutes" in done.stderr
+    assert "profile, set-resources: prepare_model: constraint: no node of partition cpu has the feature" in done.stderr
+    assert cluster.exec(*count).stdout == before
 
 
 def test_nodes_whose_names_only_slurm_knows_reach_each_other(

@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_sft import place
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.training import nodes
 
 
 @pytest.mark.parametrize("results", ["results", "/scratch/a.b-c_d/é", "../x", "/lustre/project@site/run=1"])
@@ -65,3 +66,16 @@ def test_folder_of_another_user_is_named_with_its_owner_and_two_ways_out(shared,
     for folder in (shared, shared / "results"):
         folder.chmod(0o777)
     assert as_nobody(shared, python, "-c", code, str(shared / "package")).stdout == ""
+
+
+def test_node_whose_name_does_not_resolve_is_found_by_its_address(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\necho "NodeName=$4 NodeAddr=127.0.0.7 NodeHostName=nowhere.invalid"\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(nodes, "_resolves", lambda name: name in ("localhost", "127.0.0.7"))
+    nodes.address_of.cache_clear()
+    assert nodes.address_of("gpu-7") == "127.0.0.7"
+    assert nodes.address_of("localhost") == "localhost"
+    nodes.address_of.cache_clear()

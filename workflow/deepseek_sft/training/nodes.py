@@ -85,7 +85,10 @@ def address_of(name: str) -> str:
     if _resolves(name) or shutil.which("scontrol") is None:
         return name
     command = ["scontrol", "--oneliner", "show", "node", name]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return name
     known = re.findall(r"\b(?:NodeAddr|NodeHostName)=(\S+)", answer.stdout)
     return next((other for other in known if _resolves(other)), name)
 
