@@ -11,6 +11,8 @@ network=10.77.0  # private to the box, so two clusters can have the same
 
 # shellcheck source=common.sh
 . "${self%/*}/common.sh"
+# shellcheck source=accounting.sh
+. "${self%/*}/accounting.sh"
 
 # Process 1 must stay and take up orphans, or zombies pile up; bash does while it waits.
 stay() {
@@ -112,6 +114,7 @@ login_node() {
     # --force: in a user namespace root's folders look like nobody's, and munged calls them insecure.
     daemon munged --force --key-file="$slurm/munge/key" --socket="$slurm/run/munge" --pid-file="$slurm/munge/pid" \
         --log-file="$slurm/log/munged.log" --seed-file="$slurm/munge/seed" --num-threads=2 || return
+    [ ! -e "$slurm/slurmdbd.conf" ] || start_accounting || return
     daemon slurmctld || return
     touch "$slurm/run/login"
     until_true 20 all_nodes_ready || return
@@ -119,7 +122,7 @@ login_node() {
 }
 
 compute_node() {
-    until_true 20 test -e "$slurm/run/login" || return
+    until_true 120 test -e "$slurm/run/login" || return # a database takes its time
     mkdir -p "$slurm/spool/$1"
     daemon slurmd -N "$1"
 }
@@ -127,13 +130,14 @@ compute_node() {
 machine() {
     local name=$1 address=$2
     hostname "$name"
+    [ "$name" = login ] || [ ! -e "$state/host-names" ] || hostname "host-$name"
     if ! own_files "$name" || ! own_network "$address"; then
         echo "error: $name did not get its folders and network"
         exit 1
     fi
     cd / || exit
     export SLURM_CONF=$slurm/slurm.conf
-    if [ "$name" = login ]; then login_node; else compute_node "$name"; fi || exit
+    if [ "$name" = login ]; then login_node || touch "$slurm/run/failed"; else compute_node "$name"; fi || exit
     stay
 }
 

@@ -27,19 +27,25 @@ start_box() (
     write_identity "$!" > "$state/run/box"
 )
 
-ready_or_dead() { [ -e "$state/run/ready" ] || ! identity_alive "$state/run/box"; }
+ready_or_dead() { [ -e "$state/run/ready" ] || [ -e "$state/run/failed" ] || ! identity_alive "$state/run/box"; }
 
 namespaces_up() {
+    local line="NodeName=node[1-$nodes] Port=6818" prefix=''
+    if "$host_names"; then
+        prefix=host-
+        line+=" NodeHostname=host-node[1-$nodes] NodeAddr=10.77.0.[101-$((100 + nodes))]"
+        touch "$state/host-names"
+    fi
     all_shares > "$state/shares"
     {
         echo "127.0.0.1 localhost"
         echo "10.77.0.1 login"
-        for ((i = 1; i <= nodes; i++)); do echo "10.77.0.$((100 + i)) node$i"; done
+        for ((i = 1; i <= nodes; i++)); do echo "10.77.0.$((100 + i)) ${prefix}node$i"; done
     } > "$state/hosts"
-    render "login(10.77.0.1)" 6817 /etc/slurm "NodeName=node[1-$nodes] Port=6818"
+    render "login(10.77.0.1)" 6817 /etc/slurm "$line"
     mkfifo "$state/run/orders"
     start_box
-    until_true 30 ready_or_dead && [ -e "$state/run/ready" ]
+    until_true 150 ready_or_dead && [ -e "$state/run/ready" ]
 }
 
 namespaces_down() {

@@ -1,4 +1,4 @@
-"""What `render` shows is what would be submitted: golden files, and the plugin's own call of sbatch. About 20 s."""
+"""What `render` shows is what would be submitted: golden files, and the plugin's own call of sbatch. About 40 s."""
 
 import os
 import re
@@ -87,3 +87,41 @@ def test_preview_is_what_the_plugin_hands_to_sbatch(site: Site) -> None:
     called[called.index("--job-name") + 1] = "RUN-ID"
     assert called[:-1] == expected[:-1]
     assert shlex.split(called[-1].removeprefix("--wrap=")) == shlex.split(inner)
+
+
+def test_every_description_of_an_allocation_has_the_keys_of_the_profile(site: Site) -> None:
+    text = (site.clone / "profiles/slurm/config.yaml").read_text()
+    keys = {
+        "train": 'constraint: "h100&rack1"\n    qos: long\n    exclude: gpu-n\n    reservation: week',
+        "smoke_test": "constraint: h200\n    exclude: node7",
+        "serve": "qos: lasting",
+    }
+    for rule, lines in keys.items():
+        assert f"\n  {rule}:" in text
+        text = re.sub(rf"(\n  {rule}:[^\n]*)", lambda match, lines=lines: f"{match[1]}\n    {lines}", text)
+    text = text.replace("runtime: 5760 ", "runtime: 4-00:00:00 ").replace('gres: "gpu:8"', 'gres: "gpu:h100:8(S:0-1)"')
+    (site.clone / "profiles/keyed").mkdir()
+    (site.clone / "profiles/keyed/config.yaml").write_text(text)
+    done = site.snakemake("--profile", "profiles/keyed", "--config", "results=keyed", "--", "render")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def script(rule: str) -> set[str]:
+        path = site.clone / f"keyed/deepseek-r1-sft/render/{rule}/{rule}.sbatch"
+        return {line.removeprefix("#SBATCH ") for line in path.read_text().splitlines() if line.startswith("#SBATCH")}
+
+    nodes = {"--constraint='h100&rack1'", "--qos=long", "--exclude=gpu-n", "--reservation=week", "--gres=gpu:h100:8"}
+    assert nodes | {"--time=5760", "--signal=USR1@3600", "--job-name=deepseek-r1-sft_train"} <= script("train")
+    assert nodes | {"--time=60"} <= script("preflight")
+    assert {"--constraint=h200", "--exclude=node7", "--gres=gpu:h100:8"} <= script("smoke_test")
+    assert {"--constraint=h200", "--exclude=node7", "--qos=lasting"} <= script("serve")
+    for rule in ("train", "preflight"):
+        submission = (site.clone / f"keyed/deepseek-r1-sft/render/{rule}/{rule}.submission.txt").read_text()
+        call = shlex.split(submission.split("---- it runs")[0].split("submitted with\n")[1].replace("\\\n", ""))
+        assert {"h100&rack1", "--qos=long", "--exclude=gpu-n", "--reservation=week", "--gres=gpu:h100:8"} <= set(call)
+
+
+def test_a_key_that_the_plugin_would_refuse_ends_a_dry_run_with_the_line_to_write(site: Site) -> None:
+    done = site.snakemake("-n", "--set-resources", "train:slurm_extra='--constraint=h100'", "--", "plan")
+    assert done.returncode != 0
+    assert "profile, set-resources: train: slurm_extra: --constraint=h100" in done.stderr + done.stdout
+    assert "write constraint: h100 in its place" in done.stderr + done.stdout

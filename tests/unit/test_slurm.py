@@ -1,6 +1,7 @@
 """Rendered sbatch scripts: golden files, and allocations."""
 
 import dataclasses
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -100,24 +101,28 @@ def test_a_warning_signal_before_the_job_begins_is_refused():
     Allocation(runtime=61, extra="--exclusive --signal=USR1@3600")
 
 
-def fake_sinfo(folder: Path, answer: str, monkeypatch) -> None:
-    program = folder / "sinfo"
-    program.write_text(f"#!/bin/sh\n{answer}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+def test_features_quality_of_service_and_further_options_reach_the_script():
+    chosen = dataclasses.replace(
+        CLUSTER, constraint="h100&rack1", qos="long", extra="--signal USR1@3600 --exclude='gpu-''n' --mail-user='a b'"
+    )
+    lines = slurm.render("train", chosen, CONTEXT).splitlines()
+    assert {"#SBATCH --constraint='h100&rack1'", "#SBATCH --qos=long", "#SBATCH --exclude=gpu-n"} <= set(lines)
+    assert {"#SBATCH --signal USR1@3600", "#SBATCH --mail-user='a b'"} <= set(lines)
 
 
-def test_too_many_nodes_are_told_with_the_profile_line_to_write(tmp_path, monkeypatch):
-    fake_sinfo(tmp_path, "echo 4", monkeypatch)
-    problem = slurm.check_nodes("train", Allocation(nodes=9, partition="gpu"))
-    assert "rule train asks for nodes: 9, but partition gpu has 4" in problem
-    assert "      train:\n        nodes: 4" in problem
-    assert slurm.check_nodes("train", Allocation(nodes=4, partition="gpu")) is None
+def test_arguments_of_an_allocation_make_the_same_one():
+    chosen = dataclasses.replace(CLUSTER, constraint="h100", qos="long")
+    words = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(chosen.arguments()))
+    fields = {field.name: field.type for field in dataclasses.fields(Allocation)}
+    values = {name.replace("-", "_"): value for name, value in words.items()}
+    assert (
+        Allocation(**{name: int(one) if fields[name] in (int, "int") else one for name, one in values.items()})
+        == chosen
+    )
 
 
-def test_silent_sinfo_is_no_obstacle(tmp_path, monkeypatch):
-    fake_sinfo(tmp_path, "exit 1", monkeypatch)
-    assert slurm.check_nodes("train", Allocation(nodes=9)) is None
+def test_jobs_by_hand_are_named_after_experiment_and_stage():
+    assert "#SBATCH --job-name=r1-5_train\n" in slurm.render("train", CLUSTER, CONTEXT | {"experiment": "r1.5"})
 
 
 if __name__ == "__main__":

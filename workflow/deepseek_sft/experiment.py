@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import files, receipts
+from . import files, place, receipts
 from .errors import BadInputError
 from .planning import duration, gate
 from .planning import load as planning
@@ -56,6 +56,7 @@ class Experiment:
         """Validate a merged configuration; raises BadInputError with every problem."""
         resolved = configuration.resolve(config)
         name = resolved["experiment"]
+        place.check_results(resolved["results"])
         return cls(resolved, f"{resolved['results'].rstrip('/')}/{name}", f"logs/{name}")
 
     def write_config(self) -> None:

@@ -5,12 +5,16 @@ allocation, in exactly one combination: ``mpi: ""``, ``tasks`` = ``nodes``, ``ta
 body runs inside a one-task step and srun fails or hangs; without ``tasks_per_gpu`` the number of tasks is wrong.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from snakemake.iocontainers import InputFiles, Wildcards
 
+from . import profile
 from .errors import BadInputError
-from .slurm import Allocation, check_nodes, option
+from .site import checks
+from .slurm import Allocation, option
 
 # Slurm resource → field of Allocation
 FIELDS = {
@@ -22,7 +26,13 @@ FIELDS = {
     "gres": "gres",
     "slurm_extra": "extra",
     "slurm_account": "account",
+    "constraint": "constraint",
+    "qos": "qos",
 }
+# The plugin passes these on as soon as they are there, be they empty: a rule has them only where they are stated.
+OPTIONAL = ("constraint", "qos")
+# Resources that the plugin does not know: they become options in slurm_extra, and so reach every script.
+FOLDED = {"reservation": "--reservation", "exclude": "--exclude", "nodelist": "--nodelist"}
 
 
 # These rules run on the nodes of another one: what the profile gives to that one holds for both.
@@ -39,13 +49,19 @@ def complete_resources(workflow: Any) -> dict[str, set[str]]:
 
     Returns:
         Rule name → the resources that rule, profile or command line state; all others are filled in here.
+
+    Raises:
+        BadInputError: a resource that means nothing, or that the plugin would refuse when the job is submitted.
     """
+    for rule in workflow.rules:
+        _understand(workflow, rule)
     _share_nodes(workflow)
     stated = {rule.name: set(FIELDS) & set(rule.resources) for rule in workflow.rules}
     for rule in workflow.rules:
         for name, field in FIELDS.items():
-            if name not in rule.resources:
+            if name not in rule.resources and name not in OPTIONAL:
                 rule.resources[name] = getattr(Allocation(), field)
+        _fold(workflow, rule)
         rule.resources["tasks"] = value(rule, "nodes")
         rule.resources["tasks_per_gpu"] = 0
         rule.resources["mpi"] = ""
@@ -53,20 +69,70 @@ def complete_resources(workflow: Any) -> dict[str, set[str]]:
     return stated
 
 
+def _own(workflow: Any, rule_name: str) -> Any:
+    """What profile or command line state for a rule by its name."""
+    return workflow.resource_settings._parsed_overwrite_resources.get(rule_name, {})
+
+
+def key(workflow: Any, rule_name: str, resource: str) -> str:
+    """Where a rule's resource is written, for messages."""
+    for name in (rule_name, SAME_NODES.get(rule_name), "smoke_test" if rule_name == "serve" else None):
+        if name and resource in _own(workflow, name):
+            return f"profile, set-resources: {name}: {resource}"
+    if resource in (workflow.resource_settings.default_resources or {}):
+        return f"profile, default-resources: {resource}"
+    return f"profile, set-resources: {rule_name}: {resource}"
+
+
+def _understand(workflow: Any, rule: Any) -> None:
+    """Replace what sinfo prints by what Snakemake takes; refuse what nothing reads."""
+    for name in profile.INSTEAD:
+        if name in rule.resources:
+            instead, why = profile.INSTEAD[name]
+            where = key(workflow, rule.name, name)
+            raise BadInputError(f"{where}: {why}", f"write {instead} in its place")
+    for name in ("runtime", "gres", "mem_mb"):
+        if name in rule.resources:
+            plain = profile.understood(name, rule.resources[name].raw, key(workflow, rule.name, name))
+            if plain is not None:
+                rule.resources[name] = plain
+    if "mem_mb_per_cpu" in rule.resources:
+        per_cpu = value(rule, "mem_mb_per_cpu")
+        rule.resources["mem_mb_per_cpu"] = 0
+        if per_cpu:  # one task runs on each node, so it is the same; a script by hand has no other way to say it
+            cpus = value(rule, "cpus_per_task") if "cpus_per_task" in rule.resources else 1
+            rule.resources["mem_mb"] = per_cpu * cpus
+
+
+def _fold(workflow: Any, rule: Any) -> None:
+    """Write the resources that the plugin does not know into slurm_extra, and look at that as the plugin will."""
+    extra = value(rule, "slurm_extra")
+    where = key(workflow, rule.name, "slurm_extra")
+    try:
+        profile.check_extra(extra, where)
+        for name, flag in FOLDED.items():
+            if name in rule.resources:
+                extra = profile.with_option(extra, flag, str(value(rule, name)))
+    except BadInputError as error:
+        problem = error.problem if error.problem.startswith("profile, ") else f"{where}: {error.problem}"
+        raise BadInputError(problem, error.fix) from None
+    rule.resources["slurm_extra"] = extra
+
+
 def _share_nodes(workflow: Any) -> None:
     """Give rules of ``SAME_NODES`` the other rule's resources, but for what the profile states for them by name."""
     rules = {rule.name: rule for rule in workflow.rules}
     for name, of in SAME_NODES.items():
-        own = workflow.resource_settings.overwrite_resources.get(name, {})
-        for resource in FIELDS:
+        own = _own(workflow, name)
+        for resource in (*FIELDS, *FOLDED):
             if resource not in own and resource in rules[of].resources:
                 rules[name].resources[resource] = rules[of].resources[resource]
         if "runtime" not in own:
             rules[name].resources["runtime"] = OWN_TIME[name]
         if "slurm_extra" not in own and "slurm_extra" in rules[name].resources:
             # Not the signal by which Slurm asks training to save: it could come at once in so short a job.
-            words = [word for word in value(rules[name], "slurm_extra").split() if not word.startswith("--signal")]
-            rules[name].resources["slurm_extra"] = " ".join(words)
+            extra = value(rules[name], "slurm_extra")
+            rules[name].resources["slurm_extra"] = profile.with_option(extra, "--signal", "")
 
 
 def value(rule: Any, name: str) -> Any:
@@ -75,21 +141,46 @@ def value(rule: Any, name: str) -> Any:
     return rule.resources[name].evaluate(Wildcards(), input=InputFiles(), **context).value
 
 
+def _value_or_default(rule: Any, name: str) -> Any:
+    return value(rule, name) if name in rule.resources else getattr(Allocation(), FIELDS[name])
+
+
 def allocation(rule: Any) -> Allocation:
     """The allocation a rule asks for on its first attempt."""
-    return Allocation(**{field: value(rule, name) for name, field in FIELDS.items()})
+    return _named(rule.workflow, rule.name, {name: _value_or_default(rule, name) for name in FIELDS})
+
+
+def _named(workflow: Any, rule_name: str, values: dict[str, Any]) -> Allocation:
+    """An allocation, whose errors name the profile's key."""
+    try:
+        return Allocation(**{FIELDS[name]: one for name, one in values.items()})
+    except BadInputError as error:
+        resource = {"mem_mb": "mem_mb", "nodes": "nodes", "runtime": "runtime", "cpus_per_task": "cpus_per_task"}.get(
+            error.problem.removeprefix("allocation: ").split()[0], "slurm_extra"
+        )
+        where = key(workflow, rule_name, resource)
+        raise BadInputError(f"{where}: {error.problem.removeprefix('allocation: ')}", error.fix) from None
 
 
 def deployment(workflow: Any) -> Allocation:
     """The allocation of a lasting deployment: the smoke test's, and what the profile sets for ``serve`` otherwise."""
     test, serve = workflow.get_rule("smoke_test"), workflow.get_rule("serve")
-    own = workflow.resource_settings.overwrite_resources.get("serve", {})
-    return Allocation(**{field: value(serve if name in own else test, name) for name, field in FIELDS.items()})
+    own = _own(workflow, "serve")
+    values = {name: _value_or_default(serve if name in own else test, name) for name in FIELDS}
+    for name, flag in FOLDED.items():
+        source = serve if name in own else test
+        if name in source.resources:
+            values["slurm_extra"] = profile.with_option(values["slurm_extra"], flag, str(value(source, name)))
+    return _named(workflow, "serve", values)
 
 
-def own_allocation() -> str:
+def own_allocation(workflow: Any, rule_name: str) -> str:
     """Arguments of render_sbatch.py, as shell text in which Snakemake fills in the resources of the job it runs in."""
-    return " ".join(f"{option(field)}={{resources.{name}:q}}" for name, field in FIELDS.items())
+    stated = set(workflow.resource_settings.default_resources or {})
+    for name in (rule_name, SAME_NODES.get(rule_name)):
+        stated |= set(_own(workflow, name)) if name else set()
+    names = [name for name in FIELDS if name not in OPTIONAL or name in stated]
+    return " ".join(f"{option(FIELDS[name])}={{resources.{name}:q}}" for name in names)
 
 
 def allocations(workflow: Any) -> dict[str, Allocation]:
@@ -103,9 +194,29 @@ def rules_to_run(workflow: Any) -> set[str]:
     return {job.rule.name for job in workflow.dag.needrun_jobs()}
 
 
-def check_allocations(workflow: Any, rules: set[str]) -> None:
-    """Raises BadInputError when one of ``rules`` asks for more nodes than its partition has (asks ``sinfo``)."""
+def check_allocations(workflow: Any, rules: set[str], line: Callable[[Any, str], str] | None) -> list[str]:
+    """Ask Slurm whether the jobs of ``rules`` can ever start; takes seconds at most, also where its tools hang.
+
+    Args:
+        workflow: Snakemake's workflow.
+        rules: names of the rules to run.
+        line: gives the sbatch options of a rule's job; None where rules become no jobs (``serve`` always submits one).
+
+    Returns:
+        Sentences on what may keep jobs waiting, and on what could not be checked.
+
+    Raises:
+        BadInputError: at least one job can never start; names every key that keeps it from that.
+    """
     wanted = allocations(workflow)
-    problems = [check_nodes(name, wanted[name]) for name in sorted(rules & set(wanted))]
-    if problems := [problem for problem in problems if problem]:
-        raise BadInputError("\n".join(problems))
+    asked = {name: wanted[name] for name in sorted(rules & set(wanted)) if line or name == "serve"}
+    if not asked:
+        return []
+    lines = {name: line(workflow, name) for name in asked if line and name != "serve"}
+    return checks.check(asked, functools.partial(key, workflow), functools.partial(_jobs_at_once, workflow), lines)
+
+
+def _jobs_at_once(workflow: Any, rules: set[str]) -> int:
+    """How many jobs of these rules Slurm holds at a time: model and data are prepared side by side."""
+    beside = "prepare_model" in rules and rules & {"prepare_data", "tokenize_data"}
+    return min(2 if beside else 1, workflow.resource_settings.nodes or 1)

@@ -3,13 +3,16 @@
 import dataclasses
 import re
 import shlex
-import subprocess
 from typing import Any
 
 import jinja2
 
-from . import templates
+from . import job_names, profile, templates
 from .errors import BadInputError
+from .site import notation
+from .site.answers import Wanted
+
+LATER = ("constraint", "qos")  # fields that params of begun experiments do not have
 
 
 def _field(default: Any, meaning: str) -> Any:
@@ -28,6 +31,8 @@ class Allocation:
     gres: str = _field("", "generic resources per node, such as gpu:8")
     extra: str = _field("", "further sbatch options, such as --signal=USR1@3600")
     account: str = _field("", "account to charge, empty for the user's default")
+    constraint: str = _field("", "features that the nodes must have, such as h100")
+    qos: str = _field("", "quality of service, empty for the user's default")
 
     def __post_init__(self) -> None:
         for name in ("nodes", "cpus_per_task", "mem_mb", "runtime"):
@@ -43,15 +48,33 @@ class Allocation:
 
     def gpus_per_node(self) -> int | None:
         """GPUs that ``gres`` gives to each node; None where it asks for none."""
-        for item in self.gres.split(","):
-            kind, *rest = item.split(":")
-            if kind == "gpu":
-                return int(rest[-1]) if rest and rest[-1].isdigit() else 1
-        return None
+        return sum(count for (name, _), count in notation.gres(self.gres).items() if name == "gpu") or None
+
+    def options(self) -> list[str]:
+        """What ``extra`` holds, one option each, as lines of a script take them."""
+        return [profile.quoted(option) for option in profile.options(self.extra)]
+
+    def wanted(self) -> Wanted:
+        """The same as what a site is asked for."""
+        return Wanted(
+            nodes=self.nodes,
+            cpus=self.cpus_per_task,
+            mem_mb=self.mem_mb,
+            runtime=self.runtime,
+            gres=self.gres,
+            partition=self.partition,
+            account=self.account,
+            qos=self.qos or profile.from_extra(self.extra, "--qos", "-q"),
+            constraint=self.constraint,
+            reservation=profile.from_extra(self.extra, "--reservation"),
+            exclude=profile.from_extra(self.extra, "--exclude", "-x"),
+            nodelist=profile.from_extra(self.extra, "--nodelist", "-w"),
+        )
 
     def arguments(self) -> str:
-        """The allocation as arguments of render_sbatch.py."""
-        return shlex.join(f"{option(name)}={value}" for name, value in dataclasses.asdict(self).items())
+        """The allocation as arguments of render_sbatch.py; without ``LATER`` fields that say nothing."""
+        values = dataclasses.asdict(self).items()
+        return shlex.join(f"{option(name)}={value}" for name, value in values if value or name not in LATER)
 
 
 def option(field: str) -> str:
@@ -72,34 +95,11 @@ def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
     """
     template = templates.load(f"{stage}.sbatch.j2", sh=_quoted)
     try:
-        return template.render(stage=stage, job=allocation, **context)
+        name = job_names.by_hand(context.get("experiment", ""), stage)
+        return template.render(stage=stage, job=allocation, job_name=name, **context)
     except jinja2.UndefinedError as error:
         raise BadInputError(f"template {stage}.sbatch.j2: {error}") from None
 
 
 def _quoted(value: Any) -> str:
     return shlex.quote(str(value))
-
-
-def partition_nodes(partition: str) -> int | None:
-    """Nodes of a partition as ``sinfo`` counts them; None where sinfo does not answer or the partition is unknown."""
-    command = ["sinfo", "--noheader", "--format=%D", *(["--partition", partition] if partition else [])]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    counts = [int(word) for word in answer.stdout.split() if word.isdigit()]
-    return sum(counts) if answer.returncode == 0 and counts else None
-
-
-def check_nodes(rule: str, allocation: Allocation) -> str | None:
-    """A sentence on what is wrong when a rule asks for more nodes than its partition has, else None."""
-    available = partition_nodes(allocation.partition)
-    if available is None or allocation.nodes <= available:
-        return None
-    where = f"partition {allocation.partition}" if allocation.partition else "the cluster"
-    return (
-        f"rule {rule} asks for nodes: {allocation.nodes}, but {where} has {available}\n"
-        f"  fix: in the profile's config.yaml write\n"
-        f"    set-resources:\n      {rule}:\n        nodes: {available}   # or less"
-    )

@@ -43,6 +43,24 @@ def is_previewed(workflow: Any) -> bool:
     return plugin is not None and plugin.name == EXECUTOR
 
 
+def options(workflow: Any, rule_name: str) -> str:
+    """The options of sbatch for one rule, as shell text."""
+    return _call(workflow, _Job(workflow.get_rule(rule_name), workflow.dag, {}, {})).removeprefix("sbatch ")
+
+
+def _call(workflow: Any, job: Job) -> str:
+    account, partition = job.resources.get("slurm_account"), job.resources.get("slurm_partition")
+    chosen = {
+        "run_uuid": RUN_ID,
+        "slurm_logfile": _select_logdir(workflow) / f"rule_{job.name}" / "%j.log",
+        "comment_str": f"rule_{job.name}",
+        "account": f" -A {account}" if account else "",
+        "partition": f" -p {partition}" if partition else "",
+        "workdir": workflow.workdir_init,
+    }
+    return get_submit_command(job, chosen, settings=workflow.executor_settings) + set_gres_string(job)
+
+
 def preview(workflow: Any, rule_name: str) -> str:
     """The text for one rule: the sbatch line, the command it wraps, and the rule's own command.
 
@@ -52,15 +70,7 @@ def preview(workflow: Any, rule_name: str) -> str:
     """
     job = _Job(workflow.get_rule(rule_name), workflow.dag, {}, {})
     account, partition = job.resources.get("slurm_account"), job.resources.get("slurm_partition")
-    chosen = {
-        "run_uuid": RUN_ID,
-        "slurm_logfile": _select_logdir(workflow) / f"rule_{rule_name}" / "%j.log",
-        "comment_str": f"rule_{rule_name}",
-        "account": f" -A {account}" if account else "",
-        "partition": f" -p {partition}" if partition else "",
-        "workdir": workflow.workdir_init,
-    }
-    call = get_submit_command(job, chosen, settings=workflow.executor_settings) + set_gres_string(job)
+    call = _call(workflow, job)
     asked = [name for name, given in (("account", account), ("partition", partition)) if not given]
     lines = [
         "This is a preview, not a script: what `snakemake` submits for rule "

@@ -8,7 +8,7 @@ from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
-from deepseek_sft import locks, submission
+from deepseek_sft import job_names, locks, place, submission
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
@@ -53,9 +53,10 @@ def operational_json(rule):
     return literal(quote(EXPERIMENT.operational(rule)))
 
 
-def render(rule, folder, allocation=job_resources.own_allocation()):
+def render(rule, folder, allocation=None):
     """Shell text that writes a rule's sbatch script and settings, by default from the resources of the very job."""
     place = f"{EXPERIMENT.render_arguments(rule)} --output {RESULTS}/{folder}"
+    allocation = allocation or job_resources.own_allocation(workflow, rule)
     return (
         f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} "
         f"--operational {operational_json(rule)} {allocation} && "
@@ -170,8 +171,8 @@ def lock_files(wildcards):
 
 def complete_resources(workflow):
     """Fill in what every Slurm job of ours needs, and refuse shapes that cannot work."""
-    STATED_RESOURCES.update(job_resources.complete_resources(workflow))
     try:
+        STATED_RESOURCES.update(job_resources.complete_resources(workflow))
         EXPERIMENT.check_shapes(job_resources.allocations(workflow))
     except StageError as error:
         raise WorkflowError(str(error))
@@ -184,16 +185,24 @@ def check_before_start(workflow):
         if rules == {"status"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
-        job_resources.check_allocations(workflow, rules)
+        line = submission.options if submission.is_previewed(workflow) else None
+        for warning in job_resources.check_allocations(workflow, rules, line):
+            logger.warning(f"warning: {warning}")
         if rules & {"prepare_model", "train"}:
             resources = json.loads(resources_of_training(None))
             EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
+        job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
     except StageError as error:
         raise WorkflowError(str(error))
     build_environments(rules)
 
 
-if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start
+if workflow.is_main_process:
+    try:
+        place.check_writable(RESULTS, LOGS)
+    except StageError as error:
+        raise WorkflowError(str(error))
+    # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
         logger.warning(f"warning: {problem}")

@@ -88,6 +88,7 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> None:
 
 def build(name: str, store: Path, wheelhouse: Path | None) -> Path:
     """Build environment ``name`` in ``store`` unless it is complete there; returns its folder."""
+    os.umask(os.umask(0) & 0o722)  # who shares the checkout shares its environments; nothing in them is secret
     store.mkdir(parents=True, exist_ok=True)
     folder = store / f"{name}-{locks.lock_hash(name)}"
     complete = folder / "complete.json"
@@ -130,12 +131,19 @@ def main() -> None:
     if sys.version_info[:2] != (3, 11):
         raise BadInputError(f"the locks are for Python 3.11, this is {sys.version.split()[0]}", "run with python3.11")
     store = arguments.store or Path(os.environ.get("ENVS_CACHE") or PROJECT / ".envs" / "store")
-    folder = linked(arguments.name)
-    if folder is None or arguments.store:
-        folder = build(arguments.name, store.resolve(), arguments.wheelhouse)
-        link(arguments.name, folder)
-    if arguments.marker:
-        files.write_json(arguments.marker, {"environment": arguments.name, "folder": folder.name})
+    try:
+        folder = linked(arguments.name)
+        if folder is None or arguments.store:
+            folder = build(arguments.name, store.resolve(), arguments.wheelhouse)
+            link(arguments.name, folder)
+        if arguments.marker:
+            files.write_json(arguments.marker, {"environment": arguments.name, "folder": folder.name})
+    except PermissionError as error:
+        raise BadInputError(
+            f"environment {arguments.name}: {error.filename}: {error.strerror}; another user has made it for himself",
+            "let its owner open it (chmod -R go+rX, also the folders above it and its Python's), or build your own "
+            "in a clone of your own",
+        ) from None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Exit codes (first node): 0 all nodes are fit, 2 bad input, 3 a node is not (each
 """
 
 import os
-import socket
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
@@ -41,7 +40,7 @@ def main() -> None:
     chosen = preflight_settings.read(options.settings)
     needs = preflight_settings.needs_of(options.plan_receipt)
     node = nodes.detect(options.accelerator, options.ranks_per_node)
-    hosts = [socket.gethostname()]
+    hosts = [nodes.own_name()]
     if node.nodes > 1:
         hosts = nodes.expand_hosts(os.environ["SLURM_JOB_NODELIST"])
     folders, inputs = {}, {}

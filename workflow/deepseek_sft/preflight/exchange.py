@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..training.nodes import address_of
 
 LINE_LIMIT = 8 << 20  # bytes of one request: a report with the versions of all packages is some 10 kB
 BLOCK = 1 << 20
@@ -120,7 +121,7 @@ def ask(host: str, port: int, request: dict[str, Any], payload: bytes = b"", tim
     Raises:
         OSError: no connection, or it broke; ``ConnectionError`` with a text where the answer is not one of ours.
     """
-    with socket.create_connection((host, port), timeout=CONNECT_S) as link:
+    with socket.create_connection((address_of(host), port), timeout=CONNECT_S) as link:
         link.settimeout(timeout)
         link.sendall(json.dumps(request).encode() + b"\n" + payload)
         with link.makefile("rb") as stream:

@@ -66,7 +66,7 @@ def gate(place: Place, outcome: Outcome) -> None:
     if bad and len(bad) < len(place.hosts):
         names = ",".join(bad)
         fixes.append(
-            f"leave out what is bad: in the profile, set-resources: train: slurm_extra: add --exclude={names} "
+            f"leave out what is bad: in the profile, set-resources: train: exclude: {names} "
             f"(by hand: sbatch --exclude={names} …)"
         )
     if general or len(bad) == len(place.hosts):

@@ -1,7 +1,9 @@
 """Where this process runs: which node of which job, how many ranks, and where the ranks meet."""
 
 import dataclasses
+import functools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +21,7 @@ class NodeEnvironment:
     Attributes:
         nodes: number of nodes.
         node_rank: this node's index.
-        main_host: first node's host name, where rank 0 listens.
+        main_host: first node's name or address, where rank 0 listens.
         main_port: port of the rendezvous.
         ranks_per_node: processes per node.
         job_id: Slurm job id, or None outside Slurm.
@@ -53,7 +55,7 @@ def detect(
     job_id = environment.get("SLURM_JOB_ID")
     if not job_id or "SLURM_NODEID" not in environment:
         attempt = f"{job_id or 'local'}-{os.getpid()}"
-        return NodeEnvironment(1, 0, "127.0.0.1", _free_port(), ranks, job_id, attempt, (socket.gethostname(),))
+        return NodeEnvironment(1, 0, "127.0.0.1", _free_port(), ranks, job_id, attempt, (own_name(environment),))
     nodes, node_rank = _number(environment, "SLURM_NNODES"), _number(environment, "SLURM_NODEID")
     hosts = expand_hosts(environment.get("SLURM_JOB_NODELIST", ""))
     if len(hosts) != nodes or not 0 <= node_rank < nodes:
@@ -66,7 +68,36 @@ def detect(
         raise BadInputError(f"train.py must be started once per node, Slurm says {tasks} tasks per node")
     port = FIRST_PORT + int(job_id) % PORTS if job_id.isdigit() else FIRST_PORT
     attempt = f"{job_id}-{environment.get('SLURM_RESTART_COUNT', '0')}-{environment.get('SLURM_STEP_ID', '0')}"
-    return NodeEnvironment(nodes, node_rank, hosts[0], port, ranks, job_id, attempt, tuple(hosts))
+    return NodeEnvironment(nodes, node_rank, address_of(hosts[0]), port, ranks, job_id, attempt, tuple(hosts))
+
+
+def own_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Slurm's name of this node, which may differ from its host name and is what ``--exclude`` takes."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+@functools.cache
+def address_of(name: str) -> str:
+    """A node's name where it resolves; otherwise its address, or host name, as Slurm knows it (NodeAddr, NodeHostName).
+
+    A name that nobody can resolve comes back as it is: whoever uses it says so.
+    """
+    if _resolves(name) or shutil.which("scontrol") is None:
+        return name
+    command = ["scontrol", "--oneliner", "show", "node", name]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return name
+    known = re.findall(r"\b(?:NodeAddr|NodeHostName)=(\S+)", answer.stdout)
+    return next((other for other in known if _resolves(other)), name)
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
 
 
 def expand_hosts(nodelist: str) -> list[str]:
