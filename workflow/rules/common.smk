@@ -10,6 +10,8 @@ sys.path.insert(0, f"{workflow.basedir}/workflow")
 
 from deepseek_sft import locks, submission
 from deepseek_sft import resources as job_resources
+from deepseek_sft.cluster_jobs import holders
+from deepseek_sft.cluster_jobs import start as cluster_start
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
 from deepseek_sft.files import canonical_json
@@ -58,15 +60,20 @@ def render(rule, folder, allocation=job_resources.own_allocation()):
     place = f"{EXPERIMENT.render_arguments(rule)} --output {RESULTS}/{folder}"
     return (
         f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} "
-        f"--operational {operational_json(rule)} {allocation} && "
+        f"--operational {operational_json(rule)} {allocation}"
     )
+
+
+def rendered_stage(rule, folder, arguments=""):
+    """Shell text that writes a rule's sbatch script and runs it, both as one attempt with one log."""
+    return stage(f"{render(rule, folder)} --then bash {RESULTS}/{folder}/{rule}.sbatch {arguments}".rstrip())
 
 
 def deploy():
     """Shell text that submits the lasting deployment and tells on the terminal where it is reached."""
     rendering = render("serve", folder="serve/deployment", allocation="{params.allocation}")
     # tee ignores Ctrl-C: serve.py has yet to say that it cancelled the job
-    return f"({rendering}{SCRIPT}/serve.py --results {RESULTS} --logs {LOGS}) 2>&1 | tee -i {{log}}"
+    return f"({rendering} && {SCRIPT}/serve.py --results {RESULTS} --logs {LOGS}) 2>&1 | tee -i {{log}}"
 
 
 def render_place(wildcards):
@@ -181,7 +188,7 @@ def check_before_start(workflow):
     """Stop before any job is submitted when a source is missing or the cluster is too small; else note the config."""
     try:
         rules = job_resources.rules_to_run(workflow)
-        if rules == {"status"}:  # only looks, also while another start is at work
+        if rules <= {"status", "stop"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
         job_resources.check_allocations(workflow, rules)
@@ -189,11 +196,16 @@ def check_before_start(workflow):
             resources = json.loads(resources_of_training(None))
             EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
+        slurm = submission.is_previewed(workflow)
+        cluster_start.begin(workflow, EXPERIMENT.config["experiment"], Path(LOGS), Path(RESULTS), THIS_PROCESS, slurm)
     except StageError as error:
         raise WorkflowError(str(error))
     build_environments(rules)
 
 
+THIS_PROCESS = holders.own()  # now: the Slurm plugin removes SLURM_* from the environment
+if workflow.is_main_process:
+    cluster_start.free_locks_of_the_dead(Path(LOGS), set(workflow.dag_settings.targets), THIS_PROCESS)
 if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
         logger.warning(f"warning: {problem}")

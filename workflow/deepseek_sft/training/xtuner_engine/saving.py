@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 
 from ...cli import say
 from ...files import fsync_directory
-from .. import checkpoints
+from .. import checkpoints, lock
 from .loop import StepResult
 from .metrics import GIB, MetricsHook, rank_device
 from .start_checks import bias_checksum
@@ -78,6 +78,8 @@ class CheckpointHook(Hook):
         if other:
             raise RuntimeError(f"the routers' correction biases of rank {other[0]} differ from rank 0's")
         written = {name: size for files, _ in told for name, size in files.items()}
+        # A start that Slurm took for dead must not commit beside the one that goes on elsewhere.
+        lock.check_attempt(folder.parent, runner.cfg.attempt)
         checkpoints.commit(folder, marker_of(runner, step, progress), written)
         self.last_bytes = sum(written.values())
         checkpoints.prune(folder.parent, runner.cfg.run_id, self.keep_checkpoints)

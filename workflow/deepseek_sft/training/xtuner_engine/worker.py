@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
     start = _decide_start(options, rank)
     config = Config.fromstring(start["config"], ".py")
     init_sequence_parallel(config.sequence_parallel)
-    config.run = str(options.run)
+    config.run, config.attempt = str(options.run), options.attempt
     config.hosts = _hosts()
     config.progress = start["progress"]
     config.stop_files = [str(path) for path in stop_files(options.run, options.stop_file)]
