@@ -1,4 +1,4 @@
-"""A training job meets its time limit, a preemption, and the death of Snakemake. The others: `make drills`. About 3 min."""
+"""A training job meets its time limit, a preemption, the death of Snakemake; the rest: `make drills`. About 3 min."""
 
 from collections.abc import Iterator
 from pathlib import Path

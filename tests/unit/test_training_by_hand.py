@@ -1,4 +1,4 @@
-"""Promises about the training script, by hand and in the workflow: it requeues itself when that helps, and only then."""
+"""Promises about the training script, by hand and in the workflow: it requeues itself where that helps, only there."""
 
 import os
 import subprocess

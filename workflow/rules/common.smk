@@ -205,7 +205,7 @@ def check_before_start(workflow):
 
 THIS_PROCESS = holders.own()  # now: the Slurm plugin removes SLURM_* from the environment
 if workflow.is_main_process:
-    cluster_start.free_locks_of_the_dead(Path(LOGS), set(workflow.dag_settings.targets), THIS_PROCESS)
+    cluster_start.free_locks_of_the_dead(Path(LOGS), sys.argv, THIS_PROCESS)
 if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
         logger.warning(f"warning: {problem}")

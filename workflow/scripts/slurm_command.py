@@ -1,6 +1,6 @@
 """sbatch, squeue or sacct for Snakemake's Slurm plugin: the real command, with patience and a memory of jobs.
 
-    slurm_command.py NAME ARGUMENT…    called by workflow/slurm_commands; not meant for people
+slurm_command.py NAME ARGUMENT…    called by workflow/slurm_commands; not meant for people
 """
 
 import sys

@@ -43,13 +43,13 @@ def main(name: str, arguments: list[str]) -> int:
     try:
         if name == "sbatch" and _after(arguments, "--comment").startswith("rule_"):
             return submit(record, arguments)
-        if name in ("squeue", "sacct") and (run := _after(arguments, "--name")):
-            if any(job["run"] == run for job in record.jobs()):
-                return states(record, name, run, arguments)
+        run = _after(arguments, "--name")
+        if name in ("squeue", "sacct") and any(job["run"] == run for job in record.jobs()):
+            return states(record, name, run, arguments)
     except StageError as error:
         say(f"error: {error}")
         return 1
-    os.execvp(name, [name, *arguments])
+    return subprocess.run([name, *arguments], check=False).returncode
 
 
 def submit(record: Record, arguments: list[str]) -> int:

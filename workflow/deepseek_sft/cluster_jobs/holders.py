@@ -97,6 +97,6 @@ def _boot() -> str | None:
 def _numbering() -> str | None:
     """The namespace in which process ids count: those of two containers say nothing about each other."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return None

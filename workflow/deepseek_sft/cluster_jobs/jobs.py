@@ -27,7 +27,7 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        return (self.comment.split() + ["", "", ""])[2]
+        return [*self.comment.split(), "", "", ""][2]
 
 
 def comment(rule: str, experiment: str, fingerprint: str) -> str:

@@ -9,7 +9,7 @@ from ..errors import CrashError
 
 # What Slurm's commands say while the controller is away or overloaded (src/common/slurm_errno.c and their own words).
 TRANSIENT = re.compile(
-    r"Unable to contact slurm controller|Socket timed out|Connection (refused|timed out|reset)|Zero Bytes were transmitted"
+    r"Unable to contact slurm controller|Socket timed out|Connection (refused|timed out|reset)|Zero Bytes were"
     r"|temporarily unable|Communication connection failure|Unexpected message received|standby mode|Transport endpoint"
     r"|[Tt]ry again later|Slurm is not responding|does not answer",
 )
@@ -60,9 +60,10 @@ def patiently(
     say: Callable[[str], None] | None = None,
     give_up: Callable[[], bool] = lambda: False,
 ) -> subprocess.CompletedProcess[str]:
-    """Ask until the answer is no transient failure, for ``patience`` seconds at most (``PATIENCE_S``); returns the last answer.
+    """Ask until the answer is no transient failure; returns the last answer.
 
     Args:
+        patience: seconds to ask for, ``PATIENCE_S`` by default.
         say: told once when waiting begins.
         give_up: ends the waiting early.
     """

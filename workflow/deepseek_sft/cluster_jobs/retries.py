@@ -1,6 +1,5 @@
 """Whether a failed job is tried again: never where the attempt left word that it cannot help."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ class Retries(int):
 def why_not(folder: Path) -> str | None:
     """What the marker in a rule's folder of logs says; None without one."""
     try:
-        os.listdir(folder)  # a network file system looks anew at a folder that is listed
+        list(folder.iterdir())  # a network file system looks anew at a folder that is listed
         return (folder / MARKER).read_text(encoding="utf-8").strip()
     except OSError:
         return None

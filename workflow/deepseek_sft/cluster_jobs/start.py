@@ -26,12 +26,12 @@ ANSWER_S = 30.0  # how long a start waits for squeue before it goes on without
 CANCELLED_S = 60.0
 
 
-def free_locks_of_the_dead(logs: Path, targets: set[str], own: dict[str, Any]) -> None:
+def free_locks_of_the_dead(logs: Path, words: list[str], own: dict[str, Any]) -> None:
     """Remove Snakemake's locks that processes left which are gone for certain; name the owners of the others.
 
     Args:
         logs: the experiment's folder of logs.
-        targets: what is asked for; nothing is said to who only looks.
+        words: the command line; nothing is said to who only looks.
         own: ``holders.own`` of this process.
     """
     there = _locks()
@@ -45,7 +45,7 @@ def free_locks_of_the_dead(logs: Path, targets: set[str], own: dict[str, Any]) -
             Path(name).unlink(missing_ok=True)
         if mine:
             say(f"took over the lock of {_who(record)}, which is gone")
-    if targets and targets <= BESIDE:
+    if BESIDE & set(words):
         return
     for record in living:
         if any(there.get(name) == written for name, written in record.locks.items()):
@@ -122,7 +122,7 @@ def begin(workflow: Any, experiment: str, logs: Path, results: Path, own: dict[s
         path=logs / FOLDER / f"{socket.gethostname()}-{os.getpid()}.json",
         holder=own,
         experiment=experiment,
-        project=os.getcwd(),
+        project=str(Path.cwd()),
         logs=str(logs),
         path_variable=os.environ.get("PATH", os.defpath),
         accounting=slurm and _accounting(),
@@ -247,7 +247,7 @@ def end(record: Record, pause: Callable[[float], None] = time.sleep) -> None:
         interrupted = record.interrupted_file.exists()
         left = _cancel(noted, pause) if interrupted else _living(noted)
         if left and interrupted:
-            say(f"Slurm has not ended job {', '.join(sorted(left))} yet; make sure with: scancel {' '.join(sorted(left))}")
+            say(f"Slurm has not ended its jobs yet; make sure with: scancel {' '.join(sorted(left))}")
         elif left:
             say(f"Slurm job {', '.join(sorted(left))} goes on; the same command finds it again and waits for it")
     record.remove()

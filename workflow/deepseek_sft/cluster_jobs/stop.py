@@ -13,7 +13,9 @@ POLL_S = 2.0
 PROGRESS_EVERY_S = 60.0
 
 
-def stop(results: Path, logs: Path, project: Path, wait: bool = True, pause: Callable[[float], None] = time.sleep) -> str:
+def stop(
+    results: Path, logs: Path, project: Path, wait: bool = True, pause: Callable[[float], None] = time.sleep
+) -> str:
     """Ask for the end, cancel what has not begun, wait for what runs; returns what to tell the person.
 
     Raises:
@@ -45,7 +47,9 @@ def stop(results: Path, logs: Path, project: Path, wait: bool = True, pause: Cal
             said = time.monotonic()
             say(f"{said - begin:.0f} s: still saving")
         pause(POLL_S)
-    newest = max(results.glob("train/runs/*/step_*/committed.json"), key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(
+        results.glob("train/runs/*/step_*/committed.json"), key=lambda path: path.stat().st_mtime, default=None
+    )
     saved = f"the newest checkpoint is {newest.parent}" if newest else "there is no checkpoint"
     return f"training has ended; {saved}\n{go_on}"
 

@@ -192,9 +192,7 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
     files.write_text(run.output / run_folder.CONFIG, text)
 
 
-def _run_ranks(
-    run: Run, node: NodeEnvironment, start: launch.Start, check: Callable[[], None] | None = None
-) -> int:
+def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start, check: Callable[[], None] | None = None) -> int:
     """Run this node's ranks.
 
     A termination after they have agreed on an end, or after a rank has crashed, is srun's for another node's exit code.
