@@ -51,10 +51,10 @@ class DrillSite:
         self.number = 0
 
     def profile(self, **train: object) -> None:
-        """Write profiles/drill: the demo's, short of memory and time, with other resources for train."""
+        """Write profiles/drill: the demo's, with other resources for train."""
         profile = yaml.safe_load((self.clone / "profiles/demo/config.yaml").read_text())
         options = {key: train.pop(key) for key in list(train) if "-" in key or key == "retries"}
-        profile["set-resources"]["train"] |= {"mem_mb": 500, "gres": "gpu:1", "runtime": 20, **train}
+        profile["set-resources"]["train"] |= {"runtime": 20, **train}
         profile["set-resources"]["train"].setdefault("slurm_extra", "")
         if "slurm_extra" not in train:
             profile["set-resources"]["train"]["slurm_extra"] = ""

@@ -165,10 +165,10 @@ def test_a_retry_that_would_only_refuse_asks_for_nothing(site: Site, capsys) -> 
 
 
 def test_the_commands_wait_for_no_folder_that_ends_with_this_snakemake(site: Site) -> None:
-    wrapped = f"python -m snakemake --wait-for-files {site.folder}/.snakemake/tmp.ab1 'input' --attempt 1"
+    wrapped = f"python -m snakemake --wait-for-files '{site.folder}/.snakemake/tmp.ab1' 'input' --attempt 1"
     commands.submit(site.record, [*CALL, f"--wrap={wrapped}"])
     assert ".snakemake/tmp" not in " ".join(site.called())
-    assert f"--wait-for-files {site.folder} 'input'" in " ".join(site.called())
+    assert f"--wait-for-files '{site.folder}' 'input'" in " ".join(site.called())
 
 
 @pytest.mark.parametrize(

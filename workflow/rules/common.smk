@@ -106,7 +106,7 @@ def jobs_to_preview(wildcards):
 
 def submission_of(wildcards):
     """What the plugin would submit for a rule."""
-    return submission.preview(workflow, wildcards.job)
+    return submission.preview(workflow, wildcards.job, EXPERIMENT.config["experiment"])
 
 
 def resources_of_training(wildcards):

@@ -69,9 +69,9 @@ def submit(record: Record, arguments: list[str]) -> int:
     call = ["sbatch", *_replace(arguments, "--comment", comment)]
     if wrapped:
         # The command waits for a folder of this Snakemake, which is gone when a later one has taken the job over.
-        waiting = re.sub(r"\S*/\.snakemake/tmp\.[^\s'\"]+", record.project, wrapped)
+        waiting = re.sub(re.escape(record.project) + r"/\.snakemake/tmp\.[^\s'\"]+", lambda _: record.project, wrapped)
         call = _replace(call, "--wrap", waiting)
-    call.insert(1, "--open-mode=append")  # a requeued job must not empty its own log
+    call.insert(1, jobs.APPEND)
     found = _earlier(record, rule, run, fingerprint, known is not None and known.shared)
     if found is None:
         answer = _sbatch(record, call, rule, run)
@@ -224,7 +224,7 @@ def _replace(arguments: list[str], option: str, value: str | None) -> list[str]:
         elif word == option or word.startswith(f"{option}="):
             skip = word == option
             if value is not None:
-                result += [option, value]
+                result += [option, value] if skip else [f"{option}={value}"]
         else:
             result.append(word)
     return result

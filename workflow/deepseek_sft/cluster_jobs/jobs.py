@@ -7,6 +7,7 @@ from ..errors import CrashError
 from . import queue
 
 FIELDS = ("id", "state", "name", "command", "folder", "comment")
+APPEND = "--open-mode=append"  # a requeued job must not empty its own log
 COMMAND = ["squeue", "--me", "--noheader", "--format=%i|%T|%j|%o|%Z|%k"]
 
 
