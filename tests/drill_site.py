@@ -19,6 +19,18 @@ from project_copy import copy_of
 DEADLINE_S = 600  # only a hang reaches it
 
 
+def allow_preemption(cluster: Cluster) -> None:
+    """Give the running cluster a partition ``urgent`` whose jobs take the nodes of partition train."""
+    conf = cluster.state / "state" / "slurm.conf"
+    text = conf.read_text()
+    assert "\nPartitionName=train\n" in text
+    rules = "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+    ranks = "PartitionName=train PriorityTier=1\nPartitionName=urgent PriorityTier=100 PreemptMode=OFF\n"
+    conf.write_text(rules + text.replace("PartitionName=train\n", ranks))
+    cluster.exec("scontrol", "reconfigure")
+    assert "partition_prio" in cluster.exec("scontrol", "show", "config").stdout
+
+
 class DrillSite:
     """The copy and its cluster.
 
@@ -48,7 +60,7 @@ class DrillSite:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        self.number = 0
+        self.number = self.forgotten = 0  # starts of snakemake; the last job before this drill
 
     def profile(self, **train: object) -> None:
         """Write profiles/drill: the demo's, with other resources for train."""
@@ -96,10 +108,11 @@ class DrillSite:
         return Snakemake(self, process, log)
 
     def jobs(self) -> list[str]:
-        """Training jobs in order, ``id state restarts``, those that have ended included."""
+        """Training jobs since the last ``clean`` in order, ``id state``, those that have ended included."""
         listed = self.cluster.exec("squeue", "--noheader", "--states=all", "--format=%i %T %k", timeout=60).stdout
         rows = [line.split() for line in listed.splitlines() if "rule_train" in line]
-        return [f"{row[0]} {row[1]}" for row in sorted(rows, key=lambda row: int(row[0]))]
+        rows = sorted((row for row in rows if int(row[0]) > self.forgotten), key=lambda row: int(row[0]))
+        return [f"{row[0]} {row[1]}" for row in rows]
 
     def living(self) -> list[str]:
         return [job for job in self.jobs() if job.split()[1] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")]
@@ -136,6 +149,7 @@ class DrillSite:
         """Forget training, and end what a failed drill has left."""
         self.cluster.exec("bash", "-c", "scancel --me; pkill -KILL -f bin/snakemake; true", check=False)
         self.wait(lambda: not self.living(), "jobs to end", 120)
+        self.forgotten = max([self.forgotten, *(int(job.split()[0]) for job in self.jobs())])
         subprocess.run(["rm", "-rf", self.results / "train", self.results / "receipts/train.json"], check=True)
         subprocess.run(["rm", "-rf", self.logs / "train", self.logs / "snakemake", self.logs / "train.log"], check=True)
         subprocess.run(["rm", "-rf", self.clone / ".snakemake/locks"], check=True)

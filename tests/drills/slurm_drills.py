@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from cluster_fixture import Cluster
-from drill_site import DrillSite
+from drill_site import DrillSite, allow_preemption
 
 pytestmark = pytest.mark.cluster
-LIMIT = {"runtime": 1, "slurm_extra": "--signal=USR1@30"}
+LIMIT = {"runtime": 2, "slurm_extra": "--signal=USR1@60"}  # Slurm looks every 30 s
 FIGURES = Path("drills.jsonl")
 
 
@@ -24,20 +24,20 @@ FIGURES = Path("drills.jsonl")
 def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DrillSite]:
     folder = tmp_path_factory.mktemp("drills")
     with Cluster(folder, 3) as cluster:
+        allow_preemption(cluster)
         yield DrillSite(project, folder, cluster)
 
 
 @pytest.fixture(autouse=True)
 def around(site: DrillSite, request: pytest.FixtureRequest) -> Iterator[None]:
     site.cluster.exec("bash", "-c", "pkill -CONT -x slurmctld; true", check=False)
-    before = len(site.jobs())
     begin = time.monotonic()
     yield
     site.cluster.exec("bash", "-c", "pkill -CONT -x slurmctld; true", check=False)
     steps = [step for step, _ in site.steps()]
     figures = {
         "drill": request.node.name,
-        "jobs": len(site.jobs()) - before,
+        "jobs": len(site.jobs()),
         "attempts": len(site.attempts()),
         "steps_lost": len(steps) - len(set(steps)),
         "seconds": round(time.monotonic() - begin),
@@ -51,12 +51,7 @@ def once_each(site: DrillSite, last: int) -> bool:
     return [step for step, _ in site.steps()] == list(range(1, last + 1))
 
 
-def new_jobs(site: DrillSite, before: int) -> list[str]:
-    return site.jobs()[before:]
-
-
 def test_ten_time_limits_in_a_row_with_snakemake_killed_after_the_third(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.profile(**LIMIT)
     site.plan(steps=100_000)
     first = site.start()
@@ -67,23 +62,21 @@ def test_ten_time_limits_in_a_row_with_snakemake_killed_after_the_third(site: Dr
     site.plan(steps=len(site.steps()) + 20)  # read at the next start: it ends there
     assert second.end(300) == 0, second.text()
     assert once_each(site, len(site.steps()))
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
 
 
 def test_kill_9_then_the_same_command(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=300)
     first = site.start()
     site.wait_for_steps()
     first.kill()
     second = site.start()
     assert second.end() == 0, second.text()
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
     assert once_each(site, 300)
 
 
 def test_a_closed_terminal_then_the_same_command(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=300)
     first = site.start()
     site.wait_for_steps()
@@ -91,12 +84,11 @@ def test_a_closed_terminal_then_the_same_command(site: DrillSite) -> None:
     first.process.wait(60)
     second = site.start()
     assert second.end() == 0, second.text()
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
     assert once_each(site, 300)
 
 
 def test_two_snakemakes_of_one_experiment(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=400)
     first = site.start()
     site.wait_for_steps()
@@ -106,7 +98,7 @@ def test_two_snakemakes_of_one_experiment(site: DrillSite) -> None:
     assert "wait for it or stop it" in second.text()
     print(f"refused after {time.monotonic() - begin:.0f} s")
     assert first.end() == 0, first.text()
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
 
 
 def test_other_settings_beside_a_running_job_are_refused(site: DrillSite) -> None:
@@ -127,7 +119,6 @@ def test_other_settings_beside_a_running_job_are_refused(site: DrillSite) -> Non
 
 
 def test_target_stop_saves_and_ends_for_good(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=100_000)
     first = site.start()
     site.wait_for_steps()
@@ -137,7 +128,7 @@ def test_target_stop_saves_and_ends_for_good(site: DrillSite) -> None:
     print(f"stopped after {time.monotonic() - begin:.0f} s")
     assert first.end(120) == 1
     assert "is not tried again" in first.text()
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
     assert site.saved() == len(site.steps()), "nothing is lost"
     again = site.start()
     assert again.end(60) == 1
@@ -148,13 +139,12 @@ def test_target_stop_saves_and_ends_for_good(site: DrillSite) -> None:
 
 
 def test_the_stop_file_ends_for_good(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=100_000)
     first = site.start()
     site.wait_for_steps()
     (site.results / "train/stop").touch()
     assert first.end(120) == 1
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
     assert len(site.attempts()) == 1
     assert site.saved() == len(site.steps())
 
@@ -185,7 +175,6 @@ def test_ctrl_c_at_any_moment_leaves_no_job(site: DrillSite) -> None:
 
 
 def test_a_controller_that_is_stopped_for_a_minute_is_no_news(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=400)
     first = site.start()
     site.wait_for_steps()
@@ -193,7 +182,7 @@ def test_a_controller_that_is_stopped_for_a_minute_is_no_news(site: DrillSite) -
     time.sleep(60)
     site.cluster.exec("pkill", "-CONT", "-x", "slurmctld")
     assert first.end(300) == 0, first.text()
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
     assert once_each(site, 400)
 
 
@@ -213,7 +202,6 @@ def test_sbatch_that_fails_once_does_not_end_the_chain(site: DrillSite) -> None:
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_save(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=600, save_every=50)
     first = site.start()
     site.wait_for_steps(120)
@@ -223,7 +211,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_save(site: DrillSite) -> Non
         assert first.end(400) == 0, first.text()
     finally:
         site.cluster.start_node(node)
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
     assert len(site.attempts()) == 2
     lost = len(site.steps()) - len({step for step, _ in site.steps()})
     assert lost <= 50 + 1
@@ -231,7 +219,6 @@ def test_a_lost_node_costs_the_steps_since_the_last_save(site: DrillSite) -> Non
 
 def test_an_orphan_beside_its_requeue_is_stopped_by_the_lock(site: DrillSite) -> None:
     """slurmd of the first node hangs: Slurm takes the node for dead and starts the job elsewhere; processes live."""
-    before = len(site.jobs())
     site.plan(steps=100_000, save_every=20)
     first = site.start()
     site.wait_for_steps(20)
@@ -255,17 +242,16 @@ def test_an_orphan_beside_its_requeue_is_stopped_by_the_lock(site: DrillSite) ->
         assert committed == sorted(committed), "nothing of the orphan's is committed after the other's"
     finally:
         site.cluster.node(node, "pkill", "-CONT", "-x", "slurmd", check=False)
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
 
 
 def test_three_crashes_without_progress_end_it(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=1000, crash=5)
     first = site.start()
     assert first.end(300) == 1
     assert "saved nothing new" in first.text()
     assert len(site.attempts()) == 3
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
 
 
 def test_crashes_with_progress_go_on(site: DrillSite) -> None:
@@ -291,7 +277,6 @@ def test_squeue_that_is_silent_for_a_minute_at_resume(site: DrillSite) -> None:
 
 
 def test_snakemake_as_a_job_of_its_own_survives_its_own_requeue(site: DrillSite) -> None:
-    before = len(site.jobs())
     site.plan(steps=400)
     words = ["--profile", "profiles/drill", "--configfile", "config/experiments/demo.yaml", "overlay.yaml"]
     script = ["sbatch", "--parsable", "--partition=cpu", f"--chdir={site.clone}", "workflow/snakemake.sbatch", *words]
@@ -302,8 +287,19 @@ def test_snakemake_as_a_job_of_its_own_survives_its_own_requeue(site: DrillSite)
     site.cluster.exec("scontrol", "requeue", job)
     site.wait(lambda: (site.results / "receipts/train.json").exists(), "the receipt")
     site.wait(lambda: site.cluster.job_state(job) == "COMPLETED", "snakemake's job", 120)
-    assert len(new_jobs(site, before)) == 1
+    assert len(site.jobs()) == 1
     assert once_each(site, 400)
+
+
+def test_a_preemption_costs_the_steps_since_the_last_save(site: DrillSite) -> None:
+    site.plan(steps=150, save_every=20)
+    first = site.start()
+    site.wait_for_steps(30)
+    site.cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", wrap="sleep 5")
+    assert first.end() == 0, first.text()
+    assert len(site.jobs()) == 1
+    assert len(site.attempts()) == 2
+    assert len(site.steps()) - len({step for step, _ in site.steps()}) <= 20
 
 
 def test_a_thousand_takers_of_a_dead_lock(project: Path, tmp_path: Path) -> None:

@@ -204,7 +204,9 @@ def check_before_start(workflow):
 
 
 THIS_PROCESS = holders.own()  # now: the Slurm plugin removes SLURM_* from the environment
-if workflow.is_main_process:
+if not workflow.is_main_process:
+    holders.keep_restart_count()
+else:
     cluster_start.free_locks_of_the_dead(Path(LOGS), sys.argv, THIS_PROCESS)
 if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():

@@ -7,8 +7,9 @@ log=$1 attempt=$2
 shift 2
 folder=${log%.log}
 mkdir -p "$folder"
+export SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-${DEEPSEEK_SFT_RESTARTS:-0}} # the jobstep plugin removes it
 # A requeued job goes on under the same id, in a log of its own.
-file=$folder/${SLURM_JOB_ID:-local-$$}-$((attempt + ${SLURM_RESTART_COUNT:-0})).log
+file=$folder/${SLURM_JOB_ID:-local-$$}-$((attempt + SLURM_RESTART_COUNT)).log
 marker=$folder/do-not-retry
 ln -sfn "${folder##*/}/${file##*/}" "$log"
 echo "output: $file" >&2

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from . import queue
 # Jobs that the batch script found ended, for programs in a container without squeue (train.sbatch.j2).
 ENDED_JOBS = "DEEPSEEK_SFT_ENDED_JOBS"
 
+# How often Slurm has started this job again, for stage.sh: Snakemake's jobstep plugin removes SLURM_RESTART_COUNT.
+RESTARTS = "DEEPSEEK_SFT_RESTARTS"
 UNCERTAIN = "cannot be told"
 
 
@@ -29,6 +32,15 @@ def own() -> dict[str, Any]:
         "pids": _numbering(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
+
+
+def keep_restart_count(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep the restart count of a job for the commands that Snakemake starts in it.
+
+    To be called in the Snakemake inside the job, which alone has the whole environment of the batch step.
+    """
+    if "SLURM_JOB_NODELIST" in environment:
+        environment[RESTARTS] = environment.get("SLURM_RESTART_COUNT", "0")
 
 
 def reason_to_respect(holder: dict[str, Any], patience: float | None = None) -> str | None:

@@ -10,8 +10,8 @@ from ..errors import CrashError
 # What Slurm's commands say while the controller is away or overloaded (src/common/slurm_errno.c and their own words).
 TRANSIENT = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Connection (refused|timed out|reset)|Zero Bytes were"
-    r"|temporarily unable|job submit limit|Communication connection failure|Unexpected message received|standby mode|Transport endpoint"
-    r"|[Tt]ry again later|Slurm is not responding|does not answer",
+    r"|temporarily unable|job submit limit|Communication connection failure|Unexpected message received|standby mode"
+    r"|Transport endpoint|[Tt]ry again later|Slurm is not responding|does not answer",
 )
 UNKNOWN_JOB = "Invalid job id"
 LIVING = (
