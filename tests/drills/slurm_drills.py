@@ -108,7 +108,7 @@ def test_other_settings_beside_a_running_job_are_refused(site: DrillSite) -> Non
     first.kill()
     overlay = site.clone / "overlay.yaml"
     text = overlay.read_text()
-    overlay.write_text(text.replace("train:\n", "train:\n  learning_rate: 1.0e-4\n", 1))
+    overlay.write_text(text.replace("\ntrain:\n", "\ntrain:\n  learning_rate: 1.0e-4\n", 1))
     try:
         second = site.start()
         assert second.end(120) == 1
