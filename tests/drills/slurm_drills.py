@@ -16,7 +16,6 @@ from cluster_fixture import Cluster
 from drill_site import DrillSite, allow_preemption
 
 pytestmark = pytest.mark.cluster
-LIMIT = {"runtime": 2, "slurm_extra": "--signal=USR1@60"}  # Slurm looks every 30 s
 FIGURES = Path("drills.jsonl")
 
 
@@ -52,17 +51,27 @@ def once_each(site: DrillSite, last: int) -> bool:
 
 
 def test_ten_time_limits_in_a_row_with_snakemake_killed_after_the_third(site: DrillSite) -> None:
-    site.profile(**LIMIT)
+    """The signal comes from scancel, as soon as a start trains: Slurm's own, in tests/stages/test_slurm_life.py, takes
+    two minutes each."""
     site.plan(steps=100_000)
-    first = site.start()
-    site.wait(lambda: len(site.attempts()) == 4, "the fourth start")
-    first.kill()
-    second = site.start()
-    site.wait(lambda: len(site.attempts()) >= 10, "ten starts", 1200)
-    site.plan(steps=len(site.steps()) + 20)  # read at the next start: it ends there
-    assert second.end(300) == 0, second.text()
-    assert once_each(site, len(site.steps()))
+    running = site.start()
+    for number in range(1, 11):
+        site.wait(lambda number=number: len(site.attempts()) == number, f"start {number}")
+        site.wait_for_steps(3)
+        if number == 4:
+            running.kill()
+            running = site.start()
+        if number < 10:
+            site.cluster.exec("scancel", "--signal=USR1", site.living()[0].split()[0])
+    (site.results / "train/stop").touch()
+    assert running.end(300) == 1
+    (site.results / "train/stop").unlink()
     assert len(site.jobs()) == 1
+    assert len(site.attempts()) == 10
+    assert once_each(site, len(site.steps()))
+    site.plan(steps=len(site.steps()) + 20)
+    assert site.start().end(300) == 0
+    assert once_each(site, len(site.steps()))
 
 
 def test_kill_9_then_the_same_command(site: DrillSite) -> None:
