@@ -4,13 +4,14 @@ DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 
-.PHONY: help demo status envs test test-swap lint format clean
+.PHONY: help demo status envs test test-swap drills lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
 	@echo "make status how far a run is; RESULTS=results/<experiment> for one that was not active last"
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
+	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 25 minutes"
 	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
@@ -39,6 +40,12 @@ test: envs
 test-swap:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python -m pytest tests/swap_real.py
+
+drills:
+	@cluster/install
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(DEV)/python -m pytest -s tests/drills/slurm_drills.py
 
 lint:
 	@$(PYTHON) workflow/scripts/build_env.py dev

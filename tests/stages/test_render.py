@@ -47,7 +47,7 @@ class Site:
         """Text without what differs from machine to machine and from start to start."""
         text = text.replace(str(self.clone), "PROJECT").replace(str(self.environment), "ENVIRONMENT")
         text = re.sub(r"'[^']*snakemake-runtime-cache/[^']*'", "SOURCE-CACHE", text)
-        return re.sub(r"'?(TEMPORARY-FOLDER|PROJECT/\.snakemake/tmp\.[^/' ]*)'?", "TEMPORARY-FOLDER", text)
+        return text.replace("'PROJECT'", "PROJECT")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_every_rule_with_a_job_of_its_own_is_previewed(site: Site) -> None:
 
 
 def test_preview_is_what_the_plugin_hands_to_sbatch(site: Site) -> None:
-    done = site.snakemake("--", "results/deepseek-r1-sft/receipts/prepare_data.json")
+    done = site.snakemake("--retries", "0", "--", "results/deepseek-r1-sft/receipts/prepare_data.json")
     assert site.calls.exists(), done.stdout + done.stderr
     called = [site.plain(word) for word in site.calls.read_text().split("\0")[:-1]]
 
@@ -85,6 +85,8 @@ def test_preview_is_what_the_plugin_hands_to_sbatch(site: Site) -> None:
     assert "workflow/scripts/prepare_data.py --source resources/demo/chats.jsonl" in own
     expected = shlex.split(call)[1:]
     called[called.index("--job-name") + 1] = "RUN-ID"
+    comment = called.index("--comment") + 1
+    called[comment] = re.sub(r" [0-9a-f]{12}$", " FINGERPRINT", called[comment])
     assert called[:-1] == expected[:-1]
     assert shlex.split(called[-1].removeprefix("--wrap=")) == shlex.split(inner)
 

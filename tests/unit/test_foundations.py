@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_sft import files, receipts
+from deepseek_sft.cluster_jobs import holders
 from deepseek_sft.errors import BadInputError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -105,13 +106,13 @@ def test_known_errors_become_one_message_and_the_exit_code_of_the_contract(error
     assert (done.returncode, done.stderr) == (code, "error: it broke\n  fix: mend it\n")
 
 
-def stage(folder: Path, attempt: int, command: str) -> subprocess.CompletedProcess:
+def stage(folder: Path, attempt: int, command: str, *more: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [STAGE, folder / "logs" / "rule.log", str(attempt), "bash", "-c", command],
+        [STAGE, folder / "logs" / "rule.log", str(attempt), "bash", "-c", command, *more],
         capture_output=True,
         text=True,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"},
+        env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", **variables},
     )
 
 
@@ -120,6 +121,40 @@ def test_stage_keeps_a_log_of_each_attempt_and_points_at_the_newest(tmp_path):
     assert stage(tmp_path, 2, "echo second >&2; exit 5").returncode == 5
     assert (tmp_path / "logs/rule/7-1.log").read_text() == "first\n"
     assert (tmp_path / "logs/rule.log").read_text() == "second\n"
+
+
+def test_a_requeued_job_has_a_log_of_its_own_and_tells_its_commands_the_restart(tmp_path):
+    stage(tmp_path, 1, "echo $SLURM_RESTART_COUNT")
+    stage(tmp_path, 1, "echo $SLURM_RESTART_COUNT", DEEPSEEK_SFT_RESTARTS="1")
+    assert (tmp_path / "logs/rule/7-1.log").read_text() == "0\n"
+    assert (tmp_path / "logs/rule/7-2.log").read_text() == "1\n"
+    assert (tmp_path / "logs/rule.log").readlink() == Path("rule/7-2.log")
+
+
+def test_restarts_are_kept_by_the_one_process_that_knows_them():
+    inner = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_RESTART_COUNT": "3"}
+    holders.keep_restart_count(inner)
+    assert inner[holders.RESTARTS] == "3"
+    first = {"SLURM_JOB_NODELIST": "node1", holders.RESTARTS: "of the job that submitted this one"}
+    holders.keep_restart_count(first)
+    assert first[holders.RESTARTS] == "0"
+    stripped = {"SLURM_JOB_ID": "7", holders.RESTARTS: "3"}
+    holders.keep_restart_count(stripped)
+    assert stripped[holders.RESTARTS] == "3"
+
+
+def test_stage_runs_its_commands_in_order_until_one_fails(tmp_path):
+    assert stage(
+        tmp_path, 1, "echo one", "--then", "echo", "two", "--then", "false", "--then", "echo", "never"
+    ).returncode
+    assert (tmp_path / "logs/rule.log").read_text() == "one\ntwo\n"
+
+
+def test_a_refused_retry_shows_why_in_the_log_that_is_looked_at(tmp_path):
+    assert stage(tmp_path, 1, "echo the reason; exit 2").returncode == 2
+    (tmp_path / "logs/rule.log").unlink()  # Snakemake removes it before each attempt
+    assert stage(tmp_path, 2, "echo never").returncode == 3
+    assert "exit code 2, see" in (tmp_path / "logs/rule.log").read_text()
 
 
 def test_stage_shows_the_last_lines_of_a_failure(tmp_path):

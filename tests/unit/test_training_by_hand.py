@@ -1,4 +1,4 @@
-"""Promises about the training script submitted by hand: it requeues itself when that helps, and only then."""
+"""Promises about the training script, by hand and in the workflow: it requeues itself where that helps, only there."""
 
 import os
 import subprocess
@@ -11,11 +11,22 @@ from deepseek_sft.slurm import Allocation
 FAKES = {
     # Runs the one task; the rest of srun's options are of no interest.
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+    "squeue": """
+if [ "${SILENT:-0}" -gt "$(cat asked 2> /dev/null || echo 0)" ]; then
+    echo $(($(cat asked 2> /dev/null || echo 0) + 1)) > asked
+    echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2
+    exit 1
+fi
+comment=
+case "$*" in *%k*) comment=" ${COMMENT:-(null)}" ;; esac
+echo "${JOB_STATE:-RUNNING}$comment"
+""",
+    "sleep": "true",
     "scontrol": 'echo "$@" >> "$REQUEUES"; exit "${REQUEUE_CODE:-0}"',
     # Stands for train.py: commits a checkpoint where asked to, and ends with a code.
     "python": """
 folder=results/r1/train/runs/a/step_9
+echo "ended:$DEEPSEEK_SFT_ENDED_JOBS"
 if [ -n "${COMMITS:-}" ]; then mkdir -p $folder; touch $folder/committed.json; fi
 echo "training with $*"
 exit "$CODE"
@@ -61,7 +72,7 @@ def by_hand(tmp_path):
         requeues.unlink(missing_ok=True)
         return done.returncode, asked
 
-    run.folder = tmp_path
+    run.folder, run.marker = tmp_path, tmp_path / "logs/r1/train/do-not-retry"
     return run
 
 
@@ -71,11 +82,16 @@ def test_a_stop_that_saved_is_requeued(by_hand):
 
 def test_a_job_that_slurm_does_not_requeue_keeps_its_exit_code(by_hand):
     assert by_hand(4, REQUEUE_CODE="1") == (4, True)
-    assert "start the script again" in (by_hand.folder / "logs/r1/train/77-1.log").read_text()
+    assert "start it again" in (by_hand.folder / "logs/r1/train/77-1.log").read_text()
 
 
-def test_inside_the_workflow_nothing_is_requeued(by_hand):
-    assert by_hand(4, "--in-workflow") == (4, False)
+def test_inside_the_workflow_its_own_job_is_requeued_and_no_other(by_hand):
+    assert by_hand(4, "--in-workflow", "1", COMMENT="rule_train r1 0123") == (4, True)
+    assert by_hand(4, "--in-workflow", "1", COMMENT="whole-workflow") == (4, False)
+
+
+def test_a_controller_that_is_busy_when_a_requeue_is_asked_for_is_waited_for(by_hand):
+    assert by_hand(4, SILENT="5") == (4, True)
 
 
 @pytest.mark.parametrize("code", [0, 2, 3])
@@ -87,13 +103,40 @@ def test_the_stop_file_stops_for_good(by_hand):
     (by_hand.folder / "results/r1/train").mkdir(parents=True)
     (by_hand.folder / "results/r1/train/stop").touch()
     assert by_hand(4) == (4, False)
+    assert "told to stop" in by_hand.marker.read_text()
 
 
-@pytest.mark.parametrize("code", [5, 137, 143])
-def test_a_crash_is_requeued_while_it_gets_further(by_hand, code):
-    assert by_hand(code, SLURM_RESTART_COUNT="0") == (code, True)
-    assert by_hand(code, SLURM_RESTART_COUNT="1") == (code, False)
-    assert by_hand(code, SLURM_RESTART_COUNT="2", COMMITS="yes") == (code, True)
+def test_a_job_that_has_ended_is_told_to_programs_that_cannot_ask(by_hand):
+    for number, job in enumerate((70, 71)):
+        run = by_hand.folder / f"results/r1/train/runs/{number}"
+        run.mkdir(parents=True)
+        (run / "lock.json").write_text(f'{{"host": "node9", "job_id": "{job}", "pid": 5}}')
+    by_hand(0, JOB_STATE="NODE_FAIL")
+    assert "ended: 70 71" in (by_hand.folder / "logs/r1/train/77-1.log").read_text()
+    by_hand(0, JOB_STATE="RUNNING", SLURM_RESTART_COUNT="1")
+    assert "ended: 70" not in (by_hand.folder / "logs/r1/train/77-2.log").read_text()
+
+
+@pytest.mark.parametrize("code", [1, 4, 5, 137, 143])
+def test_three_attempts_in_a_row_that_save_nothing_end_it(by_hand, code):
+    def attempt(restart, **variables):
+        return by_hand(code, SLURM_RESTART_COUNT=str(restart), **variables)
+
+    assert [attempt(restart)[1] for restart in range(3)] == [True, True, False]
+    assert "saved nothing new" in by_hand.marker.read_text()
+    assert attempt(0) == (code, True), "a new job counts anew"
+    assert attempt(1) == (code, True)
+    assert attempt(2, COMMITS="yes") == (code, True), "what gets further is tried again"
+    assert [attempt(restart)[1] for restart in range(3, 6)] == [True, True, False]
+
+
+def test_attempts_that_save_nothing_are_counted_over_retries_of_the_workflow(by_hand):
+    own = {"COMMENT": "rule_train r1 0123", "REQUEUE_CODE": "1"}
+    for number in ("1", "2"):
+        by_hand(5, "--in-workflow", number, **own)
+        assert not by_hand.marker.exists()
+    by_hand(5, "--in-workflow", "3", **own)
+    assert by_hand.marker.exists()
 
 
 def test_a_cancelled_job_stays_cancelled(by_hand):

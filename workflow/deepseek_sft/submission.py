@@ -13,8 +13,10 @@ from snakemake_executor_plugin_slurm import Executor, _select_logdir
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
+from .cluster_jobs import jobs
+
 EXECUTOR = "slurm"
-RUN_ID, WAIT_FOLDER = "RUN-ID", "TEMPORARY-FOLDER"
+RUN_ID, FINGERPRINT = "RUN-ID", "FINGERPRINT"
 
 
 class _Job(Job):
@@ -34,7 +36,7 @@ class _Preview(Executor):
 
     @property
     def tmpdir(self) -> str:
-        return WAIT_FOLDER
+        return str(self.workflow.workdir_init)  # as workflow/slurm_commands leaves it
 
 
 def is_previewed(workflow: Any) -> bool:
@@ -45,15 +47,16 @@ def is_previewed(workflow: Any) -> bool:
 
 def options(workflow: Any, rule_name: str) -> str:
     """The options of sbatch for one rule, as shell text."""
-    return _call(workflow, _Job(workflow.get_rule(rule_name), workflow.dag, {}, {})).removeprefix("sbatch ")
+    job = _Job(workflow.get_rule(rule_name), workflow.dag, {}, {})
+    return _call(workflow, job, f"rule_{rule_name}").removeprefix("sbatch ")
 
 
-def _call(workflow: Any, job: Job) -> str:
+def _call(workflow: Any, job: Job, comment: str) -> str:
     account, partition = job.resources.get("slurm_account"), job.resources.get("slurm_partition")
     chosen = {
         "run_uuid": RUN_ID,
         "slurm_logfile": _select_logdir(workflow) / f"rule_{job.name}" / "%j.log",
-        "comment_str": f"rule_{job.name}",
+        "comment_str": comment,
         "account": f" -A {account}" if account else "",
         "partition": f" -p {partition}" if partition else "",
         "workdir": workflow.workdir_init,
@@ -61,21 +64,23 @@ def _call(workflow: Any, job: Job) -> str:
     return get_submit_command(job, chosen, settings=workflow.executor_settings) + set_gres_string(job)
 
 
-def preview(workflow: Any, rule_name: str) -> str:
+def preview(workflow: Any, rule_name: str, experiment: str) -> str:
     """The text for one rule: the sbatch line, the command it wraps, and the rule's own command.
 
     Args:
         workflow: Snakemake's workflow, with its graph of jobs built and the Slurm executor chosen.
         rule_name: a rule without wildcards that is not local.
+        experiment: its name, which stands in the comment by which the job is found again.
     """
     job = _Job(workflow.get_rule(rule_name), workflow.dag, {}, {})
     account, partition = job.resources.get("slurm_account"), job.resources.get("slurm_partition")
-    call = _call(workflow, job)
+    call = _call(workflow, job, jobs.comment(rule_name, experiment, FINGERPRINT))
+    call = call.replace("sbatch ", f"sbatch {jobs.APPEND} ", 1)
     asked = [name for name, given in (("account", account), ("partition", partition)) if not given]
     lines = [
         "This is a preview, not a script: what `snakemake` submits for rule "
         f"{rule_name} with this profile, made by the Slurm plugin's own code.",
-        f"{RUN_ID} and {WAIT_FOLDER} are chosen at submission.",
+        f"{RUN_ID} and {FINGERPRINT} (of params and inputs) are chosen at submission.",
         *(f"No {name} is given: the plugin asks Slurm for your default one." for name in asked),
         "",
         "---- the job is submitted with",

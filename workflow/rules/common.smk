@@ -10,6 +10,8 @@ sys.path.insert(0, f"{workflow.basedir}/workflow")
 
 from deepseek_sft import job_names, locks, place, submission
 from deepseek_sft import resources as job_resources
+from deepseek_sft.cluster_jobs import holders
+from deepseek_sft.cluster_jobs import start as cluster_start
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
 from deepseek_sft.files import canonical_json
@@ -59,15 +61,20 @@ def render(rule, folder, allocation=None):
     allocation = allocation or job_resources.own_allocation(workflow, rule)
     return (
         f"{SCRIPT}/render_sbatch.py {rule} {literal(place)} --settings {{params.settings:q}} "
-        f"--operational {operational_json(rule)} {allocation} && "
+        f"--operational {operational_json(rule)} {allocation}"
     )
+
+
+def rendered_stage(rule, folder, arguments=""):
+    """Shell text that writes a rule's sbatch script and runs it, both as one attempt with one log."""
+    return stage(f"{render(rule, folder)} --then bash {RESULTS}/{folder}/{rule}.sbatch {arguments}".rstrip())
 
 
 def deploy():
     """Shell text that submits the lasting deployment and tells on the terminal where it is reached."""
     rendering = render("serve", folder="serve/deployment", allocation="{params.allocation}")
     # tee ignores Ctrl-C: serve.py has yet to say that it cancelled the job
-    return f"({rendering}{SCRIPT}/serve.py --results {RESULTS} --logs {LOGS}) 2>&1 | tee -i {{log}}"
+    return f"({rendering} && {SCRIPT}/serve.py --results {RESULTS} --logs {LOGS}) 2>&1 | tee -i {{log}}"
 
 
 def render_place(wildcards):
@@ -100,7 +107,7 @@ def jobs_to_preview(wildcards):
 
 def submission_of(wildcards):
     """What the plugin would submit for a rule."""
-    return submission.preview(workflow, wildcards.job)
+    return submission.preview(workflow, wildcards.job, EXPERIMENT.config["experiment"])
 
 
 def resources_of_training(wildcards):
@@ -182,7 +189,7 @@ def check_before_start(workflow):
     """Stop before any job is submitted when a source is missing or the cluster is too small; else note the config."""
     try:
         rules = job_resources.rules_to_run(workflow)
-        if rules == {"status"}:  # only looks, also while another start is at work
+        if rules <= {"status", "stop"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
         line = submission.options if submission.is_previewed(workflow) else None
@@ -193,12 +200,18 @@ def check_before_start(workflow):
             EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
         EXPERIMENT.write_config()
         job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
+        slurm = submission.is_previewed(workflow)
+        cluster_start.begin(workflow, EXPERIMENT.config["experiment"], Path(LOGS), Path(RESULTS), THIS_PROCESS, slurm)
     except StageError as error:
         raise WorkflowError(str(error))
     build_environments(rules)
 
 
-if workflow.is_main_process:
+THIS_PROCESS = holders.own()  # now: the Slurm plugin removes SLURM_* from the environment
+if not workflow.is_main_process:
+    holders.keep_restart_count()
+else:
+    cluster_start.free_locks_of_the_dead(Path(LOGS), sys.argv, THIS_PROCESS)
     try:
         place.check_writable(RESULTS, LOGS)
     except StageError as error:

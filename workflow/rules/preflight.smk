@@ -14,4 +14,4 @@ rule preflight:
     message:
         "Checking the nodes of training"
     shell:
-        render("preflight", folder="preflight") + stage(f"bash {RESULTS}/preflight/preflight.sbatch")
+        rendered_stage("preflight", folder="preflight")

@@ -17,7 +17,7 @@ rule smoke_test:
     message:
         "Serving the model and testing its API"
     shell:
-        render("smoke_test", folder="serve") + stage(f"bash {RESULTS}/serve/smoke_test.sbatch")
+        rendered_stage("smoke_test", folder="serve")
 
 
 # Submits a job that stays; it has no output, so asking for it always looks at what is running and acts.

@@ -1,3 +1,7 @@
+localrules:
+    stop,
+
+
 rule train:
     input:
         base=receipt("prepare_model"),
@@ -9,10 +13,19 @@ rule train:
         log_file("train"),
     benchmark:
         benchmark_file("train")
-    retries: 2
     params:
         settings=EXPERIMENT.settings("train"),
     message:
         "Training"
     shell:
-        render("train", folder="train") + stage(f"bash {RESULTS}/train/train.sbatch --in-workflow")
+        rendered_stage("train", folder="train", arguments="--in-workflow {resources.attempt}")
+
+
+# Named on the command line only, also while another snakemake waits for training.
+rule stop:
+    log:
+        log_file("stop"),
+    message:
+        "Asking training to save and end"
+    shell:
+        f"{SCRIPT}/stop.py {RESULTS} --logs {LOGS} 2>&1 | tee -i {{log}}"

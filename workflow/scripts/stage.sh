@@ -1,22 +1,33 @@
 #!/bin/bash
-# Run one stage's command with its output in a log file of this attempt, the newest of which <log> points at.
-#   stage.sh LOG ATTEMPT COMMAND…        LOG = logs/<experiment>/<rule>.log
-# Exit codes 2 (bad input) and 3 (a gate failed) leave a marker that makes Snakemake's retries end at once.
+# Run one stage's commands with their output in a log file of this attempt, the newest of which <log> points at.
+#   stage.sh LOG ATTEMPT COMMAND… [--then COMMAND…]        LOG = logs/<experiment>/<rule>.log
+# Exit codes 2 (bad input) and 3 (a gate failed) leave a marker that ends Snakemake's retries before they ask for nodes.
 set -uo pipefail
 log=$1 attempt=$2
 shift 2
 folder=${log%.log}
 mkdir -p "$folder"
-file=$folder/${SLURM_JOB_ID:-local-$$}-$attempt.log
+export SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-${DEEPSEEK_SFT_RESTARTS:-0}} # the jobstep plugin removes it
+# A requeued job goes on under the same id, in a log of its own.
+file=$folder/${SLURM_JOB_ID:-local-$$}-$((attempt + SLURM_RESTART_COUNT)).log
 marker=$folder/do-not-retry
+ln -sfn "${folder##*/}/${file##*/}" "$log"
+echo "output: $file" >&2
 if [ "$attempt" -gt 1 ] && [ -e "$marker" ]; then
-    echo "not retried: $(cat "$marker")" >&2
+    echo "not retried: $(cat "$marker")" | tee -a "$file" >&2
     exit 3
 fi
 rm -f "$marker"
-ln -sfn "${folder##*/}/${file##*/}" "$log"
-echo "output: $file" >&2
-"$@" >> "$file" 2>&1
+run() { # COMMAND… [--then COMMAND…]
+    local words=()
+    while [ $# -gt 0 ] && [ "$1" != --then ]; do
+        words+=("$1")
+        shift
+    done
+    "${words[@]}" || return
+    [ $# -eq 0 ] || run "${@:2}"
+}
+run "$@" >> "$file" 2>&1
 code=$?
 if [ "$code" -ne 0 ]; then
     echo "exit code $code; last lines of $file:" >&2

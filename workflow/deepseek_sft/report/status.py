@@ -28,7 +28,7 @@ RECENT, STEADY = 10, 20  # steps of the mean loss, and of the median time that p
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One Slurm job as squeue shows it; ``comment`` is ``rule_<rule>`` of jobs that Snakemake submitted."""
+    """One Slurm job as squeue shows it; ``comment`` of Snakemake's is ``rule_<rule> <experiment> <fingerprint>``."""
 
     id: str
     state: str
@@ -156,7 +156,7 @@ def _progress(stage: Stage, logs: Path | None, known: list[Job] | None, project:
         silent = time.time() - log.stat().st_mtime if log.exists() else None
     if stage.state not in ("not finished", "not run", "failed") or stage.receipt:
         return Progress(stage.rule, stage.state, stage.note, log, None, since, silent)
-    queued = _submitted(stage.rule, known, project)
+    queued = _submitted(stage.rule, known, project, logs.name if logs else None)
     if stage.state == "not finished" and log:
         job = next((one for one in known or [] if one.id == log.name.rsplit("-", 1)[0]), None)
         state = _state_of(log, job, known, silent)
@@ -184,9 +184,14 @@ def _state_of(log: Path, job: Job | None, known: list[Job] | None, silent: float
     return "seems to run" if silent is not None and silent < FRESH_S else "stopped"
 
 
-def _submitted(rule: str, known: list[Job] | None, project: Path) -> Job | None:
-    """The job that Snakemake submitted from this project for a rule; several experiments are not told apart."""
-    named = [job for job in known or [] if job.comment in (f"rule_{rule}", rule) and job.state in (*ALIVE, "PENDING")]
+def _submitted(rule: str, known: list[Job] | None, project: Path, experiment: str | None) -> Job | None:
+    """The job that Snakemake submitted from this project for a rule of an experiment."""
+
+    def fits(job: Job) -> bool:
+        name, *more = job.comment.split() or [""]
+        return name in (f"rule_{rule}", rule) and (not more or experiment in (None, more[0]))
+
+    named = [job for job in known or [] if fits(job) and job.state in (*ALIVE, "PENDING")]
     return next((job for job in named if Path(job.folder).resolve() == project), None)
 
 

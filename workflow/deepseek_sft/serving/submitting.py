@@ -11,12 +11,14 @@ from typing import NoReturn
 
 from .. import files
 from ..cli import say
+from ..cluster_jobs import queue
 from ..errors import BadInputError, CrashError, StageError
 from .lasting import ENDPOINT, Endpoint
 
 POLL_S = 2.0
 PROGRESS_EVERY_S = 30.0
-LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED", "STOPPED")
+LIVING = queue.LIVING
+CANCEL_S = 60.0
 SHOWN_LINES = 60
 
 
@@ -90,13 +92,27 @@ def _read(path: Path) -> Deployment | None:
 def _submit(results: Path, logs: Path, folder: Path, model: str) -> Deployment:
     (logs / "serve").mkdir(parents=True, exist_ok=True)
     script = folder / "serve.sbatch"
-    answer = _run(["sbatch", "--parsable", str(script)])
+    answer = queue.patiently(lambda: _run(["sbatch", "--parsable", str(script)]), say=say)
+    if queue.is_transient(answer):
+        raise CrashError(
+            f"Slurm did not answer while {script} was submitted: {answer.stderr.strip()}",
+            "see whether it took the job (squeue --me), then run the same command again",
+        )
     if answer.returncode:
         raise BadInputError(f"Slurm does not take {script}: {answer.stderr.strip()}", "see `serve:` in the profile")
-    job = answer.stdout.strip().partition(";")[0]
+    job = queue.submitted_job(answer.stdout)
+    if job is None:
+        raise CrashError(
+            f"sbatch took {script}, but printed no job id: {answer.stdout.strip()!r}",
+            "look for the job with squeue --me and cancel it",
+        )
     run_dir, log = results / "serve" / f"deployment-{job}", logs / "serve" / f"{job}.log"
     deployment = Deployment(job, str(run_dir), str(log), model)
-    files.write_json(folder / "job.json", dataclasses.asdict(deployment))
+    try:
+        files.write_json(folder / "job.json", dataclasses.asdict(deployment))
+    except BaseException:  # a full disk: nobody would find it again
+        _cancel(job)
+        raise
     say(f"submitted job {job}; its log: {log}; Ctrl-C cancels it until it answers")
     return deployment
 
@@ -106,13 +122,20 @@ def _wait(deployment: Deployment) -> Endpoint:
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return _poll(deployment)
-    except KeyboardInterrupt:
-        _run(["scancel", deployment.job])
-        say(f"cancelled job {deployment.job}")
+    except BaseException:  # also an error of ours: what was submitted must not stay unseen
+        _cancel(deployment.job)
         raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _cancel(job: str) -> None:
+    """Cancel a job that has not ended by itself."""
+    if state(job)[0] not in (*LIVING, "UNKNOWN"):
+        return
+    answer = queue.patiently(lambda: _run(["scancel", job]), CANCEL_S)
+    say(f"cancelled job {job}" if answer.returncode == 0 else f"job {job} could not be cancelled: scancel {job}")
 
 
 def _poll(deployment: Deployment) -> Endpoint:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .nodes import NodeEnvironment, threads_per_rank
 TORCHRUN = "deepseek_sft.training.torchrun"
 WORKER = "deepseek_sft.training.xtuner_engine.worker"
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
+CHECK_EVERY = 10.0  # seconds between two looks at the run folder's lock
 TAIL_LINES, HANG_LINES = 25, 80  # shown of a rank's log; a hang's ends with all its threads
 # A rank may lose its peer, which Slurm signals as well, before its node's program has seen the signal. After a crash a
 # node ends a second later at the earliest (it waits for a status), and only then does Slurm terminate the others.
@@ -118,8 +119,11 @@ def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
     return defaults | environment
 
 
-def run_ranks(node: NodeEnvironment, start: Start) -> int:
+def run_ranks(node: NodeEnvironment, start: Start, check: Callable[[], None] | None = None) -> int:
     """Run this node's ranks to their end and return torchrun's exit code.
+
+    Args:
+        check: called every few seconds; what it raises ends the ranks and is passed on.
 
     USR1 becomes a stop request that the ranks see after their current step. torchrun itself ignores it: Slurm sends
     it to every process of the step, and its default action would kill them.
@@ -144,12 +148,22 @@ def run_ranks(node: NodeEnvironment, start: Start) -> int:
             start_new_session=True,
         )
         try:
-            return process.wait()
+            return _wait(process, check)
         except BaseException as error:
             if isinstance(error, Terminated):
                 _note_termination(start.run, node, error.number)
             _end(process)
             raise
+
+
+def _wait(process: subprocess.Popen, check: Callable[[], None] | None) -> int:
+    if check is None:
+        return process.wait()
+    while True:
+        try:
+            return process.wait(CHECK_EVERY)
+        except subprocess.TimeoutExpired:
+            check()
 
 
 def termination(run: Path, node: NodeEnvironment) -> dict[str, Any] | None:

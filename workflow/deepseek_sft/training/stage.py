@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,14 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
         return
     say(f"run {run.run_id} in {run.folder}")
     say(run.schedule.describe())
-    with lock.hold(run.folder):
+    with lock.hold(run.folder, node.attempt) as held:
         if _is_finished(run, node, stop_file):
             say("finished already; nothing to train (train.run_name forces a new run)")
         else:
             checked = token_files.check_shards(run.tokens)
             say(f"token files: {checked} shards as they were written" if checked else "token files: without checksums")
             _write_run(run, node, accelerator)
-            _conclude(run, node, _run_ranks(run, node, start))
+            _conclude(run, node, _run_ranks(run, node, start, held.check))
         write_receipt(run, receipt)
 
 
@@ -195,13 +196,13 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
     files.write_text(run.output / run_folder.CONFIG, text)
 
 
-def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start) -> int:
+def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start, check: Callable[[], None] | None = None) -> int:
     """Run this node's ranks.
 
     A termination after they have agreed on an end, or after a rank has crashed, is srun's for another node's exit code.
     """
     try:
-        return launch.run_ranks(node, start)
+        return launch.run_ranks(node, start, check)
     except launch.Terminated:
         agreed = run_folder.read_status(run.folder, node.attempt, patience=0)
         if agreed is None and launch.termination(run.folder, node):

@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from ...checkpoint import rank_state
 from ...cli import say
 from ...files import fsync_directory
-from .. import checkpoints
+from .. import checkpoints, lock
 from .loop import StepResult
 from .metrics import GIB, MetricsHook, rank_device
 from .start_checks import bias_checksum
@@ -81,6 +81,8 @@ class CheckpointHook(Hook):
             raise RuntimeError(f"the routers' correction biases of rank {other[0]} differ from rank 0's")
         written = {name: size for files, _, _ in told for name, size in files.items()}
         content = {name: digest for _, of_rank, _ in told for name, digest in of_rank.items()}
+        # A start that Slurm took for dead must not commit beside the one that goes on elsewhere.
+        lock.check_attempt(folder.parent, runner.cfg.attempt)
         checkpoints.commit(folder, marker_of(runner, step, progress) | {"checksums": content}, written)
         self.last_bytes = sum(written.values())
         checkpoints.prune(folder.parent, runner.cfg.run_id, self.keep_checkpoints)

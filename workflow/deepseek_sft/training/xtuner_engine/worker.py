@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
     config = Config.fromstring(_read_config(options, rank), ".py")
     candidates = resuming.candidates_of(options.run, options.run.name)
     init_sequence_parallel(config.sequence_parallel)
-    config.run = str(options.run)
+    config.run, config.attempt = str(options.run), options.attempt
     config.hosts = _hosts()
     config.progress = {}
     config.stop_files = [str(path) for path in stop_files(options.run, options.stop_file)]

@@ -1,0 +1,192 @@
+"""A copy of the project on an emulated cluster, done up to training, whose training program is a stand-in.
+
+Rules, stage.sh, templates, Snakemake, its Slurm plugin and Slurm are the real ones (tests/drills/training.py).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_fixture import Cluster
+from project_copy import copy_of
+
+DEADLINE_S = 600  # only a hang reaches it
+
+
+def allow_preemption(cluster: Cluster) -> None:
+    """Give the running cluster a partition ``urgent`` whose jobs take the nodes of partition train."""
+    conf = cluster.state / "state" / "slurm.conf"
+    text = conf.read_text()
+    assert "\nPartitionName=train\n" in text
+    rules = "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+    ranks = "PartitionName=train PriorityTier=1\nPartitionName=urgent PriorityTier=100 PreemptMode=OFF\n"
+    conf.write_text(rules + text.replace("PartitionName=train\n", ranks))
+    cluster.exec("scontrol", "reconfigure")
+    assert "partition_prio" in cluster.exec("scontrol", "show", "config").stdout
+
+
+class DrillSite:
+    """The copy and its cluster.
+
+    Args:
+        project: the checkout under test.
+        folder: existing folder that the nodes see.
+        cluster: running.
+    """
+
+    def __init__(self, project: Path, folder: Path, cluster: Cluster):
+        self.project, self.cluster = project, cluster
+        self.clone = copy_of(project, folder)
+        self.results, self.logs = self.clone / "results/demo", self.clone / "logs/demo"
+        self.python = (project / ".envs/workflow").resolve() / "bin/python"
+        overlay = {"envs": {"train": {"python": "tests/drills/python"}}, "train": {"environment": {}}}
+        overlay["train"]["environment"] = {"DRILL_PYTHON": str(self.python)}
+        (self.clone / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+        self.profile()
+        before = [str(self.results / f"receipts/{name}.json") for name in ("prepare_model", "refine_plan")]
+        before = [str(Path(name).relative_to(self.clone)) for name in before]
+        done = subprocess.run(
+            [*self.words("profiles/local"), "--quiet", "all", "--", *before],
+            cwd=self.clone,
+            env=self.variables(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.number = self.forgotten = 0  # starts of snakemake; the last job before this drill
+
+    def profile(self, **train: object) -> None:
+        """Write profiles/drill: the demo's, with other resources for train."""
+        profile = yaml.safe_load((self.clone / "profiles/demo/config.yaml").read_text())
+        options = {key: train.pop(key) for key in list(train) if "-" in key or key == "retries"}
+        profile["set-resources"]["train"] |= {"runtime": 20, **train}
+        profile["set-resources"]["train"].setdefault("slurm_extra", "")
+        if "slurm_extra" not in train:
+            profile["set-resources"]["train"]["slurm_extra"] = ""
+        profile["printshellcmds"] = False
+        profile = {key: value for key, value in (profile | options).items() if value is not None}
+        (self.clone / "profiles/drill").mkdir(exist_ok=True)
+        (self.clone / "profiles/drill/config.yaml").write_text(yaml.safe_dump(profile))
+
+    def plan(self, steps: int, save_every: int = 0, crash: int = 0) -> None:
+        """What the stand-in does from its next start on."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        (self.results / "drill.json").write_text(json.dumps({"steps": steps, "save_every": save_every, "crash": crash}))
+
+    def words(self, profile: str = "profiles/drill") -> list[str]:
+        start = [str(self.python.parent / "snakemake"), "--profile", profile]
+        return [*start, "--configfile", "config/experiments/demo.yaml", "overlay.yaml"]
+
+    def variables(self) -> dict[str, str]:
+        store = (self.project / ".envs" / "workflow").resolve().parent
+        return self.cluster.environment | {"ENVS_CACHE": os.environ.get("ENVS_CACHE", str(store))}
+
+    def start(self, *targets: str, path: str | None = None) -> "Snakemake":
+        """Start snakemake on the login node, training unless another target is named."""
+        self.number += 1
+        log = self.clone / f"snakemake-{self.number}.log"
+        variables = [f"PYTHONPATH={self.clone}/cluster/fastpoll", *([f"PATH={path}"] if path else [])]
+        targets = targets or ("results/demo/receipts/train.json",)
+        command = self.cluster.command("exec", "env", *variables, *self.words(), "--", *targets)
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=self.clone,
+                env=self.variables(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return Snakemake(self, process, log)
+
+    def jobs(self) -> list[str]:
+        """Training jobs since the last ``clean`` in order, ``id state``, those that have ended included."""
+        listed = self.cluster.exec("squeue", "--noheader", "--states=all", "--format=%i %T %k", timeout=60).stdout
+        rows = [line.split() for line in listed.splitlines() if "rule_train" in line]
+        rows = sorted((row for row in rows if int(row[0]) > self.forgotten), key=lambda row: int(row[0]))
+        return [f"{row[0]} {row[1]}" for row in rows]
+
+    def living(self) -> list[str]:
+        return [job for job in self.jobs() if job.split()[1] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")]
+
+    def steps(self) -> list[tuple[int, str]]:
+        """Step and attempt of every step ever trained."""
+        file = self.results / "train/runs/drill/steps"
+        rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+        return [(int(row[0]), row[1]) for row in rows if len(row) == 3]
+
+    def attempts(self) -> list[str]:
+        return list(dict.fromkeys(attempt for _, attempt in self.steps()))
+
+    def saved(self) -> int:
+        marks = self.results.glob("train/runs/drill/step_*/committed.json")
+        return max((int(path.parent.name[5:]) for path in marks), default=0)
+
+    def wait(self, condition: Callable[[], object], why: str, deadline: float = DEADLINE_S) -> float:
+        """Wait until ``condition`` holds; returns the seconds it took."""
+        begin = time.monotonic()
+        while not condition():
+            if time.monotonic() - begin > deadline:
+                log = self.clone / f"snakemake-{self.number}.log"
+                pytest.fail(f"waited {deadline:.0f} s for {why}\n{log.read_text()[-4000:]}\n{self.jobs()}")
+            time.sleep(0.25)
+        return time.monotonic() - begin
+
+    def wait_for_steps(self, more: int = 5) -> float:
+        """Wait until so many further steps are trained."""
+        before = len(self.steps())
+        return self.wait(lambda: len(self.steps()) >= before + more, f"{more} steps")
+
+    def clean(self) -> None:
+        """Forget training, and end what a failed drill has left."""
+        self.cluster.exec("bash", "-c", "scancel --me; pkill -KILL -f bin/snakemake; true", check=False)
+        self.wait(lambda: not self.living(), "jobs to end", 120)
+        self.forgotten = max([self.forgotten, *(int(job.split()[0]) for job in self.jobs())])
+        subprocess.run(["rm", "-rf", self.results / "train", self.results / "receipts/train.json"], check=True)
+        subprocess.run(["rm", "-rf", self.logs / "train", self.logs / "snakemake", self.logs / "train.log"], check=True)
+        subprocess.run(["rm", "-rf", self.clone / ".snakemake/locks"], check=True)
+        self.profile()
+
+
+class Snakemake:
+    """One running snakemake."""
+
+    def __init__(self, site: DrillSite, process: subprocess.Popen, log: Path):
+        self.site, self.process, self.log = site, process, log
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal it on the login node, where its record says it runs."""
+        self.site.cluster.exec("kill", f"-{number.value}", self.pid())
+
+    def pid(self) -> str:
+        """Process id on the login node; that of the newest record."""
+        found: list[Path] = []
+
+        def record() -> bool:
+            found[:] = sorted(self.site.logs.glob("snakemake/*.json"), key=lambda path: path.stat().st_mtime)
+            return bool(found)
+
+        self.site.wait(record, "snakemake's record", 60)
+        return str(json.loads(found[-1].read_text())["holder"]["pid"])
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait(60)
+
+    def end(self, deadline: float = DEADLINE_S) -> int:
+        """Exit code, once it has ended."""
+        try:
+            return self.process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"snakemake has not ended after {deadline:.0f} s:\n{self.text()[-4000:]}\n{self.site.jobs()}")
