@@ -9,7 +9,7 @@ from . import chain
 
 LINES = 10
 PROBLEM_LINES, FIX_LINES, WIDTH = 3, 2, 220
-READ = 64_000  # bytes of a log's end that are looked through
+READ = 1 << 20  # bytes of a log's end that are looked through
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 NEVER_RETRIED = ("2", "3")  # docs/exit-codes.md
 
@@ -74,13 +74,12 @@ def failed(failures: Sequence[Failure], results: Path, command: str, report: str
         first, *rest = failures
         cause = cause_of(first)
         code = f" (exit code {cause.code})" if cause.code else ""
-        rows = [(f"failed: {first.rule}{code}", "")]
+        also = f"; also {', '.join(f'{one.rule} ({one.log})' for one in rest)}" if rest else ""
+        rows = [(f"failed: {first.rule}{code}{also}", "")]
         rows += [("  what", line) for line in cause.problem[:PROBLEM_LINES]]
         rows += [("  fix", line) for line in cause.fix[:FIX_LINES]]
         if first.log:
             rows.append(("  log", str(first.log)))
-        if rest:
-            rows.append(("  also", ", ".join(f"{one.rule} ({one.log})" for one in rest)))
         if cause.code in NEVER_RETRIED or (cause.fix and not cause.code):
             again = f"after that the same again: {command}"
     else:

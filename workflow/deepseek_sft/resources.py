@@ -98,8 +98,13 @@ def own_allocation() -> str:
 
 def allocations(workflow: Any) -> dict[str, Allocation]:
     """Rule name → allocation, for the rules that run as jobs or submit one."""
-    jobs = {rule.name: allocation(rule) for rule in workflow.rules if not workflow.is_local(rule)}
+    jobs = {rule.name: allocation(rule) for rule in workflow.rules if _is_job(workflow, rule)}
     return jobs | {"serve": deployment(workflow)}
+
+
+def _is_job(workflow: Any, rule: Any) -> bool:
+    """Whether a rule is a job of its own, known before Snakemake has chosen what runs jobs (``is_local`` is not)."""
+    return rule.name not in workflow._localrules and not rule.norun
 
 
 def rules_to_run(workflow: Any) -> set[str]:
@@ -160,12 +165,12 @@ def submitted(workflow: Any) -> set[str]:
     plugin = workflow.executor_plugin.name  # `dryrun` in a dry run
     if (command_line.executor(sys.argv[1:]) if plugin == "dryrun" else plugin) != submission.EXECUTOR:
         return set()
-    return {rule.name for rule in workflow.rules if not workflow.is_local(rule)} | {"serve"}
+    return {rule.name for rule in workflow.rules if _is_job(workflow, rule)} | {"serve"}
 
 
 def check_allocations(workflow: Any, rules: set[str]) -> None:
     """Raises BadInputError when one of ``rules`` asks for more nodes than its partition has (asks ``sinfo``)."""
     wanted = allocations(workflow)
-    problems = [check_nodes(name, wanted[name]) for name in sorted(rules & set(wanted))]
+    problems = [check_nodes(name, wanted[name]) for name in sorted(rules & (submitted(workflow) | {"serve"}))]
     if problems := [problem for problem in problems if problem]:
         raise BadInputError("\n".join(problems))

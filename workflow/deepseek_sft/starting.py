@@ -24,7 +24,8 @@ def unnamed(config: dict[str, Any], configfiles: Sequence[str], given: Sequence[
         configfiles: configuration files in their order, the project's own first.
         given: what --config says, ``key=value``.
     """
-    files = [str(path) for path in configfiles]
+    here = Path.cwd()
+    files = [str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path) for path in configfiles]
     if len(files) < 2 or any(word.startswith("experiment=") for word in given or ()):
         return None
     if "experiment" in read_yaml(files[-1]):
@@ -103,8 +104,10 @@ def node_local(path: Path, project: Path) -> str | None:
 
 def _emulated_shares(project: Path) -> list[Path]:
     """What the nodes of the emulated cluster see besides the project; none where there is no such cluster."""
-    state = Path(os.environ.get("VCLUSTER_DIR") or project / ".cluster")
+    state = Path(os.environ.get("VCLUSTER_DIR") or project / ".cluster", "state")
     try:
+        if (state / "shape").read_text().startswith("flat"):  # nodes that share this very host
+            return [Path("/")]
         return [Path(line) for line in (state / "shares").read_text().splitlines() if line]
     except OSError:
         return []

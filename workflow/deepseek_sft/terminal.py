@@ -60,9 +60,9 @@ class Collector(logging.Handler):
             self.seen.rules[fields["jobid"]] = fields["rule_name"]
         elif event == LogEvent.JOB_ERROR:
             logs = [Path(path) for path in fields.get("log") or []]
-            further = [Path(path) for path in _further(fields.get("aux") or {})]
-            said = str(fields.get("msg") or "")
-            self.seen.failures[fields["jobid"]] = Failure(fields["rule_name"], logs[0] if logs else None, further, said)
+            said = str(fields.get("rule_msg") or "")  # the executor's words
+            failure = Failure(fields["rule_name"], logs[0] if logs else None, logs[1:], said)
+            self.seen.failures[fields["jobid"]] = failure
         elif event == LogEvent.JOB_FINISHED:
             number = fields.get("job_id", fields.get("jobid"))
             self.seen.failures.pop(number, None)  # a retry went well
@@ -72,11 +72,6 @@ class Collector(logging.Handler):
             self.seen.interrupted = True
         elif record.levelno >= logging.ERROR:
             self.seen.errors.append(str(record.msg))
-
-
-def _further(aux: dict[str, Any]) -> list[str]:
-    """Paths among what an executor tells of a job."""
-    return [word for value in aux.values() for word in re.findall(r"(?:[\w.-]*/)[^\s',\]]+\.log\b", str(value))]
 
 
 class Formatter(DefaultFormatter):
@@ -98,7 +93,7 @@ class Formatter(DefaultFormatter):
 
     def format_job_error(self, msg: dict[str, Any]) -> str:
         """That it failed; why stands at the end."""
-        said = str(msg.get("msg") or "").strip().split("\n")[0]
+        said = str(msg.get("rule_msg") or "").strip().split("\n")[0]
         return f"rule {msg['rule_name']} failed{f': {said}' if said else ''}"
 
     def format(self, record: logging.LogRecord) -> str:

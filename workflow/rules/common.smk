@@ -29,7 +29,8 @@ TERMINAL = terminal.Terminal(workflow) if workflow.is_main_process else None
 try:
     EXPERIMENT = Experiment.from_config(config)
     if TERMINAL:
-        unnamed = starting.unnamed(config, workflow.configfiles, workflow.config_settings.config_args)
+        files = ["config/config.yaml", *workflow.overwrite_configfiles]
+        unnamed = starting.unnamed(config, files, workflow.config_settings.config_args)
         if unnamed and not TERMINAL.dry_run:
             raise unnamed
         elif unnamed:
@@ -40,7 +41,8 @@ except StageError as error:
 RESULTS = EXPERIMENT.results
 STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
 PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
-CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by restore_chain
+CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by check_targets
+CHAIN_LOST = {}  # rule → error: it cannot run any more without training again
 LOGS = EXPERIMENT.logs
 SCRIPT = f"{quote(EXPERIMENT.python('workflow'))} workflow/scripts"
 
@@ -198,8 +200,7 @@ def check_targets():
         EXPERIMENT.check_shapes(wanted)
         if asked & set(stages_chain.UPSTREAM):
             verdict = stages_chain.judge(Path(RESULTS))
-            for name in asked & set(verdict.lost):
-                raise verdict.lost[name]
+            CHAIN_LOST.update({name: error for name, error in verdict.lost.items() if name in asked})
             CHAIN_FORCED.update({name: why for name, why in verdict.forced.items() if name in asked})
             for text in [f"{name} runs again: {why}" for name, why in CHAIN_FORCED.items()] + verdict.notes:
                 TERMINAL.warn(text)
@@ -221,6 +222,8 @@ def check_jobs():
 
 def check_chain(workflow, rules):
     """Raise StageError where a stage to run would miss what another one made, or train a finished run again."""
+    if CHAIN_LOST and "train" not in rules:
+        raise next(iter(CHAIN_LOST.values()))
     stages_chain.check_inputs(Path(RESULTS), rules)
     on_purpose = job_resources.is_asked_again(workflow, "train", CHAIN_FORCED)
     stages_chain.check_training(Path(RESULTS), rules, on_purpose)
