@@ -1,4 +1,4 @@
-"""A project copy with the receipts and results (stand-ins) of a finished chain, for tests of what Snakemake makes of it.
+"""A project copy with the receipts and results (stand-ins) of a finished chain, to see what Snakemake does.
 
 Snakemake knows nothing of these receipts but their times, so a whole chain has nothing to do, as after a real one.
 """
@@ -67,7 +67,9 @@ class Chain:
     def receipt(self, rule: str) -> Path:
         return self.results / "receipts" / f"{rule}.json"
 
-    def snakemake(self, *more: str, config: tuple[str, ...] = ("mine.yaml",), profile: str = "local") -> tuple[int, str]:
+    def snakemake(
+        self, *more: str, config: tuple[str, ...] = ("mine.yaml",), profile: str = "local"
+    ) -> tuple[int, str]:
         """Exit code and output of Snakemake as a person calls it."""
         command = [".envs/workflow/bin/snakemake", *more]
         command += ["--profile", f"profiles/{profile}"] if profile else []

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from finished_chain import Chain
 
-SCRIPTS = ("build_report", "tokenize_data", "prepare_data", "train", "status", "plan", "convert_checkpoint", "smoke_test")
+SCRIPTS = ("build_report", "tokenize_data", "prepare_data", "train", "status", "plan", "clean", "smoke_test")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,9 @@ def test_data_that_nodes_do_not_see_are_refused_with_host_and_place(chain, tmp_p
 def test_slurm_that_does_not_answer_is_one_message_before_any_job(chain, monkeypatch, tmp_path):
     for name in ("sinfo", "sbatch"):
         program = tmp_path / name
-        program.write_text("#!/bin/sh\necho \"$0: error: Unable to contact slurm controller (connect failure)\" >&2\nexit 1\n")
+        program.write_text(
+            "#!/bin/sh\necho 'error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
+        )
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     (chain.clone / "chats.jsonl").write_text("{}\n")
@@ -117,7 +119,8 @@ def test_slurm_that_does_not_answer_is_one_message_before_any_job(chain, monkeyp
 
 def test_shape_of_serving_blocks_no_plan_and_speaks_with_a_fix_where_it_matters(chain):
     serve = {"tensor_parallel_size": 8, "pipeline_parallel_size": 4}
-    config = overlay(chain, "site.yaml", experiment="site", serve=serve, accelerator="cuda", train={"ranks_per_node": None})
+    gpus = {"accelerator": "cuda", "train": {"ranks_per_node": None}}
+    config = overlay(chain, "site.yaml", experiment="site", serve=serve, **gpus)
     profile = yaml.safe_load((chain.clone / "profiles/demo/config.yaml").read_text())
     profile["set-resources"]["smoke_test"] |= {"nodes": 4, "gres": "gpu:4"}
     profile["set-resources"]["train"] |= {"gres": "gpu:4"}
@@ -158,7 +161,7 @@ def test_script_started_with_another_python_says_which_to_use(project, script):
     done = subprocess.run(bare, cwd=project, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert "Traceback" not in said
-    if script != "prepare_data":  # the standard library is enough for its help
+    if script not in ("prepare_data", "clean"):  # the standard library is enough for their help
         assert done.returncode == 2, said
         assert re.search(r"error: this Python, .* has no \w+\n  fix: use the project's own: source \.envs/", said)
         assert len(said.splitlines()) <= 10

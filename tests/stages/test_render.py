@@ -34,7 +34,9 @@ class Site:
         text = profile.read_text()
         assert "# slurm_account: my-project" in text
         profile.write_text(text.replace("# slurm_account: my-project", "slurm_account: project-7"))
-        (self.clone / "overlay.yaml").write_text("data: {sources: [resources/demo/chats.jsonl]}\n")
+        (self.clone / "overlay.yaml").write_text(
+            "experiment: deepseek-r1-sft\ndata: {sources: [resources/demo/chats.jsonl]}\n"
+        )
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
         command = [str(self.environment / "bin/snakemake"), "--profile", "profiles/slurm", *arguments]

@@ -1,4 +1,4 @@
-"""Mistakes on the command line and in the files it names are answered before Snakemake starts: what, where, what to do."""
+"""Mistakes on the command line and in the files it names are answered before Snakemake starts."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_missing_configuration_is_told_with_a_near_name(project_folder, capsys):
 
 
 def test_mistyped_profile_is_told_with_a_near_name(project_folder, capsys):
-    code, said = answer(capsys, "--profile", "profiles/locla")
+    code, said = answer(capsys, "--profile", "profiles/locals")
     assert code == 2
     assert "did you mean profiles/local?" in said
 

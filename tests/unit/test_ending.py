@@ -21,7 +21,9 @@ def log_of(folder: Path, text: str, code: int | None = None) -> Path:
 
 
 def test_gate_that_failed_is_told_with_fix_log_and_next_command(tmp_path):
-    text = "18 ok\nerror: the served model failed 1 of 19 checks:\n  held_out_loss: not judged\n  fix: give references\n"
+    text = (
+        "18 ok\nerror: the served model failed 1 of 19 checks:\n  held_out_loss: not judged\n  fix: give references\n"
+    )
     failure = Failure("smoke_test", log_of(tmp_path, text, code=3))
     said = ending.failed([failure], tmp_path, COMMAND, "results/mine/report.html").splitlines()
     assert said[0] == "failed: smoke_test (exit code 3)"

@@ -1,4 +1,4 @@
-"""Whether the chain of stages holds: a receipt that is missing, or whose result has gone, below others that stand on it.
+"""Whether the chain of stages holds: no receipt missing, no result gone, below others that stand on it.
 
 Snakemake asks for the last receipt alone: where that one exists it makes no missing one again, and it knows nothing of
 models and checkpoints, which are no declared outputs. So what has gone is found here, from the files alone, and its

@@ -125,7 +125,8 @@ def _check_profile(line: CommandLine) -> None:
     if not line.has_cores:
         raise BadInputError("no profile is given: nothing says where the stages run", f"add {PROFILES}")
     print(
-        f"warning: no profile is given: every stage runs here, with one node and Snakemake's own defaults; give {PROFILES}",
+        "warning: no profile is given: every stage runs here, with one node and Snakemake's own defaults; "
+        f"give {PROFILES}",
         file=sys.stderr,
     )
 

@@ -49,11 +49,11 @@ def cause_of(failure: Failure) -> Cause:
     for text in texts:
         if found := _last_error(text):
             return Cause(*found, code)
-    if slurm := re.search(r"SLURM status is: '([A-Z_]+)", failure.said):
-        if slurm[1] != "FAILED":
-            ends = {"TIMEOUT": "raise `runtime` of this rule in the profile", "OUT_OF_MEMORY": "raise its `mem_mb`"}
-            fix = [f"{ends[slurm[1]]} (set-resources)"] if slurm[1] in ends else []
-            return Cause([f"its Slurm job ended with {slurm[1]}"], fix, code)
+    slurm = re.search(r"SLURM status is: '([A-Z_]+)", failure.said)
+    if slurm and slurm[1] != "FAILED":
+        key = {"TIMEOUT": "runtime", "OUT_OF_MEMORY": "mem_mb"}.get(slurm[1])
+        fix = [f"raise `{key}` in the profile (set-resources: {failure.rule})"] if key else []
+        return Cause([f"its Slurm job ended with {slurm[1]}"], fix, code)
     lines = [line for text in texts[:1] for line in text.splitlines() if line.strip()]
     return Cause(lines[-PROBLEM_LINES:] or [failure.said.strip() or "no log says why"], [], code)
 

@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")  # noqa: S108  each machine's own, named, not used
+NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
 def looked_for(path: str | Path) -> str:

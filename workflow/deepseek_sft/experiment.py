@@ -243,9 +243,9 @@ class Experiment:
         return ", ".join(_state(path) for path in (smoke["prompts"], smoke["base_measured"]) if path)
 
     def paths_of_nodes(self, rules: Collection[str]) -> list[tuple[str, str]]:
-        """Key and path of whatever jobs of ``rules`` read or write outside the project, for ``starting.check_shared``."""
-        named = [("results", self.config["results"]), *((key, path) for rule, key, path in self._named() if rule in rules)]
-        return [(key, path) for key, path in dict.fromkeys(named) if path]
+        """Key and path of what jobs of ``rules`` read or write outside the project, for ``starting.check_shared``."""
+        read = [(key, path) for rule, key, path in self._named() if rule in rules and path]
+        return list(dict.fromkeys([("results", self.config["results"]), *read]))
 
     def _named(self) -> list[tuple[str, str, str | None]]:
         """Rule, key and path of external files."""

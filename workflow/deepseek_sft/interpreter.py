@@ -32,8 +32,10 @@ def advice(lack):
     name = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     environment = ENVIRONMENTS.get(name, "workflow")
     folder = ".envs/" + environment
-    again = " ".join(shlex.quote(word) for word in [folder + "/bin/python", path] + sys.argv[1:])
+    again = " ".join(shlex.quote(word) for word in [folder + "/bin/python", path, *sys.argv[1:]])
+    version = sys.version.split()[0]
     return (
-        "this Python, {} ({}), {}\n  fix: use the project's own: source {}/bin/activate, or {}\n"
-        "       (where {} is not there yet: python3.11 workflow/scripts/build_env.py {})"
-    ).format(sys.executable, sys.version.split()[0], lack, folder, again, folder, environment)
+        f"this Python, {sys.executable} ({version}), {lack}\n"
+        f"  fix: use the project's own: source {folder}/bin/activate, or {again}\n"
+        f"       (where {folder} is not there yet: python3.11 workflow/scripts/build_env.py {environment})"
+    )

@@ -11,7 +11,7 @@ BUILDER = 2  # raise when the way of building changes what is built
 
 
 def lock_files(name: str) -> list[Path]:
-    """The lock, the packages to install without dependencies, our own small distributions and programs, in that order."""
+    """The lock, the packages to install without dependencies, our own distributions and programs, in that order."""
     lock = FOLDER / f"{name}.txt"
     if not lock.exists():
         known = sorted(p.stem for p in FOLDER.glob("*.txt") if not p.stem.endswith(".no-deps"))

@@ -42,7 +42,7 @@ RESULTS = EXPERIMENT.results
 STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
 PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
 CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by check_targets
-CHAIN_LOST = {}  # rule → error: it cannot run any more without training again
+CHAIN_LOST = {}  # rule → why it cannot run any more without training again
 LOGS = EXPERIMENT.logs
 SCRIPT = f"{quote(EXPERIMENT.python('workflow'))} workflow/scripts"
 
