@@ -17,7 +17,7 @@ exit 1
 
 
 class Site:
-    """A clone on a machine whose sbatch only notes how it is called; Slurm's other programs fail."""
+    """A clone on a machine whose sbatch only notes how it is called; sinfo knows nothing, Slurm's other programs fail."""
 
     def __init__(self, project: Path, folder: Path):
         self.clone, self.environment = copy_of(project, folder), (project / ".envs/workflow").resolve()
@@ -27,7 +27,8 @@ class Site:
         (programs / "sbatch").write_text(FAKE_SBATCH.format(calls=self.calls))
         (programs / "sbatch").chmod(0o755)
         for name in ("sinfo", "sacctmgr", "sacct", "squeue", "scontrol", "sshare", "scancel"):
-            (programs / name).write_text(f"#!/bin/sh\n{'echo project-7' if name == 'sacctmgr' else 'exit 1'}\n")
+            answer = {"sacctmgr": "echo project-7", "sinfo": "exit 0"}.get(name, "exit 1")
+            (programs / name).write_text(f"#!/bin/sh\n{answer}\n")
             (programs / name).chmod(0o755)
         self.variables = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
         profile = self.clone / "profiles/slurm/config.yaml"
