@@ -17,7 +17,7 @@ exit 1
 
 
 class Site:
-    """A clone on a machine whose sbatch only notes how it is called; sinfo knows nothing, Slurm's other programs fail."""
+    """A clone on a machine whose sbatch only notes how it is called; sinfo knows nothing, other programs fail."""
 
     def __init__(self, project: Path, folder: Path):
         self.clone, self.environment = copy_of(project, folder), (project / ".envs/workflow").resolve()

@@ -117,7 +117,7 @@ def plain_error(text: str) -> str:
     if text.startswith("LockException"):
         return (
             "error: this folder is locked: another snakemake works here, or one was killed\n"
-            "  fix: wait for it (`snakemake status` shows how far it is); if none runs any more, "
+            "  fix: wait for it (`make status` shows how far it is); if none runs any more, "
             f"{command_line()} --unlock, then the same command again"
         )
     if not PLACE.match(text) or "Traceback" in text:

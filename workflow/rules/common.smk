@@ -258,7 +258,7 @@ def tell_end(workflow, ok):
         if stages:
             TERMINAL.at_end(ending.finished(stages, Path(RESULTS), time.monotonic() - TERMINAL.started))
         return
-    failures = list(seen.failures.values())
+    failures = [] if seen.interrupted else list(seen.failures.values())
     page = build_partial_report() if any(one.rule in (*stages_chain.STAGES, "preflight") for one in failures) else ""
     other = "interrupted: running jobs were cancelled" if seen.interrupted else "\n".join(seen.errors[-1:])
     TERMINAL.at_end(ending.failed(failures, Path(RESULTS), terminal.command_line(), page, other))
