@@ -33,7 +33,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        receipt("build_report"),
+        [receipt(rule) for rule in (*CHAIN, "build_report")],
 
 
 rule data:
@@ -61,3 +61,11 @@ complete_resources(workflow)
 
 onstart:
     check_before_start(workflow)
+
+
+onsuccess:
+    tell_end(workflow, ok=True)
+
+
+onerror:
+    tell_end(workflow, ok=False)

@@ -73,7 +73,7 @@ class Site:
     def command(self, *arguments: str, profile: str = "profiles/demo", **serve: object) -> list[str]:
         """Command line of snakemake on the login node with changes of section ``serve``."""
         overlay = self.clone / "overlay.yaml"
-        sections = {"serve": serve, "smoke_test": self.smoke_test, "envs": self.envs}
+        sections = {"experiment": "demo", "serve": serve, "smoke_test": self.smoke_test, "envs": self.envs}
         overlay.write_text(yaml.safe_dump(sections))
         words = ["env", f"PYTHONPATH={self.clone}/cluster/fastpoll", str(self.project / ".envs/workflow/bin/snakemake")]
         words += ["--configfile", "config/experiments/demo.yaml", "overlay.yaml", "--profile", profile]

@@ -179,7 +179,7 @@ def test_second_make_runs_no_job(demo, tmp_path):
 def overlay(demo: Demo, text: str) -> list[str]:
     """Arguments for a further configuration file with this text."""
     path = demo.folder / "overlay.yaml"
-    path.write_text(text)
+    path.write_text(f"experiment: demo\n{text.replace('experiment: demo', '')}")
     return ["--configfile", "config/experiments/demo.yaml", "overlay.yaml", "--profile", "profiles/demo"]
 
 

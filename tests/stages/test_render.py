@@ -17,7 +17,7 @@ exit 1
 
 
 class Site:
-    """A clone on a machine whose sbatch only notes how it is called; Slurm's other programs fail."""
+    """A clone on a machine whose sbatch only notes how it is called; sinfo knows nothing, other programs fail."""
 
     def __init__(self, project: Path, folder: Path):
         self.clone, self.environment = copy_of(project, folder), (project / ".envs/workflow").resolve()
@@ -27,14 +27,17 @@ class Site:
         (programs / "sbatch").write_text(FAKE_SBATCH.format(calls=self.calls))
         (programs / "sbatch").chmod(0o755)
         for name in ("sinfo", "sacctmgr", "sacct", "squeue", "scontrol", "sshare", "scancel"):
-            (programs / name).write_text(f"#!/bin/sh\n{'echo project-7' if name == 'sacctmgr' else 'exit 1'}\n")
+            answer = {"sacctmgr": "echo project-7", "sinfo": "exit 0"}.get(name, "exit 1")
+            (programs / name).write_text(f"#!/bin/sh\n{answer}\n")
             (programs / name).chmod(0o755)
         self.variables = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
         profile = self.clone / "profiles/slurm/config.yaml"
         text = profile.read_text()
         assert "# slurm_account: my-project" in text
         profile.write_text(text.replace("# slurm_account: my-project", "slurm_account: project-7"))
-        (self.clone / "overlay.yaml").write_text("data: {sources: [resources/demo/chats.jsonl]}\n")
+        (self.clone / "overlay.yaml").write_text(
+            "experiment: deepseek-r1-sft\ndata: {sources: [resources/demo/chats.jsonl]}\n"
+        )
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
         command = [str(self.environment / "bin/snakemake"), "--profile", "profiles/slurm", *arguments]

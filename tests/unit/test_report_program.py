@@ -25,19 +25,48 @@ def run_script(*arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
 
 
-def test_script_writes_report_and_receipt(results, tmp_path):
+RECEIPT = ("--receipt", "results/demo/receipts/build_report.json")
+
+
+def complete(results):
+    """Make the chain whole: these results are of a run whose plan was not refined, and their folders are empty."""
+    plan = json.loads((results / "receipts/plan.json").read_text())
+    (results / "receipts/refine_plan.json").write_text(json.dumps(plan | {"rule": "refine_plan"}))
+    for name in ("base", "model"):
+        (results / name / "config.json").write_text("{}")
+
+
+def test_script_writes_report_without_a_receipt_unless_it_is_asked_for_one(results, tmp_path):
     done = run_script("results/demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (results / "report.html").exists()
+    assert not (results / "receipts/build_report.json").exists()
+
+
+def test_receipt_for_a_chain_that_is_not_complete_is_refused_by_name(results, tmp_path):
+    complete(results)
+    (results / "receipts/smoke_test.json").unlink()
+    done = run_script("results/demo", *RECEIPT, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the chain is not complete: smoke_test" in done.stderr
+    assert not (results / "receipts/build_report.json").exists()
+
+
+def test_script_writes_report_and_receipt(results, tmp_path):
+    complete(results)
+    done = run_script("results/demo", *RECEIPT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     receipt = json.loads((results / "receipts/build_report.json").read_text())
     page = results / "report.html"
     assert receipt["rule"] == "build_report"
     assert receipt["result"] == {"report": "results/demo/report.html"}
     assert receipt["figures"]["bytes"] == page.stat().st_size
-    assert (receipt["figures"]["stages_complete"], receipt["figures"]["plots"]) == (8, 11)
+    assert receipt["figures"]["stages_complete"] == receipt["figures"]["stages"] == 9
 
 
 def test_script_writes_where_it_is_told(results, tmp_path):
-    done = run_script(results, "--output", tmp_path / "r.html", "--receipt", tmp_path / "r.json", cwd=tmp_path)
+    complete(results)
+    done = run_script("results/demo", "--output", tmp_path / "r.html", "--receipt", tmp_path / "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r.html").exists()
     assert (tmp_path / "r.json").exists()

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from . import interpreter
 from .errors import BadInputError, CrashError, StageError
 
 
@@ -58,6 +59,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__package__):
+            traceback.print_exc()
+        say(f"error: {interpreter.advice(f'has no {error.name}')}")
+        code = BadInputError.exit_code
     except Exception:
         traceback.print_exc()
         say("error: unexpected failure, this is a defect of the workflow; please report the lines above")

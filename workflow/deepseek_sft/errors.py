@@ -5,6 +5,25 @@ Exit codes are a contract of every script (see docs/exit-codes.md):
 5 crash or hang, retry resumes.
 """
 
+import os
+import socket
+from pathlib import Path
+
+NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+
+
+def looked_for(path: str | Path) -> str:
+    """Words for a fix: on which machine a path was looked for, and what that means where it exists on another one."""
+    host = socket.gethostname()
+    if "SLURM_JOB_ID" not in os.environ:
+        return f"looked for on {host}"
+    local = next((folder for folder in NODE_LOCAL if Path(path).is_relative_to(folder)), "")
+    why = f"each machine has its own {local}: " if local else ""
+    return (
+        f"looked for on {host}, a node of this job; if it is there where you start snakemake, {why}it must lie on "
+        "storage that every node sees"
+    )
+
 
 class StageError(Exception):
     """Base of every error that is shown as one message, without a traceback.

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from . import chain, files, place, receipts
 from . import config as configuration
-from . import files, place, receipts
 from .errors import BadInputError
 from .planning import duration, gate
 from .planning import load as planning
@@ -24,17 +24,7 @@ from .planning.resources import read_resources
 from .planning.settings import Training
 from .slurm import Allocation
 
-CHAIN = (
-    "prepare_data",
-    "tokenize_data",
-    "plan",
-    "prepare_model",
-    "refine_plan",
-    "train",
-    "convert_checkpoint",
-    "verify_model",
-    "smoke_test",
-)
+CHAIN = chain.STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,9 +243,14 @@ class Experiment:
         smoke = self.config["smoke_test"]
         return ", ".join(_state(path) for path in (smoke["prompts"], smoke["base_measured"]) if path)
 
-    def missing_paths(self, rules: Collection[str] = CHAIN) -> list[str]:
-        """One sentence for each external path that does not exist and that one of ``rules`` reads."""
-        config, envs = self.config, self.config["envs"]
+    def paths_of_nodes(self, rules: Collection[str]) -> list[tuple[str, str]]:
+        """Key and path of what jobs of ``rules`` read or write outside the project, for ``starting.check_shared``."""
+        read = [(key, path) for rule, key, path in self._named() if rule in rules and path]
+        return list(dict.fromkeys([("results", self.config["results"]), *read]))
+
+    def _named(self) -> list[tuple[str, str, str | None]]:
+        """Rule, key and path of external files."""
+        config = self.config
         named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
         named += [
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
@@ -265,6 +260,11 @@ class Experiment:
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
             ("smoke_test", "smoke_test.base_measured", config["smoke_test"]["base_measured"]),
         ]
+        return named
+
+    def missing_paths(self, rules: Collection[str] = CHAIN) -> list[str]:
+        """One sentence for each external path that does not exist and that one of ``rules`` reads."""
+        envs, named = self.config["envs"], self._named()
         stages = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
         for rule, stage in stages:
             own = envs.get(stage)
@@ -298,23 +298,38 @@ class Experiment:
                     f"(profile, set-resources: train: gres: {train.gres}); allowed: {allowed}"
                 )
         for rule in ("smoke_test", "serve"):
-            if not (serve := allocations.get(rule)):
-                continue
-            ranks = self.config["serve"]["tensor_parallel_size"] * self.config["serve"]["pipeline_parallel_size"]
-            per_node = serve.gpus_per_node() if self.config["accelerator"] == "cuda" else None
-            if ranks % serve.nodes:
-                problems.append(
-                    f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} cannot be spread evenly over the "
-                    f"{serve.nodes} nodes of the profile (set-resources: {rule}: nodes)"
-                )
-            elif per_node and ranks // serve.nodes > per_node:
-                problems.append(
-                    f"serve: tensor_parallel_size × pipeline_parallel_size = {ranks} needs "
-                    f"{ranks // serve.nodes} GPUs on each of {serve.nodes} nodes; "
-                    f"the profile gives {per_node} (set-resources: {rule}: gres)"
-                )
+            if serve := allocations.get(rule):
+                problems += self._serving_problems(rule, serve)
         if problems:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _serving_problems(self, rule: str, allocation: Allocation) -> list[str]:
+        """Why the shape of ``serve`` cannot run in the allocation of a rule, with ways out that the nodes have."""
+        tensor, pipeline = (self.config["serve"][f"{kind}_parallel_size"] for kind in ("tensor", "pipeline"))
+        ranks, nodes = tensor * pipeline, allocation.nodes
+        sizes = f"serve: tensor_parallel_size {tensor} × pipeline_parallel_size {pipeline} = {ranks}"
+        per_node = allocation.gpus_per_node() if self.config["accelerator"] == "cuda" else None
+        place = f"set-resources: {rule}: nodes"
+        if ranks % nodes:
+            fitting = max(n for n in range(1, nodes + 1) if ranks % n == 0)
+            if per_node:
+                fitting = next((n for n in range(-(-ranks // per_node), ranks + 1) if ranks % n == 0), fitting)
+            return [
+                f"{sizes} cannot be spread evenly over the {nodes} nodes of the profile\n"
+                f"    fix: {place}: {fitting} in the profile, or sizes whose product is a multiple of {nodes}"
+            ]
+        if not per_node or ranks // nodes <= per_node:
+            return []
+        enough = next(n for n in range(-(-ranks // per_node), ranks + 1) if ranks % n == 0)
+        ways = [f"{place}: {enough} in the profile"]
+        if tensor > per_node:
+            ways[0] += f" with tensor_parallel_size {per_node}, pipeline_parallel_size {-(-ranks // per_node)}"
+        held = nodes * per_node
+        ways.append(f"sizes whose product is at most {held}, where the model fits {held} GPUs")
+        return [
+            f"{sizes} needs {ranks // nodes} GPUs on each of {nodes} nodes, and the profile gives {per_node} "
+            f"(set-resources: {rule}: gres: {allocation.gres})\n    fix: {'; or '.join(ways)}"
+        ]
 
     def _patterns(self) -> list[str]:
         sources = self.config["data"]["sources"]

@@ -11,14 +11,20 @@ BUILDER = 2  # raise when the way of building changes what is built
 
 
 def lock_files(name: str) -> list[Path]:
-    """The lock, the packages to install without dependencies, and our own small distributions, in that order."""
+    """The lock, the packages to install without dependencies, our own distributions and programs, in that order."""
     lock = FOLDER / f"{name}.txt"
     if not lock.exists():
         known = sorted(p.stem for p in FOLDER.glob("*.txt") if not p.stem.endswith(".no-deps"))
         raise BadInputError(f"no environment is named {name}", f"choose one of: {', '.join(known)}")
     shim = FOLDER / "shims" / name
     sources = [path for path in sorted(shim.rglob("*")) if path.suffix in (".py", ".toml")]
-    return [path for path in (lock, FOLDER / f"{name}.no-deps.txt", *sources) if path.is_file()]
+    files = (lock, FOLDER / f"{name}.no-deps.txt", *sources, *programs(name))
+    return [path for path in files if path.is_file()]
+
+
+def programs(name: str) -> list[Path]:
+    """Programs of our own that an environment holds in place of a package's."""
+    return sorted((FOLDER / "bin" / name).glob("*"))
 
 
 def lock_hash(name: str) -> str:

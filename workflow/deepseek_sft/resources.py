@@ -6,12 +6,13 @@ body runs inside a one-task step and srun fails or hangs; without ``tasks_per_gp
 """
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from typing import Any
 
 from snakemake.iocontainers import InputFiles, Wildcards
 
-from . import profile
+from . import command_line, profile, submission
 from .errors import BadInputError
 from .site import checks
 from .slurm import Allocation, option
@@ -38,6 +39,7 @@ FOLDED = {"reservation": "--reservation", "exclude": "--exclude", "nodelist": "-
 # These rules run on the nodes of another one: what the profile gives to that one holds for both.
 SAME_NODES = {"preflight": "train"}
 OWN_TIME = {"preflight": 60}  # minutes
+PREVIEWED = {"preflight", "train", "smoke_test", "serve"}  # stages whose sbatch scripts target `render` shows
 
 
 def _attempt(wildcards: Any, attempt: int) -> int:
@@ -185,8 +187,13 @@ def own_allocation(workflow: Any, rule_name: str) -> str:
 
 def allocations(workflow: Any) -> dict[str, Allocation]:
     """Rule name → allocation, for the rules that run as jobs or submit one."""
-    jobs = {rule.name: allocation(rule) for rule in workflow.rules if not workflow.is_local(rule)}
+    jobs = {rule.name: allocation(rule) for rule in workflow.rules if _is_job(workflow, rule)}
     return jobs | {"serve": deployment(workflow)}
+
+
+def _is_job(workflow: Any, rule: Any) -> bool:
+    """Whether a rule is a job of its own, known before Snakemake has chosen what runs jobs (``is_local`` is not)."""
+    return rule.name not in workflow._localrules and not rule.norun
 
 
 def rules_to_run(workflow: Any) -> set[str]:
@@ -220,3 +227,59 @@ def _jobs_at_once(workflow: Any, rules: set[str]) -> int:
     """How many jobs of these rules Slurm holds at a time: model and data are prepared side by side."""
     beside = "prepare_model" in rules and rules & {"prepare_data", "tokenize_data"}
     return min(2 if beside else 1, workflow.resource_settings.nodes or 1)
+
+
+def requested(workflow: Any) -> set[str]:
+    """Names of the rules that the targets stand on, to be run now or not; known before Snakemake builds its graph."""
+    rules = {rule.name: rule for rule in workflow.rules}
+    makers = {str(path): rule.name for rule in workflow.rules for path in rule.output}
+    targets = set(workflow.dag_settings.targets) or {workflow.default_target}
+    found: set[str] = set()
+    open_ends = {name if name in rules else makers.get(str(name).removeprefix("./"), "") for name in targets} - {""}
+    while open_ends:
+        found |= open_ends
+        paths = {str(path) for name in open_ends for path in rules[name].input if not callable(path)}
+        open_ends = {makers[path] for path in paths if path in makers} - found
+    if any("render" in name for name in found):
+        found |= PREVIEWED
+    return found
+
+
+def around_graph(workflow: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call ``before`` once the targets are known and ``after`` once the jobs are, in dry runs too.
+
+    Snakemake has hooks for neither: its ``onstart`` comes later, and never in a dry run. Both may raise WorkflowError.
+    """
+    execute, build = workflow.execute, workflow._build_dag
+
+    def build_then_check(*arguments: Any, **options: Any) -> None:
+        build(*arguments, **options)
+        after()
+
+    def check_then_execute(*arguments: Any, **options: Any) -> None:
+        before()
+        workflow._build_dag = build_then_check
+        execute(*arguments, **options)
+
+    workflow.execute = check_then_execute
+
+
+def force(workflow: Any, names: Collection[str]) -> None:
+    """Have rules run again as with --forcerun, where the graph of jobs contains them."""
+    workflow.dag_settings.forcerun = frozenset(workflow.dag_settings.forcerun) | set(names)
+
+
+def is_asked_again(workflow: Any, name: str, forced: Collection[str]) -> bool:
+    """Whether the person asked for a rule to run again: by name, with --forceall, or by changing its settings."""
+    settings = workflow.dag_settings
+    by_name = (name in settings.forcerun and name not in forced) or (settings.forcetargets and name in settings.targets)
+    jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name == name]
+    return by_name or settings.forceall or any(workflow.dag.reason(job).params_changed for job in jobs)
+
+
+def submitted(workflow: Any) -> set[str]:
+    """Names of the rules that become Slurm jobs under this profile; `serve` submits one itself."""
+    plugin = workflow.executor_plugin.name  # `dryrun` in a dry run
+    if (command_line.executor(sys.argv[1:]) if plugin == "dryrun" else plugin) != submission.EXECUTOR:
+        return set()
+    return {rule.name for rule in workflow.rules if _is_job(workflow, rule)} | {"serve"}

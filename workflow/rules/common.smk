@@ -8,24 +8,43 @@ from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
-from deepseek_sft import job_names, locks, place, submission
-from deepseek_sft import resources as job_resources
-from deepseek_sft.cluster_jobs import holders
-from deepseek_sft.cluster_jobs import start as cluster_start
-from deepseek_sft.errors import StageError
-from deepseek_sft.experiment import CHAIN, Experiment
-from deepseek_sft.files import canonical_json
-from deepseek_sft.training import retention
 from snakemake.exceptions import WorkflowError
 
 try:
+    from deepseek_sft import chain as stages_chain
+    from deepseek_sft import ending, job_names, locks, place, starting, submission, terminal
+    from deepseek_sft import resources as job_resources
+    from deepseek_sft.cluster_jobs import holders
+    from deepseek_sft.cluster_jobs import start as cluster_start
+    from deepseek_sft.errors import StageError
+    from deepseek_sft.experiment import CHAIN, Experiment
+    from deepseek_sft.files import canonical_json
+    from deepseek_sft.training import retention
+except ModuleNotFoundError as error:
+    raise WorkflowError(
+        f"this Snakemake runs in {sys.executable}, which has no {error.name}\n"
+        "  fix: source .envs/workflow/bin/activate   (made by `python3 workflow/scripts/build_env.py workflow`)"
+    )
+
+TERMINAL = terminal.Terminal(workflow) if workflow.is_main_process else None
+
+try:
     EXPERIMENT = Experiment.from_config(config)
+    if TERMINAL:
+        files = ["config/config.yaml", *workflow.overwrite_configfiles]
+        unnamed = starting.unnamed(config, files, workflow.config_settings.config_args)
+        if unnamed and not TERMINAL.dry_run:
+            raise unnamed
+        elif unnamed:
+            TERMINAL.warn(f"would be refused: {unnamed}")
 except StageError as error:
     raise WorkflowError(str(error))
 
 RESULTS = EXPERIMENT.results
 STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
 PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
+CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by check_targets
+CHAIN_LOST = {}  # rule → why it cannot run any more without training again
 LOGS = EXPERIMENT.logs
 SCRIPT = f"{quote(EXPERIMENT.python('workflow'))} workflow/scripts"
 
@@ -177,12 +196,48 @@ def lock_files(wildcards):
 
 
 def complete_resources(workflow):
-    """Fill in what every Slurm job of ours needs, and refuse shapes that cannot work."""
+    """Fill in what every Slurm job of ours needs."""
     try:
         STATED_RESOURCES.update(job_resources.complete_resources(workflow))
-        EXPERIMENT.check_shapes(job_resources.allocations(workflow))
     except StageError as error:
         raise WorkflowError(str(error))
+
+
+def check_targets():
+    """What the stages asked for are refused for, and which of them run again since something of theirs has gone."""
+    asked = job_resources.requested(workflow)
+    wanted = {name: one for name, one in job_resources.allocations(workflow).items() if name in asked}
+    try:
+        EXPERIMENT.check_shapes(wanted)
+        if asked & set(stages_chain.UPSTREAM):
+            verdict = stages_chain.judge(Path(RESULTS))
+            CHAIN_LOST.update({name: error for name, error in verdict.lost.items() if name in asked})
+            CHAIN_FORCED.update({name: why for name, why in verdict.forced.items() if name in asked})
+            for text in [f"{name} runs again: {why}" for name, why in CHAIN_FORCED.items()] + verdict.notes:
+                TERMINAL.warn(text)
+    except StageError as error:
+        raise WorkflowError(str(error))
+    job_resources.force(workflow, CHAIN_FORCED)
+
+
+def check_jobs():
+    """What the jobs to run are refused for, in a dry run too."""
+    names = job_resources.rules_to_run(workflow)
+    try:
+        check_chain(workflow, names)
+        if jobs := names & job_resources.submitted(workflow):
+            starting.check_shared(EXPERIMENT.paths_of_nodes(jobs))
+    except StageError as error:
+        raise WorkflowError(str(error))
+
+
+def check_chain(workflow, rules):
+    """Raise StageError where a stage to run would miss what another one made, or train a finished run again."""
+    if CHAIN_LOST and "train" not in rules:
+        raise next(iter(CHAIN_LOST.values()))
+    stages_chain.check_inputs(Path(RESULTS), rules)
+    on_purpose = job_resources.is_asked_again(workflow, "train", CHAIN_FORCED)
+    stages_chain.check_training(Path(RESULTS), rules, on_purpose)
 
 
 def check_before_start(workflow):
@@ -192,9 +247,11 @@ def check_before_start(workflow):
         if rules <= {"status", "stop"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
+        if jobs := rules & job_resources.submitted(workflow):
+            starting.check_slurm_answers(jobs)
         line = submission.options if submission.is_previewed(workflow) else None
         for warning in job_resources.check_allocations(workflow, rules, line):
-            logger.warning(f"warning: {warning}")
+            TERMINAL.warn(warning)
         if rules & {"prepare_model", "train"}:
             resources = json.loads(resources_of_training(None))
             EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
@@ -207,8 +264,32 @@ def check_before_start(workflow):
     build_environments(rules)
 
 
+def tell_end(workflow, ok):
+    """The last lines of a run; after a failure with the report of what there is."""
+    if not TERMINAL:
+        return
+    seen = TERMINAL.seen
+    stages = [rule for rule in dict.fromkeys(seen.finished) if rule in stages_chain.UPSTREAM]
+    if ok:
+        if stages:
+            TERMINAL.at_end(ending.finished(stages, Path(RESULTS), time.monotonic() - TERMINAL.started))
+        return
+    failures = [] if seen.interrupted else list(seen.failures.values())
+    page = build_partial_report() if any(one.rule in (*stages_chain.STAGES, "preflight") for one in failures) else ""
+    other = "interrupted: running jobs were cancelled" if seen.interrupted else "\n".join(seen.errors[-1:])
+    TERMINAL.at_end(ending.failed(failures, Path(RESULTS), terminal.command_line(), page, other))
+
+
+def build_partial_report():
+    """Write the report of what there is, without a receipt; its path, or why there is none."""
+    command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_report.py", RESULTS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"{RESULTS}/report.html" if done.returncode == 0 else f"could not be written: {last}"
+
+
 THIS_PROCESS = holders.own()  # now: the Slurm plugin removes SLURM_* from the environment
-if not workflow.is_main_process:
+if not TERMINAL:
     holders.keep_restart_count()
 else:
     cluster_start.free_locks_of_the_dead(Path(LOGS), sys.argv, THIS_PROCESS)
@@ -218,4 +299,5 @@ else:
         raise WorkflowError(str(error))
     # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
-        logger.warning(f"warning: {problem}")
+        TERMINAL.warn(problem)
+    job_resources.around_graph(workflow, before=check_targets, after=check_jobs)

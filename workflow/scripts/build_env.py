@@ -74,6 +74,11 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
         copy = folder / "shim"  # building writes beside the sources, and the checkout may be read-only
         shutil.copytree(shim, copy, ignore=shutil.ignore_patterns("*.egg-info", "build", "__pycache__"))
         run([*base, "--no-deps", "--no-build-isolation", str(copy)], environment)
+    for program in locks.programs(name):
+        place = folder / "bin" / program.name
+        place.unlink(missing_ok=True)  # uv may have linked a package's program to its cache
+        place.write_text(program.read_text(encoding="utf-8").replace("#!python", f"#!{python}", 1), encoding="utf-8")
+        place.chmod(0o755)
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> None:

@@ -3,19 +3,23 @@
 The file needs no network and no script: it can be mailed, printed and read on a phone. Stages that did not run,
 receipts that cannot be read and failed checks are shown as such, with the last lines of the stage's log.
 
-    build_report.py results/demo                  writes results/demo/report.html and its receipt
+    build_report.py results/demo                  writes results/demo/report.html, no receipt
     build_report.py --summary results/demo        prints a few lines instead, writes nothing
     build_report.py results/A results/B …         compares them on one page, results/comparison.html: figures, losses in
                                                   one plot, the settings that differ; no receipt
 
-Exit codes: 0 written, whatever the report says of the experiment; 2 nothing to report on at RESULTS.
+The receipt is what target `all` ends with, so only its rule asks for it, and it is written only when every stage is
+complete: a report on a failed run must not look like the end of it.
+
+Exit codes: 0 written, whatever the report says of the experiment; 2 nothing to report on at RESULTS, or --receipt for a
+chain that is not complete (the page is written all the same).
 """
 
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, receipts
+from deepseek_sft import chain, cli, files, receipts
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.report import build, collect, compare, overview
 
@@ -28,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="the HTML file; RESULTS/report.html, or comparison.html beside the first RESULTS"
     )
-    parser.add_argument("--receipt", type=Path, help="the receipt; RESULTS/receipts/build_report.json if not given")
+    parser.add_argument("--receipt", type=Path, help="receipt to write, for a complete chain alone")
     parser.add_argument("--logs", type=Path, help="folder of the experiment's logs; found beside RESULTS if not given")
     parser.add_argument("--samples", type=int, default=8, help="exchanges with the served model to show")
     parser.add_argument("--summary", action="store_true", help="print a few lines to standard output and write nothing")
@@ -50,8 +54,12 @@ def main() -> None:
     report = build.build(results, logs, arguments.samples)
     output = arguments.output or results / "report.html"
     _write(output, report.html)
+    cli.say(f"report: {output} ({report.figures['bytes']:,} bytes) · {report.figures['verdict']}")
+    if not arguments.receipt:
+        return
+    chain.check_complete(results)
     receipts.write(
-        arguments.receipt or results / "receipts" / "build_report.json",
+        arguments.receipt,
         "build_report",
         inputs={
             path.stem: receipts.input_entry(path)
@@ -62,7 +70,6 @@ def main() -> None:
         result={"report": str(output)},
         figures=report.figures,
     )
-    cli.say(f"report: {output} ({report.figures['bytes']:,} bytes) · {report.figures['verdict']}")
 
 
 def _write(path: Path, html: str) -> None:

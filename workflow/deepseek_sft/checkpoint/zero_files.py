@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadInputError
+from ..errors import BadInputError, looked_for
 from . import torch_pickle
 from .byte_ranges import OpenFiles
 from .safetensors_files import StoredTensor
@@ -34,7 +34,7 @@ class RankFiles:
             BadInputError: no such folder, no such files, files of other kinds of parallelism, or two of one rank.
         """
         if not folder.is_dir():
-            raise BadInputError(f"checkpoint folder {folder} does not exist")
+            raise BadInputError(f"checkpoint folder {folder} does not exist", looked_for(folder))
         found: dict[str, dict[int, Path]] = {"optim": {}, "model": {}}
         for path in sorted(folder.iterdir()):
             if re.fullmatch(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_(model|optim)_states\.pt", path.name):

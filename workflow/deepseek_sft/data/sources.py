@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError
+from ..errors import BadInputError, looked_for
 from .formats import AUTO, FORMATS
 from .json_array import ArrayError, array_items
 
@@ -127,7 +127,8 @@ def _expand(pattern: str) -> list[Path]:
         if matches:
             return matches
         raise BadInputError(
-            f"source {pattern} matches no file", "check the path; a pattern must match at least one file"
+            f"source {pattern} matches no file",
+            f"check the path; a pattern must match at least one file ({looked_for(pattern)})",
         )
     near = []
     if path.parent.is_dir():
@@ -136,7 +137,7 @@ def _expand(pattern: str) -> list[Path]:
     hint = f"did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else "check the path"
     if not path.parent.is_dir():
         hint = f"its folder {path.parent} does not exist either; check the path"
-    raise BadInputError(f"source {pattern} does not exist", hint)
+    raise BadInputError(f"source {pattern} does not exist", f"{hint} ({looked_for(pattern)})")
 
 
 def _kind(path: Path) -> str | None:

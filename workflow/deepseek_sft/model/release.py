@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError
+from ..errors import BadInputError, looked_for
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 FP8_BLOCK = 128  # side of the square blocks that share one scale in the FP8 release
@@ -56,7 +56,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise BadInputError(f"model folder {folder} does not exist", "give the folder that holds config.json")
+        raise BadInputError(
+            f"model folder {folder} does not exist", f"give the folder that holds config.json ({looked_for(folder)})"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

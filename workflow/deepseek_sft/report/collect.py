@@ -39,6 +39,14 @@ UPSTREAM = {
     "verify_model": ("convert_checkpoint",),
     "smoke_test": ("convert_checkpoint",),
 }
+# Where a result has gone: what brings it back. Later stages do not need it, or run again with it.
+REMAKES = {
+    "train": "nothing needs it once the model is verified; to train again, on purpose: snakemake … --forcerun train",
+    **{
+        rule: f"to make it again, with what follows from it: snakemake … --forcerun {rule}"
+        for rule in ("prepare_data", "tokenize_data", "plan", "prepare_model", "refine_plan")
+    },
+}
 LOG_LINES = 30
 WARNING = re.compile(r"\bwarning: .*", re.IGNORECASE)
 WARNINGS, WARNINGS_READ = 20, 8 << 20  # of one stage: lines shown, bytes of its log that are looked through

@@ -213,6 +213,8 @@ def _stage_text(now: Progress) -> str:
         return "all done"
     if now.state == "not run":
         return f"{now.rule} is next; nothing runs"
+    if now.state == "result gone":
+        return f"{now.rule}, {now.note}; {collect.REMAKES.get(now.rule, 'snakemake makes it again')}"
     runs = now.state in ("running", "seems to run")
     since = f" for {formatting.duration(now.since)}" if runs and now.since is not None else ""
     note = f": {now.note}" if now.note else ""

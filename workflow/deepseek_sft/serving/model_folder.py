@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.safetensors_files import INDEX_NAME, read_header
-from ..errors import BadInputError
+from ..errors import BadInputError, looked_for
 from .settings import ServeSettings
 
 THINK_TOKENS = ("<think>", "</think>")
@@ -16,7 +16,7 @@ PARSERS_OF_THINK_TOKENS = ("deepseek_r1", "deepseek_v3")
 def check(model: Path, settings: ServeSettings) -> None:
     """Raises BadInputError that lists everything wrong with the folder ``model``."""
     if not model.is_dir():
-        raise BadInputError(f"the model folder {model} does not exist on this node", "it must lie on shared storage")
+        raise BadInputError(f"the model folder {model} does not exist on this node", looked_for(model))
     problems = list(_problems(model, settings))
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
