@@ -10,7 +10,7 @@ from typing import Any
 from snakemake.iocontainers import InputFiles, Wildcards
 
 from .errors import BadInputError
-from .slurm import Allocation, check_nodes, option
+from .slurm import Allocation, check_memory, check_nodes, option
 
 # Slurm resource → field of Allocation
 FIELDS = {
@@ -104,8 +104,9 @@ def rules_to_run(workflow: Any) -> set[str]:
 
 
 def check_allocations(workflow: Any, rules: set[str]) -> None:
-    """Raises BadInputError when one of ``rules`` asks for more nodes than its partition has (asks ``sinfo``)."""
+    """Raises BadInputError when a rule of ``rules`` asks for what its partition has not: nodes, memory (``sinfo``)."""
     wanted = allocations(workflow)
-    problems = [check_nodes(name, wanted[name]) for name in sorted(rules & set(wanted))]
+    asked = sorted(rules & set(wanted))
+    problems = [check(name, wanted[name]) for name in asked for check in (check_nodes, check_memory)]
     if problems := [problem for problem in problems if problem]:
         raise BadInputError("\n".join(problems))

@@ -92,6 +92,33 @@ def partition_nodes(partition: str) -> int | None:
     return sum(counts) if answer.returncode == 0 and counts else None
 
 
+def node_memory_mb(partition: str, nodes: int = 1) -> int | None:
+    """Memory that each of ``nodes`` nodes of a partition has for jobs, in MB; None where sinfo does not say it."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%N %m", *(["--partition", partition] if partition else [])]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    pairs = [line.split() for line in answer.stdout.splitlines() if len(line.split()) == 2]
+    found = sorted({name: int(size) for name, size in pairs if size.isdigit()}.values(), reverse=True)
+    return found[nodes - 1] if answer.returncode == 0 and len(found) >= nodes else None
+
+
+def check_memory(rule: str, allocation: Allocation) -> str | None:
+    """A sentence on what is wrong when a rule asks for more memory than its nodes have, else None."""
+    available = node_memory_mb(allocation.partition, allocation.nodes)
+    if available is None or available < 1000 or allocation.mem_mb <= available:  # Slurm says 1 where it was not told
+        return None
+    where = f"partition {allocation.partition}" if allocation.partition else "the cluster"
+    several = f"{allocation.nodes} nodes" if allocation.nodes > 1 else "a node"
+    return (
+        f"rule {rule} asks for mem_mb: {allocation.mem_mb}, but {several} of {where} have at most {available}: no node "
+        f"could ever run it\n"
+        f"  fix: in the profile's config.yaml write\n"
+        f"    set-resources:\n      {rule}:\n        mem_mb: {available}   # or less"
+    )
+
+
 def check_nodes(rule: str, allocation: Allocation) -> str | None:
     """A sentence on what is wrong when a rule asks for more nodes than its partition has, else None."""
     available = partition_nodes(allocation.partition)

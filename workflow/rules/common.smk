@@ -8,7 +8,7 @@ from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow")
 
-from deepseek_sft import locks, submission
+from deepseek_sft import locks, slurm, submission
 from deepseek_sft import resources as job_resources
 from deepseek_sft.errors import StageError
 from deepseek_sft.experiment import CHAIN, Experiment
@@ -109,6 +109,11 @@ def resources_of_training(wildcards):
     return canonical_json({name: job_resources.value(train, name) for name in stated})
 
 
+def partition_of_training(wildcards):
+    """Argument of plan.py that lets it ask Slurm for the memory of training's nodes."""
+    return f"--partition={job_resources.value(workflow.get_rule('train'), 'slurm_partition')}"
+
+
 def allocation_of_deployment(wildcards):
     """The same for the job that target `serve` submits."""
     return job_resources.deployment(workflow).arguments()
@@ -184,10 +189,13 @@ def check_before_start(workflow):
         if rules == {"status"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
+        EXPERIMENT.check_gates(rules)
         job_resources.check_allocations(workflow, rules)
         if rules & {"prepare_model", "train"}:
             resources = json.loads(resources_of_training(None))
-            EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
+            train = job_resources.allocations(workflow).get("train")
+            node_mb = train and slurm.node_memory_mb(train.partition, train.nodes)
+            EXPERIMENT.check_plan(resources, "tokenize_data" not in rules, node_mb)
         EXPERIMENT.write_config()
     except StageError as error:
         raise WorkflowError(str(error))
@@ -196,4 +204,6 @@ def check_before_start(workflow):
 
 if workflow.is_main_process:  # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
+        logger.warning(f"warning: {problem}")
+    for problem in EXPERIMENT.gate_warnings():
         logger.warning(f"warning: {problem}")

@@ -3,6 +3,7 @@
   plan.py --config config/config.yaml mine.yaml --resources '{"nodes": 32, "gres": "gpu:8", "mem_mb": 1900000}'
   plan.py … --explain                  every number with its formula; docs/planning.md has reasons and sources
   plan.py … --sweep nodes=16,32 sequence_parallel=1,4,8 micro_batch=1,2 strategy=zero3,zero3_offload
+  plan.py --model deepseek-r1 --resources …   a public model's shape in place of model.base: nothing is downloaded
   plan.py … --fit                      the fewest nodes for this experiment
   plan.py … --tokens-receipt R         with counted tokens in place of estimates
 
@@ -18,18 +19,22 @@ from typing import Any
 import _bootstrap  # noqa: F401
 import yaml
 
-from deepseek_sft import cli, config, files, receipts
+from deepseek_sft import cli, config, files, receipts, slurm
 from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.planning import alternatives, gate, load, show
-from deepseek_sft.planning import plan as planning
+from deepseek_sft.planning.remedies import for_the_disk
 from deepseek_sft.planning.resources import read_resources
+
+DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
 
 
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, nargs="+", metavar="FILE", help="configuration files, merged in order")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=f"configuration files, merged in order [{DEFAULT.name}]")
     source.add_argument("--settings", help="what the workflow passes: the settings a plan depends on, a JSON object")
+    parser.add_argument("--model", choices=load.shapes(), help="a public model's shape in place of model.base")
+    parser.add_argument("--partition", help="partition of the nodes, to ask Slurm how much memory they have")
     parser.add_argument("--operational", default="{}", help="settings that only steer the run, a JSON object")
     parser.add_argument("--resources", default="{}", help="resources of rule train, a JSON object")
     parser.add_argument("--tokens-receipt", type=Path, help="receipt of tokenize_data")
@@ -56,7 +61,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
         found = config.merge(found, cli.json_object("--operational", args.operational))
     else:
         merged: dict[str, Any] = {}
-        for path in args.config:
+        for path in args.config or [DEFAULT]:
             try:
                 content = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (OSError, yaml.YAMLError) as error:
@@ -64,6 +69,8 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
             if not isinstance(content, dict):
                 raise BadInputError(f"configuration {path} is not a mapping of keys to values")
             merged = config.merge(merged, content)
+        if args.model:
+            merged = config.merge(merged, {"model": {"base": str(load.SHAPES / args.model), "tiny": None}})
         found = config.resolve(merged)
     stated = {"samples": args.samples, "mean_length": args.mean_length, "longest_row": args.longest_row}
     found["plan"] = found["plan"] | {key: value for key, value in stated.items() if value is not None}
@@ -81,20 +88,21 @@ def main() -> None:
     if args.tokens_receipt:
         tokens = receipts.read(args.tokens_receipt, "tokenize_data")
         inputs["tokens"] = receipts.input_entry(args.tokens_receipt)
-    plan = load.from_config(settings, resources, tokens)
+    node_mb = slurm.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
+    plan = load.from_config(settings, resources, tokens, node_mb)
     gate.check_possible(plan)
     if args.sweep and args.fit:
         raise BadInputError("--sweep and --fit are two questions", "ask one at a time")
     if args.sweep:
         found = alternatives.sweep(plan, alternatives.parse_sweep(args.sweep))
         if args.json:
-            rows = [{"settings": chosen, **planning.figures(changed)} for chosen, changed in found]
+            rows = [{"settings": chosen, **show.figures(changed)} for chosen, changed in found]
             print(json.dumps(rows, indent=2))
         else:
             print(show.sweep_table(plan, found))
         if alternatives.recommend(changed for _, changed in found) is None:
             raise GateError(
-                "none of these alternatives fits", "; ".join(gate.advice(plan) or ["sweep over more nodes, or --fit"])
+                "none of these alternatives fits", "; ".join(for_the_disk(plan) or ["sweep over more nodes, or --fit"])
             )
         return
     if args.fit:
@@ -103,11 +111,11 @@ def main() -> None:
             others = ["a larger sequence_parallel_size, a smaller micro_batch_size, or zero3_offload"]
             raise GateError(
                 f"this experiment fits no number of nodes up to {alternatives.MOST_NODES}: {plan.binding}",
-                "; ".join(gate.advice(plan) or others),
+                "; ".join(for_the_disk(plan) or others),
             )
         plan = fewest
         cli.say(f"fewest nodes: {plan.cluster.nodes}")
-    figures = planning.figures(plan)
+    figures = show.figures(plan)
     written = show.text(plan, args.explain)
     print(json.dumps(figures, indent=2) if args.json else written)
     if args.output:

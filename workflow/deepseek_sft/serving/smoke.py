@@ -164,12 +164,15 @@ class _Test:
 
     def _fail_gates_not_judged(self) -> None:
         """A gate that somebody has set and that cannot be judged is not passed."""
-        for name, key in (
-            ("held_out_exact_match", "min_exact_match_rate"),
-            ("held_out_loss", "max_loss"),
-            ("loss_drop", "base_measured"),
-        ):
-            if getattr(self.context.settings, key) is not None and name not in self.report.checks:
+        settings, done = self.context.settings, self.report.checks
+        wanted = {
+            "held_out_exact_match": settings.min_exact_match_rate is not None and "min_exact_match_rate",
+            "held_out_loss": settings.max_loss is not None and "max_loss",
+            "loss_drop": (settings.base_measured is not None and "base_measured")
+            or (settings.min_loss_drop not in (None, SmokeSettings.min_loss_drop) and "min_loss_drop"),
+        }
+        for name, key in wanted.items():
+            if key and name not in done:
                 why = self.report.skipped.pop(name, "no held-out samples are configured")
                 self.report.record(name, False, f"smoke_test.{key} is set (null: not wanted), but not judged: {why}")
 
