@@ -71,6 +71,14 @@ class Report:
         say(f"  skipped {name}: {why}")
 
 
+class ChecksFailed(GateError):
+    """At least one check failed; ``report`` has all of them."""
+
+    def __init__(self, problem: str, fix: str, report: Report):
+        super().__init__(problem, fix)
+        self.report = report
+
+
 def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path) -> Report:
     """Run all checks; whatever they find, the transcript and the record of the held-out samples are kept.
 
@@ -80,7 +88,7 @@ def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path)
 
     Raises:
         BadInputError: the held-out samples or a measurement of the base cannot be read.
-        GateError: at least one check failed; lists them.
+        ChecksFailed: at least one check failed; lists them.
         CrashError: the server went away.
     """
     held_out = read_prompts(Path(settings.prompts)) if settings.prompts else []
@@ -109,10 +117,11 @@ def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path)
     failed = {name: entry["detail"] for name, entry in test.report.checks.items() if not entry["passed"]}
     if failed:
         lines = "".join(f"\n  {name}: {detail}" for name, detail in failed.items())
-        raise GateError(
+        raise ChecksFailed(
             f"the served model failed {len(failed)} of {len(test.report.checks)} checks:{lines}",
             f"requests and answers are in {transcript}; the weights already passed verify_model, so look at training "
             "(data, steps) for wrong answers and at serve.* for everything else",
+            test.report,
         )
     return test.report
 
