@@ -18,7 +18,7 @@ from project_copy import copy_of
 # Blocks that no test runs. Whoever adds one says so here.
 NOT_RUN = {
     "takes long": 1,
-    "needs a network": 2,
+    "needs a network": 3,
     "needs root": 1,
     "needs a base model": 1,
     "needs a checkpoint": 2,

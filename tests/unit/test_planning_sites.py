@@ -220,3 +220,11 @@ def test_job_that_no_node_could_run_is_refused_before_any_job(sinfo):
 def test_plan_asks_slurm_for_the_memory_of_the_partition(sinfo, script):
     done = script(A100_SITE | {"nodes": 2}, {"plan": {"storage_tb": 100}}, "--model", "deepseek-r1", "--partition", "gpu")
     assert done.returncode == 3 and "mem_mb" not in done.stderr
+
+
+def test_fewest_nodes_are_told_where_the_disk_is_too_small_as_well(script):
+    site = {"nodes": 1, "gres": "gpu:h100:8", "mem_mb": 1_900_000}
+    for storage, code in (("100", 0), ("1", 3)):
+        done = script(site, {}, "--model", "deepseek-r1", "--fit", "--storage-tb", storage)
+        assert done.returncode == code
+        assert "fewest nodes: 9" in done.stderr

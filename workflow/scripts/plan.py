@@ -22,7 +22,7 @@ import yaml
 from deepseek_sft import cli, config, files, receipts, slurm
 from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.planning import alternatives, gate, load, show
-from deepseek_sft.planning.remedies import for_the_disk
+from deepseek_sft.planning.remedies import for_the_disk, suffices
 from deepseek_sft.planning.resources import read_resources
 
 DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="rows, where tokens are not counted yet")
     parser.add_argument("--mean-length", type=float, help="tokens of a row on average")
     parser.add_argument("--longest-row", type=int, help="tokens of the longest row")
+    parser.add_argument("--storage-tb", type=float, help="space for results in TB, where it is not what is free here")
     parser.add_argument("--sweep", nargs="+", metavar="KEY=VALUES", help=f"table over {', '.join(alternatives.KEYS)}")
     parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=False, help="the fewest nodes that fit")
     parser.add_argument("--explain", action=argparse.BooleanOptionalAction, default=False, help="show formulas")
@@ -72,7 +73,8 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
         if args.model:
             merged = config.merge(merged, {"model": {"base": str(load.SHAPES / args.model), "tiny": None}})
         found = config.resolve(merged)
-    stated = {"samples": args.samples, "mean_length": args.mean_length, "longest_row": args.longest_row}
+    names = ("samples", "mean_length", "longest_row", "storage_tb")
+    stated = {name: getattr(args, name) for name in names}
     found["plan"] = found["plan"] | {key: value for key, value in stated.items() if value is not None}
     return found
 
@@ -106,12 +108,11 @@ def main() -> None:
             )
         return
     if args.fit:
-        fewest = alternatives.fewest_nodes(plan)
+        fewest = alternatives.fewest_nodes(plan, suffices)  # nodes do not change the disk, which is judged below
         if fewest is None:
-            others = ["a larger sequence_parallel_size, a smaller micro_batch_size, or zero3_offload"]
             raise GateError(
                 f"this experiment fits no number of nodes up to {alternatives.MOST_NODES}: {plan.binding}",
-                "; ".join(for_the_disk(plan) or others),
+                "a larger sequence_parallel_size, a smaller micro_batch_size, or zero3_offload",
             )
         plan = fewest
         cli.say(f"fewest nodes: {plan.cluster.nodes}")

@@ -92,7 +92,7 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
         "stages": len(stages),
         "verdict": verdict[1],
         "bytes": len(html.encode()),
-        "plots": sum(len(view["plots"]) for view in views),
+        "plots": has_loss(metrics) + sum(len(view["plots"]) for view in views),
         "planned_against_measured": {one.name: one.text() for one in compared},
         "calibration": {one.name: round(one.difference_share, 4) for one in compared},
     }
