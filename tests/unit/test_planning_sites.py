@@ -150,13 +150,16 @@ def test_every_named_gpu_is_in_the_schema_and_the_documentation():
         assert f"| `{name}` | {gpu.memory_gib:g} | {gpu.tflops:,} |" in page
 
 
-@pytest.mark.parametrize(("words", "names"), [
-    ("gpu:a100:4", ["a100-40gb", "a100-80gb"]),
-    ("gpu:nvidia_a100_sxm4_80gb:4", ["a100-80gb"]),
-    ("gpu:H100:8", ["h100"]),
-    ("gpu:h200:8", ["h200"]),
-    ("gpu:8", []),
-])
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("gpu:a100:4", ["a100-40gb", "a100-80gb"]),
+        ("gpu:nvidia_a100_sxm4_80gb:4", ["a100-80gb"]),
+        ("gpu:H100:8", ["h100"]),
+        ("gpu:h200:8", ["h200"]),
+        ("gpu:8", []),
+    ],
+)
 def test_gpus_are_recognised_in_the_profiles_words(words, names):
     assert gpus.named_in(words) == names
 
@@ -218,7 +221,9 @@ def test_job_that_no_node_could_run_is_refused_before_any_job(sinfo):
 
 
 def test_plan_asks_slurm_for_the_memory_of_the_partition(sinfo, script):
-    done = script(A100_SITE | {"nodes": 2}, {"plan": {"storage_tb": 100}}, "--model", "deepseek-r1", "--partition", "gpu")
+    done = script(
+        A100_SITE | {"nodes": 2}, {"plan": {"storage_tb": 100}}, "--model", "deepseek-r1", "--partition", "gpu"
+    )
     assert done.returncode == 3 and "mem_mb" not in done.stderr
 
 

@@ -76,7 +76,10 @@ def test_loss_curve_stands_at_the_top_and_nowhere_else(results):
 def test_failed_gate_without_receipt_shows_its_checks_and_the_fix(results, logs):
     error = "error: the served model failed 1 of 2 checks:\n  held_out_loss: 3.1\n  fix: look at training\n"
     fail(results, logs, "smoke_test", f"starting\n{error}")
-    checks = {"health": {"passed": True, "detail": "200"}, "held_out_loss": {"passed": False, "detail": "3.1, at most 1"}}
+    checks = {
+        "health": {"passed": True, "detail": "200"},
+        "held_out_loss": {"passed": False, "detail": "3.1, at most 1"},
+    }
     receipts.write_failed(results / "receipts/smoke_test.json", "smoke_test", {"checks": checks})
     page = build.build(results, logs).html
     shown = top(page)

@@ -7,7 +7,6 @@ import pytest
 import yaml
 from unit.data_helpers import TOKENIZER
 
-
 from deepseek_sft import config as configuration
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment

@@ -202,9 +202,7 @@ class Experiment:
         }
         return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
 
-    def check_plan(
-        self, resources: dict[str, Any], tokens_are_current: bool, node_mb: int | None = None
-    ) -> None:
+    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool, node_mb: int | None = None) -> None:
         """Plan with what is known now, before any job starts.
 
         Args:
@@ -304,7 +302,9 @@ class Experiment:
         if "convert_checkpoint" in rules and base and self.config["convert"]["mtp"] == "copy":
             if lacks_prediction_layer(Path(base)):
                 text = f"convert.mtp: copy is not possible, since {base} holds no multi-token-prediction layer"
-                found.append(gates.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base"))
+                found.append(
+                    gates.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base")
+                )
         return found
 
     def gate_warnings(self) -> list[str]:

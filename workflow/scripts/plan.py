@@ -31,7 +31,9 @@ DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=f"configuration files, merged in order [{DEFAULT.name}]")
+    source.add_argument(
+        "--config", type=Path, nargs="+", metavar="FILE", help=f"configuration files, merged in order [{DEFAULT.name}]"
+    )
     source.add_argument("--settings", help="what the workflow passes: the settings a plan depends on, a JSON object")
     parser.add_argument("--model", choices=load.shapes(), help="a public model's shape in place of model.base")
     parser.add_argument("--partition", help="partition of the nodes, to ask Slurm how much memory they have")

@@ -94,9 +94,13 @@ def _starts_note(plan: Plan) -> list[str]:
     fewest, most = found
     times = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     again = (
-        f"; one `snakemake` starts training up to {STARTS} times, then the same command goes on" if most > STARTS else ""
+        f"; one `snakemake` starts training up to {STARTS} times, then the same command goes on"
+        if most > STARTS
+        else ""
     )
-    return [f"with {limit} a job (runtime) the run takes {times} starts: each saves before its end, the next resumes{again}"]
+    return [
+        f"with {limit} a job (runtime) the run takes {times} starts: each saves before its end, the next resumes{again}"
+    ]
 
 
 def _cadence_note(plan: Plan) -> list[str]:

@@ -39,7 +39,9 @@ def ways_out(plan: Plan) -> list[str]:
     lines = [f"{'or' if number else 'nearest that fits'}: {one}" for number, one in enumerate(found)]
     short = any(limit.share > 1 for limit in plan.limits if limit.name.startswith("host"))
     if short and not any("mem_mb" in one.settings for one in found):
-        lines += [f"or more memory: profile, set-resources: train: {line}" for line in profile_lines(plan) if "mem_mb" in line]
+        lines += [
+            f"or more memory: profile, set-resources: train: {line}" for line in profile_lines(plan) if "mem_mb" in line
+        ]
     if not found and not for_the_disk(plan):
         lines.append("no setting of training, no memory of these nodes and no number of nodes makes it fit")
     return [*lines, *for_the_disk(plan)]

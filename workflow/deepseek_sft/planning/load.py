@@ -9,7 +9,6 @@ from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
 
-
 SHAPES = Path(__file__).resolve().parents[3] / "resources/models"  # config.json of public models, sizes alone
 
 

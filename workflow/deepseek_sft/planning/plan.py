@@ -79,7 +79,8 @@ class Plan:
         """Every limit that is exceeded, the worst first, in words; empty where none is."""
         over = [limit for limit in self.limits if limit.share > 1]
         return "; ".join(
-            f"{limit.name} {show(limit.need, 'B')} of {show(limit.have or 0, 'B')} ({limit.share:.0%})" for limit in over
+            f"{limit.name} {show(limit.need, 'B')} of {show(limit.have or 0, 'B')} ({limit.share:.0%})"
+            for limit in over
         )
 
     @property

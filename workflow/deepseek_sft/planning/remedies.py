@@ -83,7 +83,9 @@ def _on_these_nodes(plan: Plan) -> Iterator[Remedy]:
         "sequence_parallel_size": [size for size in range(1, ranks + 1) if ranks % size == 0],
         "micro_batch_size": range(1, training.micro_batch_size + 1),
         "gradient_accumulation_dtype": list(dict.fromkeys([training.gradient_accumulation_dtype, "bfloat16"])),
-        "experts_per_shard": [n for n in range(1, training.experts_per_shard + 1) if training.experts_per_shard % n == 0],
+        "experts_per_shard": [
+            n for n in range(1, training.experts_per_shard + 1) if training.experts_per_shard % n == 0
+        ],
     }
     if plan.cluster.cpu:
         options["place"] = places[:1]
@@ -159,7 +161,9 @@ def for_the_disk(plan: Plan) -> list[str]:
     keep = plan.training.keep_checkpoints
     fewer = [_make(plan, dataclasses.replace(plan.training, keep_checkpoints=n)) for n in range(keep - 1, 0, -1)]
     fitting = [other for other in fewer if total(other.disk) <= (disk.have or 0)]
-    space = f"lay `results` on a file system with {show(disk.need, 'B')} free, or state what is free with plan.storage_tb"
+    space = (
+        f"lay `results` on a file system with {show(disk.need, 'B')} free, or state what is free with plan.storage_tb"
+    )
     if fitting:
         return [f"train.keep_checkpoints: {fitting[0].training.keep_checkpoints} fits the disk; or {space}"]
     return [space if keep == 1 else f"{space}; train.keep_checkpoints: 1 needs {show(total(fewer[-1].disk), 'B')}"]

@@ -168,7 +168,11 @@ def _view(
         # beside the last plan before training stands what training used
         drawn = [plots_memory.memory(figures, compared if stage.rule == last_plan else [])]
         if stage.rule != last_plan:  # the later plan says all of it again
-            drawn, tables, grids = [], [("estimated here, counted in refine_plan", _changed(figures, planned.figures))], []
+            drawn, tables, grids = (
+                [],
+                [("estimated here, counted in refine_plan", _changed(figures, planned.figures))],
+                [],
+            )
             plain = []
     elif stage.rule == "convert_checkpoint":
         drawn = [plots_stages.throughput(figures)]
@@ -237,7 +241,9 @@ def has_loss(metrics: list[dict[str, Any]]) -> bool:
 
 def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, float | None]]:
     """Rows of those figures of two plans that differ: estimated → counted."""
-    keys = [key for key in first if key in second and first[key] != second[key] and not isinstance(first[key], dict | list)]
+    keys = [
+        key for key in first if key in second and first[key] != second[key] and not isinstance(first[key], dict | list)
+    ]
     return [
         (formatting.label(key), f"{formatting.value(key, first[key])} → {formatting.value(key, second[key])}", None)
         for key in keys

@@ -72,7 +72,9 @@ def _template(stages: dict[str, Stage], config: dict[str, Any]) -> str:
 
 def _when(stages: dict[str, Stage]) -> str:
     """From the first start to the last end, and what lies between: waiting and other starts included."""
-    times = [(stage.receipt.get("started"), stage.receipt.get("finished")) for stage in stages.values() if stage.receipt]
+    times = [
+        (stage.receipt.get("started"), stage.receipt.get("finished")) for stage in stages.values() if stage.receipt
+    ]
     try:
         begun = min(datetime.datetime.fromisoformat(str(start)) for start, _ in times)
         ended = max(datetime.datetime.fromisoformat(str(end)) for _, end in times)
@@ -97,7 +99,9 @@ def rejected(stages: dict[str, Stage]) -> str:
         return ""
     reasons = {str(name): n for name, n in mapping(figures.get("rejects")).items() if _number(n)}
     shown = ", ".join(f"{name} {n:,}" for name, n in sorted(reasons.items(), key=lambda item: -item[1])[:4])
-    text = f"{count:,} of {records:,} records were rejected ({count / records:.0%}): {shown}; data/rejects.jsonl has each"
+    text = (
+        f"{count:,} of {records:,} records were rejected ({count / records:.0%}): {shown}; data/rejects.jsonl has each"
+    )
     return formatting.clean(text, 500)
 
 
@@ -106,7 +110,9 @@ def failures(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     found = []
     for stage in stages.values():
         checks = [
-            (formatting.clean(check.name), formatting.clean(check.detail)) for check in stage.checks if check.passed is False
+            (formatting.clean(check.name), formatting.clean(check.detail))
+            for check in stage.checks
+            if check.passed is False
         ]
         if stage.state in ("failed", "unreadable") or (stage.state == "not finished" and stage.error):
             reason = stage.error if not checks else _fix_alone(stage.error)
