@@ -90,7 +90,7 @@ def test_failed_gate_without_receipt_shows_its_checks_and_the_fix(results, logs)
 
 
 def test_training_that_failed_says_its_error_at_the_top(results, logs):
-    log = "0: step 1\n0: error: the first loss is 9, above train.first_loss_max 3\n0:   fix: look at the base\nsrun: error\n"
+    log = "0: step 1\n0: error: the first loss is 9, above train.first_loss_max 3\n0:   fix: look at the base\n"
     fail(results, logs, "train", log)
     shown = top(build.build(results, logs).html)
     assert "the first loss is 9, above train.first_loss_max 3" in shown

@@ -191,8 +191,8 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         )
     if train["on_spike"] != "warn" and train["spike_factor"] is None:
         yield (
-            f"train.on_spike: `{train['on_spike']}` needs spikes to be looked for; give `spike_factor` a number (10.0), "
-            "or write on_spike: warn"
+            f"train.on_spike: `{train['on_spike']}` needs spikes to be looked for; give `spike_factor` a number "
+            "(10.0), or write on_spike: warn"
         )
     preflight = config["preflight"]
     if preflight["all_reduce_min_gb_per_second"] is not None and "all_reduce" in preflight["skip"]:

@@ -299,12 +299,10 @@ class Experiment:
             model = Path(base, "config.json").is_file() if base else True
             count = (lambda: planning.model_of(self.config).total) if model else None
             found += gates.problems(self.config, Path(self.tokenizer()), count)
-        if "convert_checkpoint" in rules and base and self.config["convert"]["mtp"] == "copy":
-            if lacks_prediction_layer(Path(base)):
-                text = f"convert.mtp: copy is not possible, since {base} holds no multi-token-prediction layer"
-                found.append(
-                    gates.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base")
-                )
+        copies = "convert_checkpoint" in rules and base and self.config["convert"]["mtp"] == "copy"
+        if copies and lacks_prediction_layer(Path(base)):
+            text = f"convert.mtp: copy is not possible, since {base} holds no multi-token-prediction layer"
+            found.append(gates.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base"))
         return found
 
     def gate_warnings(self) -> list[str]:

@@ -71,8 +71,8 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
         base += ["--no-index", "--find-links", str(wheelhouse.resolve())]
         again = f"build_env.py --download {wheelhouse} {name}"
         fix = (
-            f"read its message above; packages come from {wheelhouse} alone: complete it where there is a network, with "
-            f"the same Python and system, by `{again}`"
+            f"read its message above; packages come from {wheelhouse} alone: complete it where there is a network, "
+            f"with the same Python and system, by `{again}`"
         )
     for file, options in requirement_files(name):
         run([*base, *options, "-r", str(file)], environment, fix)

@@ -138,7 +138,7 @@ def open_model(folder: Path, *, config: dict[str, Any] | None = None) -> BaseMod
 
 
 def lacks_prediction_layer(folder: Path) -> bool:
-    """Whether the index of a model folder says that it holds no multi-token-prediction layer; False where it is silent."""
+    """Whether a model folder's index says that it holds no multi-token-prediction layer; False where it is silent."""
     try:
         names = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

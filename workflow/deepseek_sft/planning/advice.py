@@ -70,9 +70,9 @@ def _gpu_notes(plan: Plan) -> list[str]:
             f"the profile asks for `{words}`, but the plan counts with {peak:g} TFLOP/s and {memory:.1f} GiB a GPU; "
             f"{kinds[-1]} has {named.tflops:g} and {named.memory_gib:g}: write plan: {{gpu: {' or '.join(kinds)}}}"
         )
-    if chosen := cluster.gpu or (same[0] if len(same) == 1 else None):
-        if GPUS[chosen].works != GPUS["h100"].works:
-            found.append(f"{chosen}: {GPUS[chosen].works}")
+    chosen = cluster.gpu or (same[0] if len(same) == 1 else None)
+    if chosen and GPUS[chosen].works != GPUS["h100"].works:
+        found.append(f"{chosen}: {GPUS[chosen].works}")
     return found
 
 

@@ -1,7 +1,7 @@
 """GPUs by name: what a plan counts with, and what works on them. Sources: the makers' data sheets, dense figures.
 
-Memory is what PyTorch sees, in GiB, somewhat less than the sheet's; only the H100's stands in a published run. No figure
-was measured here, where there are no GPUs.
+Memory is what PyTorch sees, in GiB, somewhat less than the sheet's. No figure was measured here, where there are no
+GPUs.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Gates of the smoke test that cannot be judged with the inputs it is given: known in a second, before anything runs.
 
-Only what is certain is told. Of a large file of prompts the first ``READ_BYTES`` are read, which may prove that a gate can
-be judged and never that it cannot.
+Only what is certain is told. Of a large file of prompts the first ``READ_BYTES`` are read, which may prove that a gate
+can be judged and never that it cannot.
 """
 
 import dataclasses
