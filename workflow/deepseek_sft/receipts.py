@@ -104,8 +104,13 @@ def write(
 
 
 def failed_path(receipt: str | Path) -> Path:
-    """Where a stage whose checks failed leaves what it found: ``failed/<rule>.json`` beside the folder of receipts."""
+    """Where a stage whose checks failed leaves what it found: ``failed/<rule>.json`` beside the folder of receipts.
+
+    Beside a receipt that is written elsewhere by hand: ``<name>.failed.json``.
+    """
     path = Path(receipt)
+    if path.parent.name != "receipts":
+        return path.with_suffix(".failed.json")
     return path.parent.parent / "failed" / path.name
 
 
