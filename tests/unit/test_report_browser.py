@@ -166,5 +166,5 @@ def test_report_prints(browser, pages):
 
 def test_first_screen_of_a_failure_says_why(browser, pages):
     browser.show(pages["gate"], 1100)
-    inside = "[...document.querySelectorAll('.why th, .why pre')].map(e => e.getBoundingClientRect().bottom)"
+    inside = "[...document.querySelectorAll('.why dd, .why pre')].map(e => e.getBoundingClientRect().bottom)"
     assert max(browser.evaluate(inside)) < 900
