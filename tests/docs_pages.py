@@ -4,6 +4,7 @@ A block without a language is a block of commands. It has a marker in front, an 
 
     <!-- test: run -->                          run by tests/docs, as it stands, after the page's earlier ones
     <!-- test: dry-run -->                      the same, but every snakemake in it is given --dry-run
+    <!-- test: run after the demo -->           run by tests/chain, with the page's other blocks, none of them dry
     <!-- test: file NAME -->                    what stands in it is written to NAME first (any language)
     <!-- test: tests/chain/test_demo.py -->     another test runs it
     <!-- not run: REASON -->                    no test runs it; tests/docs counts them by reason

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import docs_pages
 import pytest
 import yaml
 from project_copy import copy_of
@@ -272,3 +273,36 @@ def test_clean_frees_every_checkpoint_of_the_finished_chain_but_the_last(demo):
     assert done.returncode == 0, output
     assert {folder.name for folder in run.glob("step_*")} == {last}
     assert all(f"removed {run / name}" in output for name in before - {last})
+
+
+@pytest.fixture(scope="module")
+def own(demo) -> Iterator[dict]:
+    """The quickstart's own experiment, each block typed as it stands, after the demo; the receipts that it left."""
+    page = docs_pages.PROJECT / "docs/quickstart.md"
+    blocks = [block for block in docs_pages.blocks(page) if block.argument in ("run", "dry-run", "run after the demo")]
+    lines = ["set -euo pipefail", *(line for block in blocks for line in (f"echo '== {block.place}'", block.text))]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        cwd=demo.folder,
+        env=demo.environment | {"PYTHONPATH": str(demo.folder / "cluster/fastpoll")},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    folder = demo.folder / "results/mine"
+    receipts = {path.stem: json.loads(path.read_text()) for path in folder.glob("receipts/*.json")}
+    yield receipts | {"printed": done.stdout}
+
+
+def test_quickstarts_own_experiment_works_as_typed_on_three_nodes(own):
+    assert len(set(own["train"]["hosts"])) == 3
+    assert "build_report" in own
+    assert "mine: Complete: every stage passed" in own["printed"]
+
+
+def test_gates_of_the_quickstarts_own_experiment_are_judged(own):
+    figures = own["smoke_test"]["figures"]
+    for gate in ("held_out_format", "held_out_exact_match", "held_out_loss", "loss_drop"):
+        assert figures["checks"][gate]["passed"]

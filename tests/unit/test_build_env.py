@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ sys.path.insert(0, str(PROJECT / "workflow/scripts"))
 import build_env  # noqa: E402
 
 from deepseek_sft import locks  # noqa: E402
+from deepseek_sft.errors import CrashError  # noqa: E402
 
 LOCKS = ["workflow", "dev", "train", "serve-cpu", "serve-cuda"]
 
@@ -101,3 +103,60 @@ def test_linked_environment_of_the_present_lock_is_used_whatever_the_store(tmp_p
     assert build_env.linked("train") == present
     monkeypatch.setattr(locks, "BUILDER", "another")
     assert build_env.linked("train") is None  # of another lock
+
+
+def wheel(folder: Path, name: str, *needs: str) -> None:
+    """A package of one module that holds its name."""
+    folder.mkdir(exist_ok=True)
+    about = f"{name}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n" + "".join(f"Requires-Dist: {n}\n" for n in needs)
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", f"NAME = '{name}'\n")
+        file.writestr(f"{about}/METADATA", metadata)
+        file.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        file.writestr(f"{about}/RECORD", "")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A small environment with both files of a lock, whose packages an index has that goes away."""
+    index = tmp_path / "index"
+    wheel(index, "first", "second")
+    wheel(index, "second")
+    wheel(index, "third", "package-that-no-index-has")
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs/small.txt").write_text("first==1.0\nsecond==1.0\n")
+    (tmp_path / "envs/small.no-deps.txt").write_text("third==1.0\n")
+    monkeypatch.setattr(locks, "FOLDER", tmp_path / "envs")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    build_env.download("small", tmp_path / "wheels")
+    for file in index.iterdir():
+        file.unlink()
+    return tmp_path
+
+
+def test_air_gapped_install_needs_what_one_command_collected_and_nothing_else(small):
+    folder = build_env.build("small", small / "store", small / "wheels")
+    code = "import first, second, third; print(first.NAME, second.NAME, third.NAME)"
+    done = subprocess.run([folder / "bin/python", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["first", "second", "third"]
+
+
+def test_incomplete_wheelhouse_is_told_as_such(small):
+    (small / "wheels/third-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(CrashError) as raised:
+        build_env.build("small", small / "store", small / "wheels")
+    assert f"packages come from {small / 'wheels'} alone" in raised.value.fix
+    assert f"--download {small / 'wheels'} small" in raised.value.fix
+    assert "indexes" not in raised.value.fix
+
+
+def test_wheelhouse_that_does_not_exist_is_bad_input(tmp_path):
+    program = PROJECT / "workflow/scripts/build_env.py"
+    command = [sys.executable, program, "train", "--wheelhouse", tmp_path / "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--download" in done.stderr and "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ from deepseek_sft import config as configuration
 from deepseek_sft.errors import GateError
 from deepseek_sft.experiment import Experiment
 from deepseek_sft.planning import plan as planning
+from deepseek_sft.planning.advice import notes
 from deepseek_sft.planning.duration import young_daly
 
 RESOURCES = '{{"nodes": {}, "gres": "gpu:8", "mem_mb": 1900000, "runtime": 5760}}'
@@ -159,12 +160,12 @@ def test_cadence_is_youngs_for_short_saves_and_never_beyond_the_failures():
 
 def test_cadence_is_noted_only_where_it_is_far_from_the_best():
     found = published(32, 4, "zero3_offload", 2)
-    assert not [note for note in planning.notes(found) if "loses the least time" in note]
+    assert not [note for note in notes(found) if "loses the least time" in note]
     rare = dataclasses.replace(found.training, save_every_steps=10_000)
-    assert [note for note in planning.notes(with_training(found, rare)) if "loses the least time" in note]
+    assert [note for note in notes(with_training(found, rare)) if "loses the least time" in note]
     # What the minutes make of it counts.
     often = dataclasses.replace(rare, save_every_minutes=found.duration.cadence_s / 60)
-    assert not [note for note in planning.notes(with_training(found, often)) if "loses the least time" in note]
+    assert not [note for note in notes(with_training(found, often)) if "loses the least time" in note]
     assert with_training(found, often).duration.run.slowest > with_training(found, rare).duration.run.slowest
 
 
@@ -178,7 +179,7 @@ def test_full_disk_is_not_answered_with_nodes_and_settings_of_training(plan, bas
     for words in ([], ["--fit"], ["--sweep", "nodes=32,64"]):
         done = plan("--resources", RESOURCES.format(32), *words, overlays=[base, overlay])
         assert done.returncode == 3
-        assert "lay `results` on a larger file system" in done.stderr
+        assert "lay `results` on a file system with" in done.stderr
         assert "zero3_offload" not in done.stderr
 
 

@@ -13,6 +13,7 @@ import chromium
 import pytest
 from unit import report_results as made
 
+from deepseek_sft import receipts
 from deepseek_sft.report import build, compare
 
 PROGRAM = chromium.find()
@@ -73,6 +74,20 @@ def browser(tmp_path_factory) -> Iterator[chromium.Chromium]:
         yield found
 
 
+def failed_gate(root: Path) -> tuple[Path, Path]:
+    """An experiment whose smoke test failed two checks: its results and logs."""
+    results, logs = made.write_results(root, tuple(made.FIGURES)[:-1]), root / "logs" / "demo"
+    checks = {name: {"passed": True, "detail": "fine"} for name in ("health", "chat")}
+    checks |= {"held_out_loss": {"passed": False, "detail": "3.1 over 90 tokens, expected at most 1"}}
+    checks |= {"held_out_format": {"passed": False, "detail": f"1 of 9 well formed; not: {made.HOSTILE}"}}
+    receipts.write_failed(results / "receipts/smoke_test.json", "smoke_test", {"checks": checks})
+    (logs / "smoke_test").mkdir(parents=True)
+    (logs / "smoke_test/do-not-retry").write_text("attempt 1 ended with exit code 3")
+    error = "error: the served model failed 2 of 4 checks:\n  held_out_loss: 3.1\n  fix: look at training\n"
+    (logs / "smoke_test.log").write_text(f"0:   ok     health: fine\n{error}")
+    return results, logs
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
     """A finished experiment's report, that of one which failed, and a comparison."""
@@ -89,6 +104,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
         path.write_text(path.read_text().replace("results/demo/", f"results/{other.name}/"))
     texts = {
         "finished": build.build(finished, None).html,
+        "gate": build.build(*failed_gate(root / "gate")).html,
         "failed": build.build(failed, logs).html,
         "comparison": compare.compare([(finished, None), (other, None)]),
     }
@@ -98,7 +114,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("look", WIDTHS)
-@pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
+@pytest.mark.parametrize("name", ["finished", "failed", "gate", "comparison"])
 def test_page_is_whole_in_every_look(browser, pages, name, look):
     width, dark = WIDTHS[look]
     browser.show(pages[name], width, dark)
@@ -115,9 +131,10 @@ def test_every_plot_of_a_finished_experiment_is_drawn(browser, pages):
     browser.show(pages["finished"], 1100)
     names = browser.evaluate("[...document.querySelectorAll('svg')].map(svg => svg.dataset.plot)")
     assert names == [
+        "loss",
         "lengths",
         "memory-plan",
-        *("loss", "grad-norm", "speed", "memory", "expert-load", "expert-balance"),
+        *("grad-norm", "speed", "memory", "expert-load", "expert-balance"),
         "throughput",
         *("serving", "before-after"),
     ]
@@ -145,3 +162,9 @@ def test_report_prints(browser, pages):
         (Path(folder) / "finished.pdf").write_bytes(pdf)
     assert pdf.startswith(b"%PDF")
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 30
+
+
+def test_first_screen_of_a_failure_says_why(browser, pages):
+    browser.show(pages["gate"], 1100)
+    inside = "[...document.querySelectorAll('.why dd, .why pre')].map(e => e.getBoundingClientRect().bottom)"
+    assert max(browser.evaluate(inside)) < 900

@@ -140,7 +140,9 @@ def test_training_without_receipt_still_shows_its_loss(tmp_path):
     logs = tmp_path / "logs/demo"
     logs.mkdir(parents=True)
     (logs / "train.log").write_text("step 120\n")
-    assert section(build.build(results, logs).html, "train").count("<svg") == 6
+    page = build.build(results, logs).html
+    assert 'data-plot="loss"' in page[: page.index('<section id="prepare_data"')]
+    assert section(page, "train").count("<svg") == 5
 
 
 def test_failed_check_fails_the_stage_and_the_report(results):

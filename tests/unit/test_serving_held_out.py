@@ -280,6 +280,13 @@ def test_gate_that_cannot_be_judged_fails(tmp_path, model_dir):
     assert "base_measured" not in raised.value.problem
 
 
+def test_drop_that_was_asked_for_and_cannot_be_judged_fails(tmp_path, prompts, model_dir):
+    with fake_server() as server, pytest.raises(smoke.ChecksFailed) as raised:
+        run(server, tmp_path, model_dir, min_loss_drop=2, logprobs_max_parameters=-1)
+    assert "smoke_test.min_loss_drop is set (null: not wanted), but not judged" in raised.value.problem
+    assert not raised.value.report.checks["loss_drop"]["passed"]
+
+
 def test_format_gate_that_is_off_only_reports(tmp_path, prompts, model_dir):
     with fake_server("finish_reason") as server, pytest.raises(GateError) as raised:
         run(server, tmp_path, model_dir, min_format_rate=None, logprobs_max_parameters=-1)

@@ -247,3 +247,16 @@ def test_many_ranks_are_compared_with_few_descriptors_for_all_threads_together(t
     result = verify.verify(tmp_path / "model", base, checkpoint, full=True, workers=threads)
     assert result.checks["checkpoint"].failures == []
     assert max(descriptors) - descriptors[0] <= kept + 2 * threads  # each thread uses a file, and lists descriptors
+
+
+def test_failed_verification_leaves_its_checks_for_the_report(made, model, tmp_path, project):
+    values = small_models.read_tensors(model)["model.norm.weight"].copy()
+    values[0] = np.nan
+    overwrite(model, "model.norm.weight", values)
+    receipt = tmp_path / "receipts/verify_model.json"
+    command = [sys.executable, project / "workflow/scripts/verify_model.py", f"--model={model}", f"--base={made[0]}"]
+    done = subprocess.run([*command, f"--receipt={receipt}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and not receipt.exists()
+    checks = json.loads((tmp_path / "failed/verify_model.json").read_text())["figures"]["checks"]
+    assert [name for name, check in checks.items() if not check["passed"]] == ["finite"]
+    assert "model.norm.weight" in checks["finite"]["detail"]

@@ -15,6 +15,7 @@ import jsonschema
 import yaml
 
 from .errors import BadInputError
+from .planning import gpus
 from .training.settings import STEERING
 
 SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
@@ -46,7 +47,10 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
         BadInputError: every problem found, each with the key's path, its value, what is allowed and what to write.
     """
     tree = schema()
-    resolved = _with_defaults(copy.deepcopy(config), tree)
+    given = copy.deepcopy(config)
+    if isinstance(given.get("plan"), dict):
+        given["plan"] = gpus.fill_in(given["plan"])
+    resolved = _with_defaults(given, tree)
     problems = [_explain(error, tree) for error in jsonschema.Draft202012Validator(tree).iter_errors(resolved)]
     if not problems:
         problems = list(_contradictions(resolved))
@@ -130,7 +134,7 @@ def _explain(error: jsonschema.ValidationError, tree: dict[str, Any]) -> str:
         absent = next(key for key in error.validator_value if key not in error.instance)
         return f"{place}: the key `{absent}` is missing: {_describe(tree, [*error.absolute_path, absent])}"
     allowed = {
-        "enum": lambda: f"one of {', '.join(map(str, error.validator_value))}",
+        "enum": lambda: f"one of {', '.join(map(_word, error.validator_value))}",
         "type": lambda: f"a value of type {error.validator_value}",
         "pattern": lambda: f"text like {error.validator_value}",
     }.get(error.validator, lambda: f"{error.validator} {error.validator_value}")()
@@ -185,6 +189,17 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
             "train.optimizer: `cpu_adam` needs optimizer states in host memory; set strategy `zero3_offload` and "
             "offload `both` or `optimizer`"
         )
+    if train["on_spike"] != "warn" and train["spike_factor"] is None:
+        yield (
+            f"train.on_spike: `{train['on_spike']}` needs spikes to be looked for; give `spike_factor` a number "
+            "(10.0), or write on_spike: warn"
+        )
+    preflight = config["preflight"]
+    if preflight["all_reduce_min_gb_per_second"] is not None and "all_reduce" in preflight["skip"]:
+        yield (
+            "preflight.all_reduce_min_gb_per_second: cannot be judged, since `skip` has all_reduce; take it out of "
+            "`skip`, or write all_reduce_min_gb_per_second: null"
+        )
     if train["min_learning_rate"] > train["learning_rate"]:
         yield "train.min_learning_rate: is above learning_rate"
     plan = config["plan"]
@@ -221,12 +236,16 @@ def _rows(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
     required = node.get("required", [])
     for key, child in node.get("properties", {}).items():
         path = f"{prefix}{key}"
-        kind = "One of " + ", ".join(f"`{v}`" for v in child["enum"]) + ". " if "enum" in child else ""
+        kind = "One of " + ", ".join(f"`{_word(v)}`" for v in child["enum"]) + ". " if "enum" in child else ""
         if "properties" not in child or child.get("description"):
             default = "required" if key in required and "default" not in child else f"`{_yaml(child.get('default'))}`"
             text = (kind + " ".join(str(child.get("description", "")).split())).replace("|", "\\|")
             yield path, default, text
         yield from _rows(child, f"{path}.")
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _yaml(value: Any) -> str:

@@ -17,11 +17,13 @@ import yaml
 
 from . import chain, files, place, receipts
 from . import config as configuration
+from .checkpoint.base_model import lacks_prediction_layer
 from .errors import BadInputError
 from .planning import duration, gate
 from .planning import load as planning
 from .planning.resources import read_resources
 from .planning.settings import Training
+from .serving import gates
 from .slurm import Allocation
 
 CHAIN = chain.STAGES
@@ -191,12 +193,13 @@ class Experiment:
         }
         return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
 
-    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool) -> None:
+    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool, node_mb: int | None = None) -> None:
         """Plan with what is known now, before any job starts.
 
         Args:
             resources: what profile and command line give to ``train``.
             tokens_are_current: whether tokenize_data has nothing to do, so that its receipt counts.
+            node_mb: memory of a node as Slurm says it; None where it does not.
 
         Raises:
             GateError: the plan does not fit, and the configuration does not say to go on.
@@ -204,7 +207,7 @@ class Experiment:
         """
         receipt = Path(self.results, "receipts", "tokenize_data.json")
         tokens = receipts.read(receipt, "tokenize_data") if tokens_are_current and receipt.exists() else None
-        plan = planning.from_config(self.config, read_resources(resources), tokens)
+        plan = planning.from_config(self.config, read_resources(resources), tokens, node_mb)
         gate.check_possible(plan)
         gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
 
@@ -252,10 +255,10 @@ class Experiment:
         """Rule, key and path of external files."""
         config = self.config
         named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
+        if not config["plan"]["model"]:  # else its shape stands for the base
+            named += [(rule, "model.base", config["model"]["base"]) for rule in ("plan", "refine_plan")]
         named += [
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
-            ("plan", "model.base", config["model"]["base"]),
-            ("refine_plan", "model.base", config["model"]["base"]),
             ("prepare_model", "model.base", config["model"]["base"]),
             ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
             ("smoke_test", "smoke_test.base_measured", config["smoke_test"]["base_measured"]),
@@ -283,6 +286,38 @@ class Experiment:
             raise BadInputError(
                 "the configuration names files that do not exist\n" + "\n".join(f"  - {p}" for p in problems),
                 "correct the path in the configuration (relative paths start at the project's folder)",
+            )
+
+    def unjudged_gates(self, rules: Collection[str] = CHAIN) -> list[gates.Problem]:
+        """What ``rules`` would refuse after the training although it is known now; see ``serving/gates.py``.
+
+        Raises:
+            BadInputError: the smoke test's prompts or the base's measurement cannot be read.
+        """
+        found, smoke, base = [], self.config["smoke_test"], self.config["model"]["base"]
+        named = [path for path in (smoke["prompts"], smoke["base_measured"]) if path]
+        if "smoke_test" in rules and all(Path(path).is_file() for path in named):
+            model = Path(base, "config.json").is_file() if base else True
+            count = (lambda: planning.model_of(self.config).total) if model else None
+            found += gates.problems(self.config, Path(self.tokenizer()), count)
+        copies = "convert_checkpoint" in rules and base and self.config["convert"]["mtp"] == "copy"
+        if copies and lacks_prediction_layer(Path(base)):
+            text = f"convert.mtp: copy is not possible, since {base} holds no multi-token-prediction layer"
+            found.append(gates.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base"))
+        return found
+
+    def gate_warnings(self) -> list[str]:
+        """The same as warnings of a dry run, which may come before the prompts; an error once jobs start."""
+        try:
+            return [f"{problem.text}; {problem.fix}" for problem in self.unjudged_gates()]
+        except BadInputError as error:
+            return [error.problem]
+
+    def check_gates(self, rules: Collection[str] = CHAIN) -> None:
+        """Raises BadInputError where a gate of ``rules`` is set and could not be judged once training is done."""
+        if found := self.unjudged_gates(rules):
+            raise BadInputError(
+                "; ".join(problem.text for problem in found), "; ".join(dict.fromkeys(problem.fix for problem in found))
             )
 
     def check_shapes(self, allocations: dict[str, Allocation]) -> None:

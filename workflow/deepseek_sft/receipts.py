@@ -99,7 +99,27 @@ def write(
         "command": sys.argv,
     }
     files.write_json(path, receipt)
+    failed_path(path).unlink(missing_ok=True)
     return receipt
+
+
+def failed_path(receipt: str | Path) -> Path:
+    """Where a stage whose checks failed leaves what it found: ``failed/<rule>.json`` beside the folder of receipts.
+
+    Beside a receipt that is written elsewhere by hand: ``<name>.failed.json``.
+    """
+    path = Path(receipt)
+    if path.parent.name != "receipts":
+        return path.with_suffix(".failed.json")
+    return path.parent.parent / "failed" / path.name
+
+
+def write_failed(receipt: str | Path, rule: str, figures: dict[str, Any]) -> None:
+    """Leave the figures of a failed stage for the report; no stage ever starts from them.
+
+    Format: ``{"rule", "finished", "figures": {"checks": {name: {"passed", "detail"}}, …}}``.
+    """
+    files.write_json(failed_path(receipt), {"rule": rule, "finished": _iso(time.time()), "figures": figures})
 
 
 def read(path: str | Path, rule: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import subprocess
 from typing import Any
 
 import jinja2
@@ -103,3 +104,15 @@ def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
 
 def _quoted(value: Any) -> str:
     return shlex.quote(str(value))
+
+
+def node_memory_mb(partition: str, nodes: int = 1) -> int | None:
+    """Memory that each of ``nodes`` nodes of a partition has for jobs, in MB; None where sinfo does not say it."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%N %m", *(["--partition", partition] if partition else [])]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    pairs = [line.split() for line in answer.stdout.splitlines() if len(line.split()) == 2]
+    found = sorted({name: int(size) for name, size in pairs if size.isdigit()}.values(), reverse=True)
+    return found[nodes - 1] if answer.returncode == 0 and len(found) >= nodes else None

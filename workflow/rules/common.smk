@@ -12,7 +12,7 @@ from snakemake.exceptions import WorkflowError
 
 try:
     from deepseek_sft import chain as stages_chain
-    from deepseek_sft import ending, job_names, locks, place, starting, submission, terminal
+    from deepseek_sft import ending, job_names, locks, place, slurm, starting, submission, terminal
     from deepseek_sft import resources as job_resources
     from deepseek_sft.cluster_jobs import holders
     from deepseek_sft.cluster_jobs import start as cluster_start
@@ -136,6 +136,11 @@ def resources_of_training(wildcards):
     return canonical_json({name: job_resources.value(train, name) for name in stated})
 
 
+def partition_of_training(wildcards):
+    """Argument of plan.py that lets it ask Slurm for the memory of training's nodes."""
+    return f"--partition={job_resources.value(workflow.get_rule('train'), 'slurm_partition')}"
+
+
 def allocation_of_deployment(wildcards):
     """The same for the job that target `serve` submits."""
     return job_resources.deployment(workflow).arguments()
@@ -247,6 +252,7 @@ def check_before_start(workflow):
         if rules <= {"status", "stop"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
+        EXPERIMENT.check_gates(rules)
         if jobs := rules & job_resources.submitted(workflow):
             starting.check_slurm_answers(jobs)
         line = submission.options if submission.is_previewed(workflow) else None
@@ -254,11 +260,14 @@ def check_before_start(workflow):
             TERMINAL.warn(warning)
         if rules & {"prepare_model", "train"}:
             resources = json.loads(resources_of_training(None))
-            EXPERIMENT.check_plan(resources, tokens_are_current="tokenize_data" not in rules)
+            train = job_resources.allocations(workflow).get("train")
+            node_mb = train and slurm.node_memory_mb(train.partition, train.nodes)
+            EXPERIMENT.check_plan(resources, "tokenize_data" not in rules, node_mb)
         EXPERIMENT.write_config()
         job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
-        slurm = submission.is_previewed(workflow)
-        cluster_start.begin(workflow, EXPERIMENT.config["experiment"], Path(LOGS), Path(RESULTS), THIS_PROCESS, slurm)
+        jobs_of_slurm = submission.is_previewed(workflow)
+        name = EXPERIMENT.config["experiment"]
+        cluster_start.begin(workflow, name, Path(LOGS), Path(RESULTS), THIS_PROCESS, jobs_of_slurm)
     except StageError as error:
         raise WorkflowError(str(error))
     build_environments(rules)
@@ -299,5 +308,7 @@ else:
         raise WorkflowError(str(error))
     # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
+        TERMINAL.warn(problem)
+    for problem in EXPERIMENT.gate_warnings():
         TERMINAL.warn(problem)
     job_resources.around_graph(workflow, before=check_targets, after=check_jobs)

@@ -11,6 +11,8 @@ rule plan:
         log_file("plan"),
     benchmark:
         benchmark_file("plan")
+    resources:
+        partition_of_training=partition_of_training,
     params:
         settings=EXPERIMENT.settings("plan"),
         resources=resources_of_training,
@@ -20,7 +22,7 @@ rule plan:
     shell:
         script(
             f"plan.py --settings {{params.settings:q}} --operational {operational_json('plan')} "
-            f"--resources {{params.resources:q}} --output {RESULTS}/plan --receipt {{output.receipt}}"
+            f"--resources {{params.resources:q}} {{resources.partition_of_training:q}} --output {RESULTS}/plan --receipt {{output.receipt}}"
         )
         + show_plan("plan")
 
@@ -37,6 +39,7 @@ rule refine_plan:
         benchmark_file("refine_plan")
     resources:
         training=resources_of_training,
+        partition_of_training=partition_of_training,
     params:
         settings=EXPERIMENT.settings("refine_plan"),
     message:
@@ -44,7 +47,7 @@ rule refine_plan:
     shell:
         script(
             f"plan.py --rule refine_plan --settings {{params.settings:q}} --operational {operational_json('refine_plan')} "
-            f"--resources {{resources.training:q}} --tokens-receipt {{input.tokens}} "
+            f"--resources {{resources.training:q}} {{resources.partition_of_training:q}} --tokens-receipt {{input.tokens}} "
             f"--output {RESULTS}/plan/refined --receipt {{output.receipt}}"
         )
         + show_plan("plan/refined")

@@ -3,6 +3,10 @@
 `.envs/NAME` becomes a link to a virtual environment named by the hash of its lock files, in the store ($ENVS_CACHE,
 default .envs/store). A build that was interrupted is started again; two builders of the same environment wait for each
 other. Uses the standard library alone, since it also builds the workflow's own environment.
+
+    build_env.py train                        builds .envs/train
+    build_env.py --download wheels train      only collects everything that it takes, as wheels, in the folder wheels
+    build_env.py --wheelhouse wheels train    builds it from that folder alone: no network
 """
 
 import fcntl
@@ -56,7 +60,7 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
     run([sys.executable, "-m", "venv", str(folder)])
     python = str(folder / "bin" / "python")
     uv = find_uv()
-    environment = dict(os.environ)
+    environment, fix = dict(os.environ), INDEXES
     if uv:
         environment |= uv_environment(sys.executable)
         base = [uv, "pip", "install", "--quiet", "--python", python, "--compile-bytecode"]
@@ -65,15 +69,18 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip would not compile: each start then costs 10 to 20 s
     if wheelhouse:
         base += ["--no-index", "--find-links", str(wheelhouse.resolve())]
-    run([*base, "-r", str(locks.FOLDER / f"{name}.txt")], environment)
-    without = locks.FOLDER / f"{name}.no-deps.txt"
-    if without.exists():
-        run([*base, "--no-deps", "-r", str(without)], environment)
+        again = f"build_env.py --download {wheelhouse} {name}"
+        fix = (
+            f"read its message above; packages come from {wheelhouse} alone: complete it where there is a network, "
+            f"with the same Python and system, by `{again}`"
+        )
+    for file, options in requirement_files(name):
+        run([*base, *options, "-r", str(file)], environment, fix)
     shim = locks.FOLDER / "shims" / name
     if shim.exists():
         copy = folder / "shim"  # building writes beside the sources, and the checkout may be read-only
         shutil.copytree(shim, copy, ignore=shutil.ignore_patterns("*.egg-info", "build", "__pycache__"))
-        run([*base, "--no-deps", "--no-build-isolation", str(copy)], environment)
+        run([*base, "--no-deps", "--no-build-isolation", str(copy)], environment, fix)
     for program in locks.programs(name):
         place = folder / "bin" / program.name
         place.unlink(missing_ok=True)  # uv may have linked a package's program to its cache
@@ -81,14 +88,30 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
         place.chmod(0o755)
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> None:
+INDEXES = "read its message above; packages come from the indexes that pip is configured with"
+
+
+def run(command: list[str], environment: dict[str, str] | None = None, fix: str = INDEXES) -> None:
     """Run a command with its output on standard error; its failure is ours."""
     code = subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode
     if code:
-        raise CrashError(
-            f"`{' '.join(command)}` failed with exit code {code}",
-            "read its message above; packages come from the indexes that pip is configured with",
-        )
+        raise CrashError(f"`{' '.join(command)}` failed with exit code {code}", fix)
+
+
+def requirement_files(name: str) -> list[tuple[Path, list[str]]]:
+    """The lock files of an environment, each with the options that it is installed with."""
+    without = locks.FOLDER / f"{name}.no-deps.txt"
+    return [(locks.FOLDER / f"{name}.txt", []), *([(without, ["--no-deps"])] if without.exists() else [])]
+
+
+def download(name: str, folder: Path) -> None:
+    """Collect every package of an environment as a wheel, those included that indexes have as sources only."""
+    locks.lock_files(name)  # an unknown name is told here
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, options in requirement_files(name):
+        run([sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(folder), *options, "-r", str(file)])
+    count = len(list(folder.glob("*.whl")))
+    cli.say(f"environment {name}: {count} wheels in {folder}; install with --wheelhouse, same Python and system")
 
 
 def build(name: str, store: Path, wheelhouse: Path | None) -> Path:
@@ -131,10 +154,17 @@ def main() -> None:
     parser.add_argument("name", help="environment: a lock file envs/NAME.txt")
     parser.add_argument("--store", type=Path, help="folder of built environments; default $ENVS_CACHE or .envs/store")
     parser.add_argument("--wheelhouse", type=Path, help="install from this folder of wheels only (no network)")
+    parser.add_argument("--download", type=Path, metavar="FOLDER", help="collect its wheels in FOLDER, build nothing")
     parser.add_argument("--marker", type=Path, help="write what was built to this file (JSON)")
     arguments = parser.parse_args()
     if sys.version_info[:2] != (3, 11):
         raise BadInputError(f"the locks are for Python 3.11, this is {sys.version.split()[0]}", "run with python3.11")
+    if arguments.download:
+        download(arguments.name, arguments.download)
+        return
+    if arguments.wheelhouse and not arguments.wheelhouse.is_dir():
+        again = f"make it where there is a network: build_env.py --download {arguments.wheelhouse} {arguments.name}"
+        raise BadInputError(f"--wheelhouse {arguments.wheelhouse} does not exist", again)
     store = arguments.store or Path(os.environ.get("ENVS_CACHE") or PROJECT / ".envs" / "store")
     try:
         folder = linked(arguments.name)

@@ -3,6 +3,7 @@
   plan.py --config config/config.yaml mine.yaml --resources '{"nodes": 32, "gres": "gpu:8", "mem_mb": 1900000}'
   plan.py … --explain                  every number with its formula; docs/planning.md has reasons and sources
   plan.py … --sweep nodes=16,32 sequence_parallel=1,4,8 micro_batch=1,2 strategy=zero3,zero3_offload
+  plan.py --model deepseek-r1 --resources …   a public model's shape in place of model.base: nothing is downloaded
   plan.py … --fit                      the fewest nodes for this experiment
   plan.py … --tokens-receipt R         with counted tokens in place of estimates
 
@@ -18,24 +19,31 @@ from typing import Any
 import _bootstrap  # noqa: F401
 import yaml
 
-from deepseek_sft import cli, config, files, receipts
+from deepseek_sft import cli, config, files, receipts, slurm
 from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.planning import alternatives, gate, load, show
-from deepseek_sft.planning import plan as planning
+from deepseek_sft.planning.remedies import for_the_disk, suffices
 from deepseek_sft.planning.resources import read_resources
+
+DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
 
 
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, nargs="+", metavar="FILE", help="configuration files, merged in order")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--config", type=Path, nargs="+", metavar="FILE", help=f"configuration files, merged in order [{DEFAULT.name}]"
+    )
     source.add_argument("--settings", help="what the workflow passes: the settings a plan depends on, a JSON object")
+    parser.add_argument("--model", choices=load.shapes(), help="a public model's shape in place of model.base")
+    parser.add_argument("--partition", help="partition of the nodes, to ask Slurm how much memory they have")
     parser.add_argument("--operational", default="{}", help="settings that only steer the run, a JSON object")
     parser.add_argument("--resources", default="{}", help="resources of rule train, a JSON object")
     parser.add_argument("--tokens-receipt", type=Path, help="receipt of tokenize_data")
     parser.add_argument("--samples", type=int, help="rows, where tokens are not counted yet")
     parser.add_argument("--mean-length", type=float, help="tokens of a row on average")
     parser.add_argument("--longest-row", type=int, help="tokens of the longest row")
+    parser.add_argument("--storage-tb", type=float, help="space for results in TB, where it is not what is free here")
     parser.add_argument("--sweep", nargs="+", metavar="KEY=VALUES", help=f"table over {', '.join(alternatives.KEYS)}")
     parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=False, help="the fewest nodes that fit")
     parser.add_argument("--explain", action=argparse.BooleanOptionalAction, default=False, help="show formulas")
@@ -56,7 +64,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
         found = config.merge(found, cli.json_object("--operational", args.operational))
     else:
         merged: dict[str, Any] = {}
-        for path in args.config:
+        for path in args.config or [DEFAULT]:
             try:
                 content = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (OSError, yaml.YAMLError) as error:
@@ -64,8 +72,11 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
             if not isinstance(content, dict):
                 raise BadInputError(f"configuration {path} is not a mapping of keys to values")
             merged = config.merge(merged, content)
+        if args.model:
+            merged = config.merge(merged, {"model": {"base": str(load.SHAPES / args.model), "tiny": None}})
         found = config.resolve(merged)
-    stated = {"samples": args.samples, "mean_length": args.mean_length, "longest_row": args.longest_row}
+    names = ("samples", "mean_length", "longest_row", "storage_tb")
+    stated = {name: getattr(args, name) for name in names}
     found["plan"] = found["plan"] | {key: value for key, value in stated.items() if value is not None}
     return found
 
@@ -81,33 +92,33 @@ def main() -> None:
     if args.tokens_receipt:
         tokens = receipts.read(args.tokens_receipt, "tokenize_data")
         inputs["tokens"] = receipts.input_entry(args.tokens_receipt)
-    plan = load.from_config(settings, resources, tokens)
+    node_mb = slurm.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
+    plan = load.from_config(settings, resources, tokens, node_mb)
     gate.check_possible(plan)
     if args.sweep and args.fit:
         raise BadInputError("--sweep and --fit are two questions", "ask one at a time")
     if args.sweep:
         found = alternatives.sweep(plan, alternatives.parse_sweep(args.sweep))
         if args.json:
-            rows = [{"settings": chosen, **planning.figures(changed)} for chosen, changed in found]
+            rows = [{"settings": chosen, **show.figures(changed)} for chosen, changed in found]
             print(json.dumps(rows, indent=2))
         else:
             print(show.sweep_table(plan, found))
         if alternatives.recommend(changed for _, changed in found) is None:
             raise GateError(
-                "none of these alternatives fits", "; ".join(gate.advice(plan) or ["sweep over more nodes, or --fit"])
+                "none of these alternatives fits", "; ".join(for_the_disk(plan) or ["sweep over more nodes, or --fit"])
             )
         return
     if args.fit:
-        fewest = alternatives.fewest_nodes(plan)
+        fewest = alternatives.fewest_nodes(plan, suffices)  # nodes do not change the disk, which is judged below
         if fewest is None:
-            others = ["a larger sequence_parallel_size, a smaller micro_batch_size, or zero3_offload"]
             raise GateError(
                 f"this experiment fits no number of nodes up to {alternatives.MOST_NODES}: {plan.binding}",
-                "; ".join(gate.advice(plan) or others),
+                "a larger sequence_parallel_size, a smaller micro_batch_size, or zero3_offload",
             )
         plan = fewest
         cli.say(f"fewest nodes: {plan.cluster.nodes}")
-    figures = planning.figures(plan)
+    figures = show.figures(plan)
     written = show.text(plan, args.explain)
     print(json.dumps(figures, indent=2) if args.json else written)
     if args.output:

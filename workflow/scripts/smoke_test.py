@@ -63,7 +63,12 @@ def main() -> None:
         api_key=os.environ.get("VLLM_API_KEY", ""),
     )
     cli.say(f"smoke test of {arguments.model} at {arguments.url}")
-    report = smoke.run(server, settings, arguments.transcript, record)
+    try:
+        report = smoke.run(server, settings, arguments.transcript, record)
+    except smoke.ChecksFailed as failed:
+        left = {"checks": failed.report.checks, "skipped": failed.report.skipped} | failed.report.figures
+        receipts.write_failed(arguments.receipt, "smoke_test", left)
+        raise
     inputs = {}
     if arguments.model_receipt:
         inputs["verify_model"] = receipts.input_entry(arguments.model_receipt)

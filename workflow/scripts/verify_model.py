@@ -63,13 +63,15 @@ def main() -> None:
     result = verify.verify(args.model, base, checkpoint, bound, args.full, max(1, args.workers), wanted)
     for name, check in result.checks.items():
         cli.say(f"FAILED  {name}" if check.failures else f"passed  {name}: {check.detail}")
+    checks = {n: {"passed": not check.failures, "detail": check.detail} for n, check in result.checks.items()}
+    if not all(check["passed"] for check in checks.values()):
+        receipts.write_failed(args.receipt, "verify_model", result.figures | {"checks": checks})
     result.require(args.model)
     inputs = {"base": {"path": str(args.base), "fingerprint": base.fingerprint}}
     if checkpoint:
         inputs["checkpoint"] = {"path": str(args.checkpoint), "fingerprint": checkpoint.fingerprint}
     shown = ("dtype", "mtp", "learning_rate", "steps", "weight_decay", "adam_betas", "balance_bias_speed", "full")
     settings = {name: getattr(args, name) for name in shown}
-    checks = {n: {"passed": not check.failures, "detail": check.detail} for n, check in result.checks.items()}
     receipts.write(
         args.receipt,
         "verify_model",

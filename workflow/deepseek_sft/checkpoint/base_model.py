@@ -137,6 +137,16 @@ def open_model(folder: Path, *, config: dict[str, Any] | None = None) -> BaseMod
     return BaseModel(folder, config, tensors, expected, mtp, files, quantised, _fingerprint(config, files))
 
 
+def lacks_prediction_layer(folder: Path) -> bool:
+    """Whether a model folder's index says that it holds no multi-token-prediction layer; False where it is silent."""
+    try:
+        names = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return not any(release.is_mtp(config, name) for name in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # prepare_model says what is wrong with it
+
+
 def _check_tensors(
     folder: Path,
     tensors: dict[str, StoredTensor],

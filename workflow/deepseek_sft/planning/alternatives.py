@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import BadInputError
@@ -90,46 +90,19 @@ def recommend(plans: Iterable[Plan]) -> Plan | None:
     return min(fitting, key=lambda p: (round(seconds_per_token(p), 9), p.limits[0].share), default=None)
 
 
-def fewest_nodes(plan: Plan) -> Plan | None:
+def _fits(plan: Plan) -> bool:
+    return plan.verdict != MISFIT
+
+
+def fewest_nodes(plan: Plan, judge: Callable[[Plan], bool] = _fits) -> Plan | None:
     """The same experiment on the fewest nodes on which it fits; None where none does up to ``MOST_NODES``."""
     high = 1
-    while change(plan, nodes=high).verdict == MISFIT:
+    while not judge(change(plan, nodes=high)):
         high *= 2
         if high > MOST_NODES:
             return None
     low = high // 2  # does not fit, or 0
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if change(plan, nodes=middle).verdict != MISFIT else (middle, high)
+        low, high = (low, middle) if judge(change(plan, nodes=middle)) else (middle, high)
     return change(plan, nodes=high)
-
-
-def nearest(plan: Plan) -> tuple[dict[str, Any], Plan] | None:
-    """The fewest changed settings that make a plan fit: on the same nodes, else on more of them."""
-    ranks, training = plan.cluster.ranks_per_node, plan.training
-    now = {
-        "strategy": training.strategy,
-        "sequence_parallel": training.sequence_parallel_size,
-        "micro_batch": training.micro_batch_size,
-    }
-    options = {
-        "strategy": [training.strategy, *(name for name in STRATEGIES if name != training.strategy)],
-        "sequence_parallel": [size for size in range(1, ranks + 1) if ranks % size == 0],
-        "micro_batch": list(range(1, training.micro_batch_size + 1)),
-    }
-    found = [
-        ({key: value for key, value in settings.items() if value != now[key]}, changed)
-        for settings, changed in sweep(plan, options)
-        if changed.verdict != MISFIT
-    ]
-    if found:
-        return min(found, key=lambda item: (len(item[0]), seconds_per_token(item[1])))
-    more = fewest_nodes(plan)
-    return ({"nodes": more.cluster.nodes}, more) if more else None
-
-
-def as_yaml(settings: dict[str, Any]) -> str:
-    """Changed settings as configuration and profile would say them."""
-    words = [f"train.{FIELDS[key]}: {value}" for key, value in settings.items() if key in FIELDS]
-    words += [f"profile, train: nodes: {value}" for key, value in settings.items() if key == "nodes"]
-    return ", ".join(words)

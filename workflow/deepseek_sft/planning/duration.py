@@ -12,7 +12,6 @@ from .terms import Term, total
 FLOP_SHARE = (0.10, 0.35)  # of dense BF16 peak: small matrix products of single experts at the low end
 NETWORK_SHARE = (0.40, 0.90)  # of the line rate: all-gather of many small parameters at the low end
 MEMORY_SHARE = (0.20, 0.80)  # of host memory bandwidth: Adam on the CPU
-NVLINK_GB_PER_SECOND = 450.0  # each direction of one H100, where all ranks share a node
 ADAM_BYTES = 28  # per parameter: read gradient, weight and two moments, write weight and two moments, fp32
 HOURS, DAYS = 3600, 86400
 
@@ -38,6 +37,7 @@ class Duration:
         step: one step in all.
         run: the whole run with its checkpoints.
         saving_s: seconds between checkpoints as configured, for the fastest and the slowest step.
+        loading_s: reading the base or a checkpoint at each start.
     """
 
     global_batch: int
@@ -52,6 +52,7 @@ class Duration:
     mtbf_s: float
     cadence_s: float
     saving_s: tuple[float, float] | None = None
+    loading_s: float = 0.0
 
     def gpu_hours(self, ranks: int) -> tuple[float, float] | None:
         return (self.run.fastest * ranks / HOURS, self.run.slowest * ranks / HOURS) if self.run else None
@@ -73,7 +74,7 @@ def young_daly(checkpoint_s: float, mtbf_s: float) -> float:
 
 def duration(model: Model, training: Training, samples: Samples, cluster: Cluster, checkpoint: float) -> Duration:
     """Time of a run whose checkpoints take ``checkpoint`` bytes."""
-    groups = cluster.ranks // training.sequence_parallel_size
+    groups = max(1, cluster.ranks // training.sequence_parallel_size)  # 0: refused by gate.check_possible
     batch = training.micro_batch_size * groups * training.gradient_accumulation_steps
     steps = training.max_steps
     if steps is None and samples.rows is not None:
@@ -87,6 +88,7 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         slowest = sum(part.slowest for part in parts)
         step = Range("one step", fastest, slowest, "fastest: max(compute, network) + optimizer; slowest: their sum")
     saved = checkpoint / (cluster.storage_gb_per_second * 1e9)
+    loading = model.bf16_bytes / (cluster.storage_gb_per_second * 1e9)
     run = between = None
     if step:
         limit = 60 * training.save_every_minutes if training.save_every_minutes else math.inf
@@ -94,7 +96,6 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
     if step and steps and between:
         trained = [steps * seconds for seconds in (step.fastest, step.slowest)]
         saves = [max(1, math.ceil(round(s / every, 6))) for s, every in zip(trained, between, strict=True)]
-        loading = model.bf16_bytes / (cluster.storage_gb_per_second * 1e9)
         ends = [seconds + count * saved + loading for seconds, count in zip(trained, saves, strict=True)]
         times = str(saves[0]) if saves[0] == saves[1] else f"{saves[0]} to {saves[1]}"
         formula = f"{steps:,} steps + {times} checkpoints × {saved:,.0f} s + loading {loading:,.0f} s"
@@ -113,7 +114,34 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         mtbf,
         young_daly(saved, mtbf),
         between,
+        loading,
     )
+
+
+LEAD_MARGIN = 1.25  # of the lead over the slowest planned step and a checkpoint
+
+
+def lead_s(found: Duration) -> float:
+    """Seconds before a job's end at which training must be told to stop: it ends its step, then saves."""
+    return LEAD_MARGIN * (found.checkpoint_s + (found.step.slowest if found.step else 0))
+
+
+def starts(found: Duration, cluster: Cluster) -> tuple[int, int] | None:
+    """Jobs that a run takes under the time limit, for the fastest and the slowest step; None where not known.
+
+    Each job loads the base or a checkpoint, and is stopped before its end to save. 0 where a job has no time to train.
+    """
+    if not (found.run and found.step and cluster.runtime_minutes):
+        return None
+    limit = 60 * cluster.runtime_minutes
+    ends = []
+    for run, step in ((found.run.fastest, found.step.fastest), (found.run.slowest, found.step.slowest)):
+        if run <= limit:
+            ends.append(1)
+            continue
+        useful = limit - max(cluster.signal_lead_s or 0, found.checkpoint_s + step) - found.loading_s
+        ends.append(math.ceil((run - found.loading_s) / useful) if useful > step else 0)
+    return ends[0], ends[1]
 
 
 def _traffic(model: Model, training: Training) -> Term:
@@ -146,7 +174,7 @@ def _parts(
         speed, crossing = cluster.node_gb_per_second, (cluster.nodes - 1) / cluster.nodes
         link = f"{cluster.node_gb_per_second:g} GB/s per node"
     else:
-        speed, crossing = NVLINK_GB_PER_SECOND, (cluster.ranks - 1) / cluster.ranks
+        speed, crossing = cluster.nvlink_gb_per_second, (cluster.ranks - 1) / cluster.ranks
         link = f"NVLink {speed:g} GB/s"
     moved = training.gradient_accumulation_steps * traffic.value * crossing
     least = 3 * moved / traffic.value * training.width * model.trained  # the recomputation's gather reused
@@ -188,5 +216,6 @@ def figures(found: Duration, cluster: Cluster) -> dict[str, Any]:
         result["checkpoint_cadence_steps"] = list(found.cadence_steps() or ())
     if found.run:
         result |= {"run_fastest_s": round(found.run.fastest), "run_slowest_s": round(found.run.slowest)}
+        result["starts"] = list(starts(found, cluster) or ())
         result["gpu_hours"] = [round(hours, 1) for hours in found.gpu_hours(cluster.ranks) or ()]
     return result

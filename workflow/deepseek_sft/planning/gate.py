@@ -3,7 +3,9 @@
 from ..cli import say
 from ..errors import BadInputError, GateError
 from . import alternatives
-from .plan import MISFIT, Plan, profile_lines
+from .advice import profile_lines
+from .plan import MISFIT, Plan
+from .remedies import for_the_disk, remedies
 
 
 def check_possible(plan: Plan) -> None:
@@ -23,21 +25,23 @@ def stop_unless_it_fits(plan: Plan, on_misfit: str) -> None:
     if plan.verdict != MISFIT:
         return
     if on_misfit == "warn":
-        say(f"warning: the plan does not fit: {plan.binding}")
+        say(f"warning: the plan does not fit: {plan.exceeded}")
         return
-    near = alternatives.nearest(plan)
-    fixes = [f"profile, set-resources: train: {line}" for line in profile_lines(plan)]
-    if near:
-        fixes.append(f"nearest that fits: {alternatives.as_yaml(near[0])}")
-    raise GateError(f"the plan does not fit: {plan.binding}", "; ".join([*fixes, *advice(plan), ANYWAY]))
+    raise GateError(f"the plan does not fit: {plan.exceeded}", "\n       ".join([*ways_out(plan), ANYWAY]))
 
 
 ANYWAY = "to go on all the same, plan.on_misfit: warn"
-DISK_ADVICE = (
-    "lay `results` on a larger file system, lower train.keep_checkpoints, or state what is free with plan.storage_tb"
-)
 
 
-def advice(plan: Plan) -> list[str]:
-    """What helps against a full disk, which neither nodes nor training's settings change."""
-    return [DISK_ADVICE] if any(limit.name == "disk" and limit.share > 1 for limit in plan.limits) else []
+def ways_out(plan: Plan) -> list[str]:
+    """What makes a plan fit, one way a line: settings, nodes, the profile's lines for memory; then the disk."""
+    found = remedies(plan)
+    lines = [f"{'or' if number else 'nearest that fits'}: {one}" for number, one in enumerate(found)]
+    short = any(limit.share > 1 for limit in plan.limits if limit.name.startswith("host"))
+    if short and not any("mem_mb" in one.settings for one in found):
+        lines += [
+            f"or more memory: profile, set-resources: train: {line}" for line in profile_lines(plan) if "mem_mb" in line
+        ]
+    if not found and not for_the_disk(plan):
+        lines.append("no setting of training, no memory of these nodes and no number of nodes makes it fit")
+    return [*lines, *for_the_disk(plan)]

@@ -9,16 +9,26 @@ from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
 
+SHAPES = Path(__file__).resolve().parents[3] / "resources/models"  # config.json of public models, sizes alone
+
+
+def shapes() -> list[str]:
+    """Names of the public models whose shapes come with the project."""
+    return sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
+
 
 def model_of(config: dict[str, Any]) -> Model:
     """The model that will be trained: counted from the base's ``config.json``, or from the tiny model's sizes.
 
+    As long as the base is not there, ``plan.model`` stands for it.
+
     Raises:
         BadInputError: no base folder, no ``config.json`` in it, or another architecture.
     """
-    small = config["model"]["tiny"]
+    small, base, named = config["model"]["tiny"], config["model"]["base"], config["plan"].get("model")
     if small is None:
-        return count(release.read_config(Path(config["model"]["base"])))
+        there = base and Path(base, "config.json").is_file()
+        return count(release.read_config(SHAPES / named if named and not there else Path(base)))
     shape = tiny.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
     return count(tiny.config_of(shape))
 
@@ -32,7 +42,10 @@ def free_bytes(folder: str) -> int:
 
 
 def from_config(
-    config: dict[str, Any], resources: dict[str, Any], tokens: dict[str, Any] | None = None
+    config: dict[str, Any],
+    resources: dict[str, Any],
+    tokens: dict[str, Any] | None = None,
+    node_mb: int | None = None,
 ) -> planning.Plan:
     """Plan an experiment.
 
@@ -40,11 +53,12 @@ def from_config(
         config: the resolved configuration.
         resources: what the profile gives to ``train``: nodes, gpus_per_node, mem_mb, runtime, signal_lead_s.
         tokens: receipt of tokenize_data, or None for an estimate.
+        node_mb: memory of a node as Slurm says it; None where it does not.
 
     Raises:
         BadInputError: what is missing to plan.
     """
     samples = Samples.counted(tokens) if tokens else Samples.estimated(config)
-    cluster = Cluster.from_config(config, resources, free_bytes(config["results"]))
+    cluster = Cluster.from_config(config, resources, free_bytes(config["results"]), node_mb)
     training = Training.from_config(config["train"], config["plan"])
     return planning.make(model_of(config), training, samples, cluster, config["convert"]["dtype"])

@@ -11,6 +11,7 @@ from .settings import MB, Cluster, Samples, Training
 from .terms import Term, show, total
 
 FITS, TIGHT, MISFIT = "fits", "tight", "does not fit"
+DISK = "disk"
 TIGHT_SHARE = 0.93  # above this share of a limit a plan is called tight
 MARGIN = 1.05  # of memory asked from Slurm over what is planned
 
@@ -63,7 +64,7 @@ class Plan:
         """What is judged, the most used first."""
         found = [
             Limit("host memory per node", total(self.host), self.cluster.host_bytes, "profile, train: mem_mb"),
-            Limit("disk", total(self.disk), self.cluster.storage_bytes, "plan.storage_tb, or free space of results"),
+            Limit(DISK, total(self.disk), self.cluster.storage_bytes, "plan.storage_tb, or free space of results"),
         ]
         if not self.cluster.cpu:
             found.append(Limit("GPU memory per rank", self.device_bytes, self.cluster.gpu_bytes, "plan.gpu_memory_gib"))
@@ -72,6 +73,15 @@ class Plan:
     @property
     def verdict(self) -> str:
         return self.limits[0].verdict
+
+    @property
+    def exceeded(self) -> str:
+        """Every limit that is exceeded, the worst first, in words; empty where none is."""
+        over = [limit for limit in self.limits if limit.share > 1]
+        return "; ".join(
+            f"{limit.name} {show(limit.need, 'B')} of {show(limit.have or 0, 'B')} ({limit.share:.0%})"
+            for limit in over
+        )
 
     @property
     def binding(self) -> str:
@@ -123,56 +133,13 @@ def longest_row_that_fits(plan: Plan) -> int | None:
     return low // size * size
 
 
-def profile_lines(plan: Plan) -> list[str]:
-    """Lines to write into the profile where it gives training less than the plan needs."""
-    cluster, lines = plan.cluster, []
-    if cluster.host_bytes is not None and total(plan.host) > cluster.host_bytes:
-        lines.append(f"mem_mb: {plan.host_mb}   # planned {total(plan.host) / MB:,.0f} MB and {MARGIN - 1:.0%}")
-    save = plan.duration.checkpoint_s + (plan.duration.step.slowest if plan.duration.step else 0)
-    if cluster.signal_lead_s is not None and save > cluster.signal_lead_s:
-        lead = -(-int(2 * save) // 60) * 60
-        lines.append(f'slurm_extra: "--signal=USR1@{lead} …"   # one step and one checkpoint take up to {save:,.0f} s')
-    return lines
-
-
-def notes(plan: Plan) -> list[str]:
-    """What a reader should know that is no limit."""
-    found, run, minutes = [], plan.duration.run, plan.cluster.runtime_minutes
-    if run and minutes and run.slowest > 60 * minutes:
-        jobs = -(-run.slowest // (60 * minutes))
-        found.append(
-            f"the time limit of {minutes} minutes may end the run before its last step: it saves and needs up to "
-            f"{jobs:.0f} jobs; Snakemake's retries continue it"
-        )
-    found += _cadence_note(plan)
-    longest = longest_row_that_fits(plan)
-    if longest is not None and plan.samples.source == "estimated":
-        found.append(
-            f"planned for rows of up to {plan.samples.longest_row:,} tokens; rows of up to {longest:,} fit a GPU"
-        )
-    for limit in plan.limits:
-        if limit.have is None:
-            found.append(f"{limit.name} is not judged: {limit.setting} says nothing")
-    return found
-
-
-def _cadence_note(plan: Plan) -> list[str]:
-    """A sentence where checkpoints come more than twice as rarely or as often as is best: between, little is lost."""
-    between, best = plan.duration.saving_s, plan.duration.cadence_s
-    if between is None or (between[0] <= 2 * best and between[1] >= best / 2):
-        return []
-    training, steps = plan.training, plan.duration.cadence_steps() or (1, 1)
-    minutes = f", train.save_every_minutes: {training.save_every_minutes:g}" if training.save_every_minutes else ""
-    shown = [show(seconds, "s") for seconds in between]
-    return [
-        f"a checkpoint every {shown[0] if shown[0] == shown[1] else ' to '.join(shown)} (train.save_every_steps: "
-        f"{training.save_every_steps}{minutes}); every {show(best, 's')} loses the least time, which is "
-        f"{steps[0]:,} to {steps[1]:,} steps"
-    ]
+def node_has(plan: Plan) -> bool:
+    """Whether a node has the memory that training needs, as far as that is known."""
+    return plan.cluster.node_bytes is None or plan.host_mb * MB <= plan.cluster.node_bytes
 
 
 def figures(plan: Plan) -> dict[str, Any]:
-    """What the receipt and ``--json`` say; every quantity in bytes, seconds or as a plain count."""
+    """What a plan counts, for receipts and ``--json``; every quantity in bytes, seconds or as a plain count."""
     estimator = host_memory.estimator_host_bytes(plan.model, plan.training, plan.cluster)
     return {
         "verdict": plan.verdict,
@@ -203,6 +170,4 @@ def figures(plan: Plan) -> dict[str, Any]:
             }
             for limit in plan.limits
         },
-        "profile_lines": profile_lines(plan),
-        "notes": notes(plan),
     }

@@ -28,6 +28,9 @@ def read_resources(stated: dict[str, Any]) -> dict[str, Any]:
             found[key] = value
     if gpus := Allocation(gres=stated.get("gres") or "").gpus_per_node():
         found.setdefault("gpus_per_node", gpus)
-    if match := re.search(r"--signal=\S*@(\d+)", stated.get("slurm_extra") or ""):
+    for key in ("gres", "slurm_extra"):  # to name the GPU's type, and to keep the other options beside a new signal
+        if stated.get(key):
+            found[key] = str(stated[key])
+    if match := re.search(r"--signal[= ]\S*@(\d+)", stated.get("slurm_extra") or ""):
         found["signal_lead_s"] = int(match[1])
     return found

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BadInputError
+from .gpus import GPUS
 
 GIB, MB = 1 << 30, 1 << 20  # Slurm's MB are powers of two
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -112,6 +113,10 @@ class Cluster:
         failures_per_1000_node_days: how often a node fails.
         runtime_minutes: time limit of the job.
         signal_lead_s: seconds before the limit at which Slurm asks training to save.
+        node_bytes: memory that a node physically has for jobs; None where neither the site nor Slurm says it.
+        gres, slurm_extra: the profile's words.
+        gpu: name of the GPU in planning/gpus.py; None where the configuration names none.
+        nvlink_gb_per_second: between GPUs of a node, each direction.
     """
 
     nodes: int
@@ -126,6 +131,11 @@ class Cluster:
     failures_per_1000_node_days: float
     runtime_minutes: int | None = None
     signal_lead_s: int | None = None
+    node_bytes: float | None = None
+    gres: str = ""
+    slurm_extra: str = ""
+    gpu: str | None = None
+    nvlink_gb_per_second: float = GPUS["h100"].nvlink_gb_per_second
 
     @property
     def ranks(self) -> int:
@@ -136,8 +146,17 @@ class Cluster:
         return self.gpu_bytes is None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], resources: dict[str, Any], storage_bytes: float | None) -> "Cluster":
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        resources: dict[str, Any],
+        storage_bytes: float | None,
+        node_mb: int | None = None,
+    ) -> "Cluster":
         """Shape and memory from the profile's resources of ``train``, speeds from the ``plan`` section.
+
+        Args:
+            node_mb: memory of a node as Slurm says it, in its MB.
 
         Raises:
             BadInputError: the number of ranks per node is not known.
@@ -150,7 +169,7 @@ class Cluster:
                 'write `gres: "gpu:8"` below set-resources: train: in the profile, or give '
                 """--resources '{"nodes": 32, "gpus_per_node": 8}'""",
             )
-        stated = plan["storage_tb"]
+        stated, physical, gpu = plan["storage_tb"], plan.get("node_memory_gib"), plan.get("gpu")
         return cls(
             nodes=resources.get("nodes", 1),
             ranks_per_node=ranks,
@@ -164,4 +183,9 @@ class Cluster:
             failures_per_1000_node_days=plan["failures_per_1000_node_days"],
             runtime_minutes=resources.get("runtime"),
             signal_lead_s=resources.get("signal_lead_s"),
+            node_bytes=physical * GIB if physical else node_mb * MB if node_mb else None,
+            gres=resources.get("gres", ""),
+            slurm_extra=resources.get("slurm_extra", ""),
+            gpu=None if cpu else gpu,
+            nvlink_gb_per_second=GPUS[gpu or "h100"].nvlink_gb_per_second,
         )

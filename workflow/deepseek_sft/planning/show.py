@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-from . import alternatives, host_memory
+from . import alternatives, gate, host_memory
+from . import plan as planning
+from .advice import notes, profile_lines
 from .device_memory import tokens_per_rank
 from .duration import Duration, Range
-from .plan import MISFIT, Plan, notes, profile_lines
+from .gpus import GPUS
+from .plan import MISFIT, Plan
 from .terms import Term, show, total
 
 WIDTH = 46
@@ -22,6 +25,7 @@ def text(plan: Plan, explain: bool = False) -> str:
         f"run       {training.strategy}, sequence parallel {training.sequence_parallel_size}, micro batch "
         f"{training.micro_batch_size}, accumulation {training.gradient_accumulation_steps}; "
         f"{cluster.nodes} nodes × {cluster.ranks_per_node} {device} ranks",
+        *_gpu(plan),
         f"samples   {rows} rows ({samples.source}), {samples.mean_length:,.0f} tokens on average, "
         f"up to {samples.longest_row:,}; {tokens_per_rank(training, samples):,} tokens per rank and micro batch",
         "",
@@ -38,17 +42,26 @@ def text(plan: Plan, explain: bool = False) -> str:
     return "\n".join([*lines, "", verdict(plan)])
 
 
+def _gpu(plan: Plan) -> list[str]:
+    cluster = plan.cluster
+    if not cluster.gpu:
+        return []
+    memory = show(cluster.gpu_bytes, "B")
+    return [f"gpu       {cluster.gpu}: {cluster.gpu_tflops:g} TFLOP/s BF16, {memory}; {GPUS[cluster.gpu].works}"]
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """What the receipt and ``--json`` say: what is counted, and what is advised."""
+    return planning.figures(plan) | {"profile_lines": profile_lines(plan), "notes": notes(plan)}
+
+
 def verdict(plan: Plan) -> str:
-    """One or two lines: verdict, binding limit, nearest setting that fits."""
+    """Verdict with the limit that is used most, or with every limit that is exceeded and what makes it fit."""
+    if plan.verdict == MISFIT:
+        return "\n".join([f"verdict: does not fit: {plan.exceeded}", *gate.ways_out(plan)])
     limit = plan.limits[0]
     used = f", {show(limit.need, 'B')} of {show(limit.have, 'B')}" if limit.have else ""
-    line = f"verdict: {plan.verdict} ({limit.name}{used})"
-    if plan.verdict != MISFIT:
-        return line
-    near = alternatives.nearest(plan)
-    if near is None:
-        return line + "\nno sequence-parallel size, micro batch, strategy or number of nodes makes it fit"
-    return line + f"\nnearest that fits: {alternatives.as_yaml(near[0])} ({near[1].limits[0].share:.0%} of the limit)"
+    return f"verdict: {plan.verdict} ({limit.name}{used})"
 
 
 def _limits(plan: Plan) -> list[str]:

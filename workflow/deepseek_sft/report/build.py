@@ -16,6 +16,7 @@ from . import (
     calibration,
     collect,
     formatting,
+    glance,
     overview,
     plots,
     plots_experts,
@@ -67,15 +68,19 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
     collect.check_folder(results, logs)
     stages = collect.stages(results, logs)
     metrics = collect.training_metrics(results, stages["train"])
-    planned = stages["refine_plan"] if "refine_plan" in stages else stages["plan"]
+    planned = glance.last_plan(stages)
     compared = calibration.compare(planned, stages["train"], metrics)
     verdict = overview.verdict(stages)
-    views = [_view(results, stage, metrics, samples, compared, planned.rule) for stage in stages.values()]
+    views = [_view(results, stage, metrics, samples, compared, planned) for stage in stages.values()]
     html = page(
         "report.html.j2",
         experiment=formatting.clean(results.name),
         verdict=verdict,
         cards=overview.headline(stages, metrics),
+        failures=glance.failures(stages),
+        facts=glance.facts(stages, collect.config(results), metrics),
+        rejected=glance.rejected(stages),
+        loss=as_figures(plots.training(metrics)[: has_loss(metrics)]),
         stages=views,
         versions=_versions(stages),
         commands=[(view["rule"], view["command"]) for view in views if view["command"]],
@@ -87,7 +92,7 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
         "stages": len(stages),
         "verdict": verdict[1],
         "bytes": len(html.encode()),
-        "plots": sum(len(view["plots"]) for view in views),
+        "plots": has_loss(metrics) + sum(len(view["plots"]) for view in views),
         "planned_against_measured": {one.name: one.text() for one in compared},
         "calibration": {one.name: round(one.difference_share, 4) for one in compared},
     }
@@ -128,10 +133,10 @@ def _view(
     metrics: list[dict[str, Any]],
     samples: int,
     compared: list[calibration.Comparison],
-    last_plan: str,
+    planned: Stage,
 ) -> dict[str, Any]:
     """What the template shows of one stage."""
-    receipt, figures = stage.receipt, stage.figures
+    receipt, figures, last_plan = stage.receipt, stage.figures, planned.rule
     slurm = mapping(receipt.get("slurm"))
     hosts = receipt.get("hosts") if isinstance(receipt.get("hosts"), list) else []
     facts = [
@@ -156,10 +161,19 @@ def _view(
     drawn = []
     if stage.rule == "train":
         loads = collect.expert_loads(results, stage)
-        drawn = [*plots.training(metrics), *plots_experts.experts(loads, metrics)]
+        training = plots.training(metrics)
+        # the loss curve stands at the top of the page
+        drawn = [*training[has_loss(metrics) :], *plots_experts.experts(loads, metrics)]
     elif stage.rule in ("plan", "refine_plan"):
         # beside the last plan before training stands what training used
         drawn = [plots_memory.memory(figures, compared if stage.rule == last_plan else [])]
+        if stage.rule != last_plan:  # the later plan says all of it again
+            drawn, tables, grids = (
+                [],
+                [("estimated here, counted in refine_plan", _changed(figures, planned.figures))],
+                [],
+            )
+            plain = []
     elif stage.rule == "convert_checkpoint":
         drawn = [plots_stages.throughput(figures)]
     elif stage.rule == "smoke_test":
@@ -218,6 +232,22 @@ def _view(
         "settings": formatting.flatten(settings) if settings else [],
         "command": shlex.join(formatting.command_without_secrets(stage.command)),
     }
+
+
+def has_loss(metrics: list[dict[str, Any]]) -> bool:
+    """Whether there is a loss curve to draw."""
+    return bool(len(plots.series(metrics, "loss")[0]))
+
+
+def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, float | None]]:
+    """Rows of those figures of two plans that differ: estimated → counted."""
+    keys = [
+        key for key in first if key in second and first[key] != second[key] and not isinstance(first[key], dict | list)
+    ]
+    return [
+        (formatting.label(key), f"{formatting.value(key, first[key])} → {formatting.value(key, second[key])}", None)
+        for key in keys
+    ]
 
 
 def _grid(key: str, item: Any) -> tuple[str, list[str], list[list[str]]] | None:

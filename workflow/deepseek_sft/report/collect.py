@@ -49,6 +49,7 @@ REMAKES = {
 }
 LOG_LINES = 30
 WARNING = re.compile(r"\bwarning: .*", re.IGNORECASE)
+RANK = re.compile(r"^\d+: ")  # srun's label of the task
 WARNINGS, WARNINGS_READ = 20, 8 << 20  # of one stage: lines shown, bytes of its log that are looked through
 
 
@@ -71,6 +72,8 @@ class Stage:
         note: one sentence on the state, may be empty.
         receipt: the receipt's content; empty unless it could be read.
         source: the receipt's path relative to the results folder.
+        left: figures that a failed stage left instead of a receipt.
+        error: what the newest log says went wrong, and how to mend it; kept for the states that need it.
         log: last lines of the newest log, kept for the states that need it.
         warnings: different warnings of the newest log.
     """
@@ -80,13 +83,15 @@ class Stage:
     note: str = ""
     receipt: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
+    left: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: str = ""
     log: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The receipt's figures, or nothing."""
-        return mapping(self.receipt.get("figures"))
+        """The receipt's figures, else those that a failed stage left, or nothing."""
+        return mapping(self.receipt.get("figures")) or self.left
 
     @property
     def command(self) -> list[str]:
@@ -170,10 +175,13 @@ def _stage(results: Path, logs: Path | None, rule: str) -> Stage:
         if not isinstance(receipt, dict) or receipt.get("rule", rule) != rule:
             raise ValueError(f"it is not a receipt of {rule}")
     except FileNotFoundError:
+        error = last_error(logs / f"{rule}.log") if logs else ""
         if ended := _given_up(logs, rule):
-            return Stage(rule, "failed", ended, log=log)
+            left = mapping(read_json(results / "failed" / f"{rule}.json")).get("figures")
+            place = f"failed/{rule}.json" if left else ""
+            return Stage(rule, "failed", ended, source=place, left=mapping(left), error=error, log=log)
         state, note = ("not finished", "there is a log but no receipt") if log else ("not run", "")
-        return Stage(rule, state, note, log=log)
+        return Stage(rule, state, note, error=error, log=log)
     except (OSError, ValueError, RecursionError) as error:
         return Stage(rule, "unreadable", f"the receipt cannot be read: {error}", source=source, log=log)
     stage = Stage(rule, "complete", receipt=receipt, source=source)
@@ -206,6 +214,21 @@ def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
     except OSError:
         return []
     return [formatting.clean(line, 500) for line in text.rstrip("\n").split("\n")[-lines:]] if text.strip() else []
+
+
+def last_error(path: Path, most: int = 1500) -> str:
+    """The last error that one of our programs told in a log, with its fix; empty where there is none."""
+    found: list[str] = []
+    inside = False
+    for line in log_tail(path, 400):
+        text = RANK.sub("", line)
+        if text.startswith("error: "):
+            found, inside = [text.removeprefix("error: ")], True
+        elif inside and text.startswith("  "):  # what follows an error of ours is indented: details, then the fix
+            found.append(text)
+        else:
+            inside = False
+    return formatting.clean("\n".join(found), most)
 
 
 def log_warnings(path: Path) -> list[str]:

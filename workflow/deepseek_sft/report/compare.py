@@ -62,6 +62,7 @@ def differences(configs: list[dict[str, Any]]) -> list[list[str]]:
 
 
 OVERLAID = (("loss", "losses", "Loss"), ("tokens_per_second", "speeds", "Tokens per second, all ranks"))
+UNITS = {"loss": "nats a token", "tokens_per_second": "tokens / s"}
 
 
 def _overlaid(names: list[str], metrics: list[list[dict[str, Any]]], key: str, name: str, title: str) -> list[Plot]:
@@ -80,6 +81,7 @@ def _overlaid(names: list[str], metrics: list[list[dict[str, Any]]], key: str, n
         drawing.line(axes, steps, values, LINES[number % len(LINES)], label=label, linestyle=style)
     drawing.steps_axis(axes)
     drawing.y_axis(axes, drawing.compact, from_zero=key != "loss")
+    axes.set_ylabel(UNITS[key])
     handles, labels = axes.get_legend_handles_labels()
     below.set_axis_off()
     drawing.legend(below, handles=handles, labels=labels, loc="upper left", labelspacing=0.25)

@@ -18,10 +18,10 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
     steps, loss = series(metrics, "loss")
     if len(steps):
         plots.append(_loss(steps, loss, *series(metrics, "learning_rate")))
-    for key, name, caption in (
-        ("grad_norm", "grad-norm", "Gradient norm before clipping"),
-        ("tokens_per_second", "speed", "Tokens per second, all ranks"),
-        ("memory_gib", "memory", "Memory of the rank with the most, in GiB"),
+    for key, name, caption, title in (
+        ("grad_norm", "grad-norm", "Gradient norm before clipping", "gradient norm"),
+        ("tokens_per_second", "speed", "Tokens per second, all ranks", "tokens / s"),
+        ("memory_gib", "memory", "Memory of the rank with the most, in GiB", "GiB"),
     ):
         steps, values = series(metrics, key)
         if len(steps):
@@ -29,6 +29,7 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
             drawing.line(axes, steps, values, FIRST)
             drawing.steps_axis(axes)
             drawing.y_axis(axes, drawing.compact, from_zero=key != "grad_norm" and values.min() >= 0)
+            axes.set_ylabel(title)
             plots.append(Plot(name, caption, drawing.svg(figure, name, f"{caption} over {len(steps)} steps")))
     return plots
 
@@ -44,7 +45,9 @@ def _loss(steps: np.ndarray, loss: np.ndarray, rate_steps: np.ndarray, rate: np.
     else:
         drawing.line(axes[0], steps, loss, FIRST)
     drawing.y_axis(axes[0], drawing.compact)
+    axes[0].set_ylabel("nats a token")
     if len(rate):
+        axes[1].set_ylabel("rate")
         caption += "; below: learning rate"
         axes[0].tick_params(bottom=False)
         drawing.line(axes[1], rate_steps, rate, SECOND)
@@ -75,6 +78,7 @@ def lengths(statistics: Any) -> Plot | None:
     axes.set_xticks(range(0, len(edges), every), edges[::every])
     axes.set_xlabel("tokens in a sample")
     drawing.y_axis(axes, drawing.compact, from_zero=True)
+    axes.set_ylabel("samples")
     caption = "Samples by length"
     if any(rejected):
         axes.bar(range(len(bins)), rejected, bottom=counts, color=SECOND, **style)

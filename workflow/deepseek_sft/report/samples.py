@@ -14,12 +14,13 @@ HELD_OUT = "held_out_format"  # the smoke test's check that asks all held-out pr
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One chat with the served model; ``title`` is the check that asked."""
+    """One chat with the served model; ``title`` is the check that asked, ``absent`` stands where there is no answer."""
 
     title: str
     question: str
     reasoning: str
     answer: str
+    absent: str = "(none)"
 
 
 def transcript_path(results: Path, smoke_test: Stage) -> Path | None:
@@ -47,15 +48,25 @@ def _chat(entry: dict[str, Any]) -> Sample | None:
     """The chat in one line of the transcript; None for other requests, streams, refusals and what was cut."""
     messages = mapping(entry.get("request")).get("messages")
     try:
-        message = json.loads(entry["response"])["choices"][0]["message"]
+        choice = json.loads(entry["response"])["choices"][0]
+        message = choice["message"]
         reasoning = message.get("reasoning") or message.get("reasoning_content")
-        return _made_sample(entry.get("check"), messages[-1]["content"], reasoning, message.get("content"))
+        absent = _no_answer(reasoning, choice.get("finish_reason"), None)
+        return _made_sample(entry.get("check"), messages[-1]["content"], reasoning, message.get("content"), absent)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
         return None
 
 
 def _made_sample(*texts: Any) -> Sample:
     return Sample(*map(_text, texts))
+
+
+def _no_answer(reasoning: Any, finish_reason: Any, tokens: Any) -> str:
+    """What stands where there is no answer: whether the model was cut, and what it had written by then."""
+    after = f" after {tokens:,} tokens" if drawing.is_number(tokens) else ""
+    if finish_reason == "length":
+        return f"(no answer: cut{after}{', still reasoning' if reasoning else ''})"
+    return "(no answer: the reasoning never closed)" if reasoning else "(none)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +81,13 @@ class Answered:
     reasoning: str
     answer: str
     loss: float | None
+    absent: str = "(none)"
+
+    @property
+    def base_absent(self) -> str:
+        """What stands where the base has no answer."""
+        asked = self.base_reasoning or self.base_answer
+        return _no_answer(self.base_reasoning, None, None) if asked else "(not asked)"
 
     @property
     def before(self) -> str:
@@ -109,6 +127,8 @@ def _answered(entry: dict[str, Any]) -> Answered:
         reasoning=_text(entry.get("reasoning")).strip(),
         answer=_text(entry.get("answer")).strip(),
         loss=_loss(entry.get("loss")),
+        absent=_text(entry.get("problem"))
+        or _no_answer(_text(entry.get("reasoning")).strip(), entry.get("finish_reason"), entry.get("tokens")),
     )
 
 

@@ -56,12 +56,30 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         BadInputError: unreadable, empty, a line that is no sample, or two of one id; names file and line.
     """
-    prompts: dict[str, Prompt] = {}
+    return parse_prompts(read_lines(path)[0], path)
+
+
+def read_lines(path: Path, most: int | None = None) -> tuple[list[str], bool]:
+    """Lines of a file of samples, of its first ``most`` bytes where it is larger; and whether these are all.
+
+    Raises:
+        BadInputError: it cannot be read.
+    """
     try:
+        with open(path, "rb") as stream:
+            content = stream.read(-1 if most is None else most)
+            whole = most is None or not stream.read(1)
+        if not whole:
+            content = content[: content.rfind(b"\n") + 1]
         # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        return content.decode("utf-8").split("\n"), whole
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"held-out prompts {path} cannot be read: {error}") from None
+
+
+def parse_prompts(lines: list[str], path: Path) -> list[Prompt]:
+    """Samples of lines that ``read_lines`` read; raises as ``read_prompts`` does."""
+    prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
             prompt = _prompt(line, f"{path}, line {number}", number)

@@ -71,6 +71,14 @@ class Report:
         say(f"  skipped {name}: {why}")
 
 
+class ChecksFailed(GateError):
+    """At least one check failed; ``report`` has all of them."""
+
+    def __init__(self, problem: str, fix: str, report: Report):
+        super().__init__(problem, fix)
+        self.report = report
+
+
 def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path) -> Report:
     """Run all checks; whatever they find, the transcript and the record of the held-out samples are kept.
 
@@ -80,7 +88,7 @@ def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path)
 
     Raises:
         BadInputError: the held-out samples or a measurement of the base cannot be read.
-        GateError: at least one check failed; lists them.
+        ChecksFailed: at least one check failed; lists them.
         CrashError: the server went away.
     """
     held_out = read_prompts(Path(settings.prompts)) if settings.prompts else []
@@ -109,10 +117,11 @@ def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path)
     failed = {name: entry["detail"] for name, entry in test.report.checks.items() if not entry["passed"]}
     if failed:
         lines = "".join(f"\n  {name}: {detail}" for name, detail in failed.items())
-        raise GateError(
+        raise ChecksFailed(
             f"the served model failed {len(failed)} of {len(test.report.checks)} checks:{lines}",
             f"requests and answers are in {transcript}; the weights already passed verify_model, so look at training "
             "(data, steps) for wrong answers and at serve.* for everything else",
+            test.report,
         )
     return test.report
 
@@ -164,12 +173,15 @@ class _Test:
 
     def _fail_gates_not_judged(self) -> None:
         """A gate that somebody has set and that cannot be judged is not passed."""
-        for name, key in (
-            ("held_out_exact_match", "min_exact_match_rate"),
-            ("held_out_loss", "max_loss"),
-            ("loss_drop", "base_measured"),
-        ):
-            if getattr(self.context.settings, key) is not None and name not in self.report.checks:
+        settings, done = self.context.settings, self.report.checks
+        wanted = {
+            "held_out_exact_match": settings.min_exact_match_rate is not None and "min_exact_match_rate",
+            "held_out_loss": settings.max_loss is not None and "max_loss",
+            "loss_drop": (settings.base_measured is not None and "base_measured")
+            or (settings.min_loss_drop not in (None, SmokeSettings.min_loss_drop) and "min_loss_drop"),
+        }
+        for name, key in wanted.items():
+            if key and name not in done:
                 why = self.report.skipped.pop(name, "no held-out samples are configured")
                 self.report.record(name, False, f"smoke_test.{key} is set (null: not wanted), but not judged: {why}")
 
