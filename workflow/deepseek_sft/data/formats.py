@@ -127,8 +127,8 @@ def from_alpaca(record: Record) -> Messages:
         if not isinstance(texts[field], str):
             raise Rejection("missing_field", f"{field} is not text")
     messages: Messages = []
-    history = record.get("history")
-    for pair in history if history is not None else []:
+    history = [] if empty(record.get("history")) else record["history"]
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise Rejection("missing_field", "history is not a list of [instruction, answer] pairs")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
