@@ -67,10 +67,8 @@ def read_beside(record: dict[str, Any], known: Layout, vocabulary: Vocabulary, l
         else:
             left.add(name, value, known=name in known.side_notes)
     messages = known.convert(record)
-    tools = _tools(found.get(TOOLS, []))
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return Conversation(messages, tools)  # normalise refuses it
-    if found or known.unwanted_system:
+    tools = _tools(found[TOOLS]) if TOOLS in found else []
+    if (found or known.unwanted_system) and _are_messages(messages):  # normalise refuses what is none
         messages = _with_system(messages, found.get(SYSTEM, []), known, left)
         messages = _with_flags(messages, found, known, left)
         for name, value in found.get(REASONING, []):
@@ -78,6 +76,10 @@ def read_beside(record: dict[str, Any], known: Layout, vocabulary: Vocabulary, l
                 messages = _with_reasoning(messages, name, text, known)
     left.prefix = f"{known.list_of_messages}[]." if known.list_of_messages else ""
     return Conversation(messages, tools)
+
+
+def _are_messages(messages: Any) -> bool:
+    return isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
 
 
 def _refuse(name: str, value: Any, meaning: str, left: Leftovers) -> None:

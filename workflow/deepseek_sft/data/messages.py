@@ -12,8 +12,7 @@ What does not fit is rejected with a code of ``REASONS``; nothing is guessed. do
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .fields import IGNORE, LOSS, MEDIA, NOT_LOSS, PLAIN, REASONING, SPANS, Leftovers, Vocabulary, empty, is_switch
 from .fields import plain_name
@@ -85,8 +84,7 @@ def parse_loss(value: Any, name: str = "loss") -> bool | None:
     raise Rejection("invalid_loss", f"{name} is {short(value)}; write true or false")
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """Content of a message taken apart: text, reasoning of thinking blocks, and flags of parts by their names."""
 
     text: str
@@ -238,7 +236,8 @@ def _normalise_one(
     role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
     if role not in ("system", "user", "assistant", "tool"):
         raise Rejection("unsupported_role", f"role {short(role)}")
-    calls, ids = read_calls(message, left)
+    has_calls = "tool_calls" in message or "function_call" in message
+    calls, ids = read_calls(message, left) if has_calls else ([], [])
     content = read_content(message.get("content"), vocabulary, left)
     text = content.text
     thoughts, loss = _read_fields(message, role, content, vocabulary, left)
@@ -292,8 +291,13 @@ def _read_fields(
         elif left is not None and meaning != IGNORE:
             left.add(name, value)
     if left is not None and role != "tool":
-        left.add("tool_call_id", message.get("tool_call_id"))
-        left.add("name", message.get("name"))
+        for name in ("tool_call_id", "name"):
+            if name in message:
+                left.add(name, message[name])
+    return thoughts, _one_loss(flags, content, role) if flags or content.flags else None
+
+
+def _one_loss(flags: list[tuple[str, bool | None]], content: Content, role: str) -> bool | None:
     given = [(name, flag) for name, flag in flags if flag is not None]
     for name, flag in given[1:]:
         if flag != given[0][1]:
@@ -302,7 +306,7 @@ def _read_fields(
     for name, flag in content.flags:
         if flag is not None and flag != (role == "assistant" and loss is not False):
             raise Rejection("invalid_loss", f"{name} of a content part: only whole answers can be trained or not")
-    return thoughts, loss
+    return loss
 
 
 def read_reasoning(name: str, value: Any, left: Leftovers | None) -> str:
