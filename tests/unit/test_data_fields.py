@@ -48,8 +48,8 @@ def run(tmp_path, records, **options):
 DETAILS = [{"type": "reasoning.text", "text": "R", "format": None}]
 REASONED = {
     **{name: chat(user(), assistant(**{name: "R"})) for name in (
-        "thinking", "Thinking", "thought", "thoughts", "think", "reasoning_text", "reasoningContent", "thinking_content",
-        "reasoning-content", "chain_of_thought",
+        "thinking", "Thinking", "thought", "thoughts", "think", "reasoning_text", "reasoningContent",
+        "thinking_content", "reasoning-content", "chain_of_thought",
     )},
     "details": chat(user(), assistant(reasoning_details=DETAILS)),
     "details and the same text": chat(user(), assistant(reasoning="R", reasoning_details=DETAILS)),
@@ -100,6 +100,7 @@ def test_a_switch_of_reasoning_is_no_reasoning_text(tmp_path, value):
 
 
 # ---- flags of training
+
 
 @pytest.mark.parametrize("name", ["train", "training", "trainable", "loss_scale", "loss", "weight", "Train"])
 @pytest.mark.parametrize("value", [False, 0, 0.0, "false"])
@@ -229,7 +230,8 @@ def test_empty_fields_are_not_counted(value):
 @pytest.mark.parametrize("name", ["mask", "train_on_input", "cot", "reasoning_de", "sys", "system_note", "lossMask"])
 @pytest.mark.parametrize("value", [True, 0, "some text"])
 def test_a_field_that_sounds_like_training_fails_the_stage_with_the_line_to_write(tmp_path, name, value):
-    with pytest.raises(BadInputError, match=rf"(?s)messages\[\]\.{name} in 1 of 2 .*data: \{{fields: \{{{name}: ") as error:
+    said = rf"(?s)messages\[\]\.{name} in 1 of 2 .*data: \{{fields: \{{{name}: "
+    with pytest.raises(BadInputError, match=said) as error:
         run(tmp_path, [chat(user("1"), assistant()), chat(user(), assistant(**{name: value}))])
     assert "in.jsonl:2" in str(error.value)
     assert not (tmp_path / "train.jsonl").exists() and (tmp_path / "rejects.jsonl").exists()
@@ -264,9 +266,14 @@ def test_different_names_are_counted_in_bounded_memory(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "loss"),
-    [({"mask": "not loss"}, [False, True]), ({"mask": "loss"}, [True, False]), ({"messages[].mask": "not loss"}, [False, True]),
-     ({"mask": "ignore"}, [True, True]), ({"messages[].mask": "ignore"}, [True, True])],
-)  # fmt: skip
+    [
+        ({"mask": "not loss"}, [False, True]),
+        ({"mask": "loss"}, [True, False]),
+        ({"messages[].mask": "not loss"}, [False, True]),
+        ({"mask": "ignore"}, [True, True]),
+        ({"messages[].mask": "ignore"}, [True, True]),
+    ],
+)
 def test_the_mapping_says_what_a_field_means(given, loss):
     record = chat(user("1"), assistant(mask=1), user("2"), assistant("B", mask=0))
     assert [m["loss"] for m in messages(record, given) if m["role"] == "assistant"] == loss

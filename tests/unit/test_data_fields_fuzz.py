@@ -30,7 +30,8 @@ BASES = {
     "two calls": ({"messages": [user(), called("f", "g"), tool("4"), tool("5"), assistant()]}, "openai"),
 }
 KNOWN = [
-    "loss", "weight", "train", "training", "trainable", "loss_scale", "train_detail", "mask", "masked", "train_on_input",
+    "loss", "weight", "train", "training", "trainable", "loss_scale", "train_detail", "mask", "masked",
+    "train_on_input",
     "reasoning", "reasoning_content", "reasoningContent", "reasoning_details", "reasoning_text", "thinking", "Thinking",
     "think", "thought", "thoughts", "cot", "rationale", "chain_of_thought", "system", "system_prompt", "systemPrompt",
     "sys", "tools", "functions", "tool_calls", "function_call", "tool_call_id", "name", "id", "chosen", "rejected",

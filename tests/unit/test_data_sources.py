@@ -68,7 +68,7 @@ PRETTY = json.dumps(chat(), indent=2)
         ("a.jsonl", f"[\n{PRETTY},\n{PRETTY}\n]\n", "name it a.json"),
         ("a.jsonl", json.dumps([chat(), chat()]), "name it a.json"),
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
-        ("a.jsonl", json.dumps({"messages": json.dumps(chat()["messages"])}), "messages is not a list: it is JSON text"),
+        ("a.jsonl", json.dumps({"messages": json.dumps([user()])}), "messages is not a list: it is JSON text"),
         ("a.jsonl", json.dumps({"conversations": "[]"}), "conversations is missing or not a list: it is JSON text"),
     ],
 )  # fmt: skip
@@ -95,7 +95,9 @@ def test_a_folder_of_save_to_disk_is_called_so(tmp_path):
         find_sources([f"{folder}/*.arrow"])
 
 
-@pytest.mark.parametrize("pattern", ["split=train/*.jsonl", "split=train/a.jsonl", "opennai=x/*.jsonl", "auto=split=train/*"])
+@pytest.mark.parametrize(
+    "pattern", ["split=train/*.jsonl", "split=train/a.jsonl", "opennai=x/*.jsonl", "auto=split=train/*"]
+)
 def test_an_equals_sign_may_belong_to_the_path(tmp_path, monkeypatch, pattern):
     monkeypatch.chdir(tmp_path)
     for folder in ("split=train", "opennai=x"):

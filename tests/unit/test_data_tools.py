@@ -1,4 +1,4 @@
-"""Tools: definitions are carried to train.jsonl as given, arguments are JSON objects, Arrow's nulls are no arguments."""
+"""Definitions of tools are carried as given, arguments are JSON objects, Arrow's nulls are no arguments."""
 
 import datetime
 import json
@@ -61,8 +61,8 @@ def test_arguments_become_the_text_of_a_json_object(given, outcome):
 @pytest.mark.parametrize(
     "given",
     [
-        '{"x": 1', "x=1", "[1]", "7", "null", '"x"', '"\\"{}\\""', '{"x": NaN}', '{"x": -Infinity}', {"x": float("nan")},
-        {"x": float("inf")}, None, 7, [1], "[" * 5000, {"x": datetime.date(2026, 1, 1)}, {"x": b"x"},
+        '{"x": 1', "x=1", "[1]", "7", "null", '"x"', '"\\"{}\\""', '{"x": NaN}', '{"x": -Infinity}',
+        {"x": float("nan")}, {"x": float("inf")}, None, 7, [1], "[" * 5000, {"x": datetime.date(2026, 1, 1)}, {"x": b"x"},
     ],
 )  # fmt: skip
 def test_arguments_that_are_no_json_object_are_rejected(given):

@@ -102,8 +102,8 @@ def tell(figures: dict[str, Any], template: str) -> None:
     """Print what the samples' texts deserve a warning for; the report repeats it."""
     if spelled := figures["answers_spelling_control_tokens"]:
         cli.say(
-            f"warning: {spelled:,} trained answers spell control tokens ({figures['first_spelling']} first): trained as "
-            "ordinary text; most often the data was decoded without skipping special tokens"
+            f"warning: {spelled:,} trained answers spell control tokens ({figures['first_spelling']} first): trained "
+            "as ordinary text; most often the data was decoded without skipping special tokens"
         )
     if (count := figures["records_with_tools"]) and not TEMPLATES[template].renders_tools:
         cli.say(

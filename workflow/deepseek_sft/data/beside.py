@@ -58,7 +58,7 @@ def read_beside(record: dict[str, Any], known: Layout, vocabulary: Vocabulary, l
         if name in own or value is None:
             continue
         meaning = vocabulary.of_record(name)
-        if meaning == MEDIA or meaning == PREFERENCE or meaning == VERDICT or meaning == SPANS:
+        if meaning in (MEDIA, PREFERENCE, VERDICT, SPANS):
             _refuse(name, value, meaning, left)
         elif meaning:
             found.setdefault(meaning, []).append((name, value))

@@ -57,7 +57,7 @@ SHOWN_NAME = 80  # characters of a name in a path
 
 @functools.lru_cache(maxsize=4096)
 def plain_name(name: str) -> str:
-    """A field's name in small letters, its words joined by underscores: ``reasoningContent`` → ``reasoning_content``."""
+    """A field's name in small letters, words joined by underscores: ``reasoningContent`` → ``reasoning_content``."""
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()).strip("_")
 
 

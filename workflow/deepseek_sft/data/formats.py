@@ -317,7 +317,9 @@ FORMATS: dict[str, Format] = {
         list_of_messages="conversations",
     ),
     "openthoughts-columns": Format(
-        *(("problem", "deepseek_solution"), from_openthoughts_columns, "OpenThoughts' raw columns: problem, deepseek_*"),
+        ("problem", "deepseek_solution"),
+        from_openthoughts_columns,
+        "OpenThoughts' raw columns: problem, deepseek_*",
         reads=("deepseek_reasoning",),
     ),
     "s1k-1.1": Format(

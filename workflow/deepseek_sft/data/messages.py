@@ -14,8 +14,20 @@ What does not fit is rejected with a code of ``REASONS``; nothing is guessed. do
 import json
 from typing import Any, NamedTuple
 
-from .fields import IGNORE, LOSS, MEDIA, NOT_LOSS, PLAIN, REASONING, SPANS, Leftovers, Vocabulary, empty, is_switch
-from .fields import plain_name
+from .fields import (
+    IGNORE,
+    LOSS,
+    MEDIA,
+    NOT_LOSS,
+    PLAIN,
+    REASONING,
+    SPANS,
+    Leftovers,
+    Vocabulary,
+    empty,
+    is_switch,
+    plain_name,
+)
 from .rejection import Rejection, short
 from .tools import read_calls
 

@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def best_fit(
-    lengths: NDArray[np.int32], capacity: int, originals: Sequence[int] | None = None
-) -> list[list[int]]:
+def best_fit(lengths: NDArray[np.int32], capacity: int, originals: Sequence[int] | None = None) -> list[list[int]]:
     """Best-fit-decreasing bin packing.
 
     Each sample, longest first, goes to the fullest row that still takes it. Rows come out in the order of their

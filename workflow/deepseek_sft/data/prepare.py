@@ -146,7 +146,7 @@ def _problem(figures: Figures, rejects: Path, fail_on_unused: bool, fail_on_empt
         hints = [*filter(None, (hint_on(place, source) for place, source in figures.sources.items()))][:3]
         return BadInputError(
             f"none of {figures.records} records was accepted ({reasons or 'the sources are empty'})",
-            "\n".join([f"first: {first}; all are in {rejects}" if first else "give at least one file with records", *hints]),
+            "\n".join([f"first: {first}; all are in {rejects}" if first else "give a file with records", *hints]),
         )
     if figures.unclear_fields:
         return BadInputError(
