@@ -1,5 +1,6 @@
 """What the rules are given, and which change of the configuration changes it."""
 
+import shlex
 from pathlib import Path
 
 import pytest
