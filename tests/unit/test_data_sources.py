@@ -35,7 +35,9 @@ def test_accepted_of_read_is_told_for_every_source(tmp_path, sources):
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     for path, counts in zip(sources, ("2 of 3", "0 of 2", "0 of 1", "0 of 0"), strict=True):
-        assert any(line.startswith(f"{path}: {counts} records accepted") for line in lines), done.stderr
+        assert any(line.startswith(f"{path}: ") and line.endswith(f"; {counts} records accepted") for line in lines), (
+            done.stderr
+        )
     figures = json.loads((tmp_path / "p.json").read_text())["figures"]["sources"]
     assert [(one["accepted"], one["records"]) for one in figures.values()] == [(2, 3), (0, 2), (0, 1), (0, 0)]
     assert list(figures) == [str(path) for path in sources]

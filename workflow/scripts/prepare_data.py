@@ -97,7 +97,7 @@ def tell(figures: Figures, rejects: Path) -> None:
     for place, source in figures.sources.items():
         chosen = ", ".join(f"{name} {count}" for name, count in sorted(source["formats"].items()))
         counts = f"{source['accepted']:,} of {source['records']:,} records accepted"
-        cli.say(f"{place}: {counts}, read as {chosen or 'no known format'}")
+        cli.say(f"{place}: read as {chosen or 'no known format'}; {counts}")
     for nothing in figures.empty_sources():
         place = nothing.partition(": ")[0]
         hint = source_hint(Path(place))
