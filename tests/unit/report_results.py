@@ -17,6 +17,12 @@ FIGURES: dict[str, dict[str, Any]] = {
         "rejects": {"no assistant turn": 2, "not JSON <b>": 1},
         "turns": 2400,
         "trained_turns": 1100,
+        "sources": {
+            "chats/good.jsonl": {"records": 1000, "accepted": 1000, "formats": {"openai": 1000}, "rejects": {}},
+            "chats/bad.jsonl": {"records": 3, "accepted": 0, "formats": {}, "rejects": {"not JSON <b>": 3}},
+        },
+        "unused_fields": {"messages[].thought_of <i>": {"records": 500, "first": "chats/good.jsonl:1"}},
+        "unclear_fields": {},
     },
     "tokenize_data": {
         "rows": 1000,

@@ -14,8 +14,9 @@ from unit.data_helpers import TOKENIZER, read_lines
 from unit.data_records import RECORDS
 
 from deepseek_sft.data.encoding import load_encoder
-from deepseek_sft.data.messages import REASONS, check_canonical
+from deepseek_sft.data.messages import check_canonical
 from deepseek_sft.data.prepare import convert_record, prepare
+from deepseek_sft.data.rejection import REASONS
 from deepseek_sft.data.samples import Settings, make_samples
 from deepseek_sft.data.sources import RawRecord, find_sources
 from deepseek_sft.errors import BadInputError

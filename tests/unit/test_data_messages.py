@@ -7,7 +7,8 @@ import pytest
 from unit.data_helpers import PROJECT, answer, assistant, called, system, tool, user
 
 from deepseek_sft.data.formats import FORMATS, convert
-from deepseek_sft.data.messages import REASONS, Rejection, check_canonical, json_line, normalise
+from deepseek_sft.data.messages import check_canonical, json_line, normalise
+from deepseek_sft.data.rejection import REASONS, Rejection
 
 R = {"reasoning_content": "R"}
 

@@ -94,6 +94,27 @@ def test_packing_loses_nothing_and_overfills_nothing(lengths, capacity):
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
 
 
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 6)), min_size=1, max_size=20), st.integers(50, 400))
+def test_copies_of_a_sample_never_share_a_packed_row(samples, capacity):
+    lengths = [length for length, copies in samples for _ in range(copies)]
+    originals = [number if copies > 1 else -1 for number, (_, copies) in enumerate(samples) for _ in range(copies)]
+    rows = best_fit(np.array(lengths, np.int32), capacity, originals)
+    assert sorted(n for row in rows for n in row) == list(range(len(lengths)))
+    assert max(sum(lengths[n] for n in row) for row in rows) <= capacity
+    for row in rows:
+        copies = [originals[n] for n in row if originals[n] >= 0]
+        assert len(copies) == len(set(copies))
+
+
+def test_copies_of_a_weighted_record_are_packed_apart(tmp_path):
+    lines = [{"id": f"r{i}", "weight": 3, "messages": [user(f"Q{i}"), answer("R", "A")]} for i in range(6)]
+    lines += [{"id": f"s{i}", "messages": [user(f"P{i}"), answer("R", "A")]} for i in range(6)]
+    figures, packed, _ = run(write_lines(tmp_path / "train.jsonl", lines), "copies", 512, pack=True)
+    rows = [[name.partition("~")[0] for name in row["id"].split(",")] for row in packed]
+    assert figures["samples"] == sum(map(len, rows)) == 24 and len(rows) == 3
+    assert all(len(row) == len(set(row)) for row in rows)
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_tokens_do_not_depend_on_workers(tmp_path, pack):
     lines = [{"id": f"r{i}", "messages": [user(f"Q{i}"), answer("R", "A" * (i % 9 + 1))]} for i in range(600)]

@@ -1,5 +1,6 @@
 """What the rules are given, and which change of the configuration changes it."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,23 @@ def test_format_prefix_is_not_part_of_a_source_path():
     experiment = demo(data={"sources": ["openai=config/config.yaml"]})
     assert experiment.missing_paths(["prepare_data"]) == []
     assert experiment.state_of_sources()[0].startswith("config/config.yaml: ")
+
+
+def test_meanings_of_fields_reach_prepare_data_where_they_are_not_the_default():
+    data = {"fields": {"mask": "not loss", "a b": "ignore"}, "unused_fields": "fail", "on_empty_source": "fail"}
+    words = shlex.split(demo(data=data).arguments("prepare_data"))
+    assert words[words.index("--fields") :] == [
+        "--fields", "mask=not loss", "a b=ignore", "--unused-fields", "fail", "--on-empty-source", "fail",
+    ]  # fmt: skip
+    plain = shlex.split(demo().arguments("prepare_data"))
+    assert not {"--fields", "--unused-fields", "--on-empty-source"} & set(plain)
+    with pytest.raises(BadInputError, match=r"data\.fields\.mask: 'no' is not allowed"):
+        demo(data={"fields": {"mask": "no"}})
+
+
+def test_path_with_an_equals_sign_is_looked_for_as_it_stands():
+    missing = demo(data={"sources": ["split=train/a.jsonl"]}).missing_paths(["prepare_data"])
+    assert missing[0].startswith("data.sources[0]: split=train/a.jsonl does not exist")
 
 
 def test_source_with_format_and_weight_reaches_prepare_data():

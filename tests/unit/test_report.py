@@ -8,6 +8,8 @@ from unit.report_page import Page, section
 
 from deepseek_sft.report import build, collect, formatting, overview, samples
 
+SOURCES = (("bad", "0 of 3"), ("good", "1,000 of 1,000"))
+
 
 @pytest.fixture
 def results(tmp_path):
@@ -74,6 +76,13 @@ def test_rejects_are_counted_by_reason(page):
     text = Page(section(page, "prepare_data")).text
     assert re.search(r"no assistant turn\s*2", text)
     assert "not JSON <b>" in text
+
+
+def test_sources_and_unused_fields_are_shown_the_lost_source_first(page):
+    text = Page(section(page, "prepare_data")).text
+    bad, good = (re.search(rf"chats/{name}\.jsonl\s*{counts}", text) for name, counts in SOURCES)
+    assert bad.start() < good.start()
+    assert re.search(r"messages\[\]\.thought_of <i>\s*500 of 1,000\s*chats/good\.jsonl:1", text)
 
 
 def test_checks_show_their_verdicts_and_skipped_ones_count_as_neither(page):

@@ -6,7 +6,6 @@ Everything here is a pure function of the configuration, apart from looking at e
 import dataclasses
 import difflib
 import glob
-import re
 import shlex
 import sys
 from collections.abc import Collection
@@ -18,6 +17,7 @@ import yaml
 from . import chain, files, place, receipts
 from . import config as configuration
 from .checkpoint.base_model import lacks_prediction_layer
+from .data.sources import split_argument
 from .errors import BadInputError
 from .planning import duration, gate
 from .planning import load as planning
@@ -89,6 +89,9 @@ class Experiment:
                 *("--output", f"{results}/data/train.jsonl"),
                 *("--rejects", f"{results}/data/rejects.jsonl"),
                 *("--on-invalid", data["on_invalid"]),
+                *(["--fields", *fields] if (fields := [f"{n}={m}" for n, m in data["fields"].items()]) else []),
+                *(["--unused-fields", data["unused_fields"]] if data["unused_fields"] != "warn" else []),
+                *(["--on-empty-source", data["on_empty_source"]] if data["on_empty_source"] != "warn" else []),
             ]
         elif rule == "tokenize_data":
             words = [
@@ -368,7 +371,7 @@ class Experiment:
 
     def _patterns(self) -> list[str]:
         sources = self.config["data"]["sources"]
-        return [_without_format(source) if isinstance(source, str) else source["path"] for source in sources]
+        return [split_argument(source)[1] if isinstance(source, str) else source["path"] for source in sources]
 
     def _weights(self) -> list[float]:
         return [1 if isinstance(source, str) else source.get("weight", 1) for source in self.config["data"]["sources"]]
@@ -376,12 +379,6 @@ class Experiment:
 
 def _source_argument(source: str | dict[str, Any]) -> str:
     return source if isinstance(source, str) else f"{source.get('format', 'auto')}={source['path']}"
-
-
-def _without_format(source: str) -> str:
-    head, separator, tail = source.partition("=")
-    # As prepare_data splits it; a path that exists with its equals sign is meant as it is.
-    return tail if separator and re.fullmatch(r"[A-Za-z0-9_.-]+", head) and not Path(source).exists() else source
 
 
 def _matches(pattern: str) -> list[str]:

@@ -13,9 +13,13 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
+from deepseek_sft.data.fields import MEANINGS, Vocabulary
+from deepseek_sft.data.figures import Figures, described
 from deepseek_sft.data.formats import AUTO, FORMATS
+from deepseek_sft.data.hints import source_hint
 from deepseek_sft.data.prepare import prepare
 from deepseek_sft.data.sources import find_sources
+from deepseek_sft.errors import BadInputError
 
 
 def main() -> None:
@@ -32,9 +36,19 @@ def main() -> None:
     parser.add_argument("--receipt", type=Path, required=True, help="receipt, written last")
     parser.add_argument("--on-invalid", choices=["reject", "fail"], default="reject", help="what a broken record does")
     parser.add_argument("--duplicates", choices=["reject", "keep"], default="reject", help="what a repetition does")
+    parser.add_argument(
+        "--fields", nargs="+", default=[], metavar="NAME=MEANING", help=f"what fields mean: {', '.join(MEANINGS)}"
+    )
+    parser.add_argument(
+        "--unused-fields", choices=["warn", "fail"], default="warn", help="what a field does that nothing uses"
+    )
+    parser.add_argument(
+        "--on-empty-source", choices=["warn", "fail"], default="warn", help="what a source does that gives nothing"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
     arguments = parser.parse_args()
 
+    vocabulary = Vocabulary(given_meanings(arguments.fields))
     sources = find_sources(arguments.source, arguments.weights)
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
     figures = prepare(
@@ -43,6 +57,9 @@ def main() -> None:
         arguments.rejects,
         fail_on_invalid=arguments.on_invalid == "fail",
         keep_duplicates=arguments.duplicates == "keep",
+        vocabulary=vocabulary,
+        fail_on_unused_fields=arguments.unused_fields == "fail",
+        fail_on_empty_source=arguments.on_empty_source == "fail",
         workers=arguments.workers,
     )
     receipts.write(
@@ -54,18 +71,46 @@ def main() -> None:
             "weights": arguments.weights,
             "on_invalid": arguments.on_invalid,
             "duplicates": arguments.duplicates,
+            "fields": dict(vocabulary.given),
+            "unused_fields": arguments.unused_fields,
+            "on_empty_source": arguments.on_empty_source,
         },
         result={"data": str(arguments.output), "rejects": str(arguments.rejects)},
         figures=figures.as_dict(),
     )
+    tell(figures, arguments.rejects)
+
+
+def given_meanings(words: list[str]) -> dict[str, str]:
+    """``NAME=MEANING`` words as a mapping; raises BadInputError."""
+    meanings = {}
+    for word in words:
+        name, separator, meaning = word.rpartition("=")
+        if not separator or not name or meaning not in MEANINGS:
+            raise BadInputError(f"--fields {word!r} says no meaning", f"write NAME=MEANING: {', '.join(MEANINGS)}")
+        meanings[name] = meaning
+    return meanings
+
+
+def tell(figures: Figures, rejects: Path) -> None:
+    """Print what became of sources, fields and records; the report repeats the warnings."""
     for place, source in figures.sources.items():
         chosen = ", ".join(f"{name} {count}" for name, count in sorted(source["formats"].items()))
-        cli.say(f"{place}: read as {chosen or 'no known format'}")
+        counts = f"{source['accepted']:,} of {source['records']:,} records accepted"
+        cli.say(f"{place}: read as {chosen or 'no known format'}; {counts}")
+    for nothing in figures.empty_sources():
+        place = nothing.partition(": ")[0]
+        hint = source_hint(Path(place))
+        cli.say(f"warning: source that gives nothing: {nothing}{f'; {hint}' if hint else ''}")
+    if figures.unused_fields:
+        cli.say(f"warning: fields not used: {described(figures.unused_fields, figures.accepted)}")
+    if figures.with_tools:
+        cli.say(f"{figures.with_tools:,} records define tools, which stand in train.jsonl as `tools`")
     cli.say(f"{figures.accepted} of {figures.records} records accepted, {figures.trained_turns} trained turns")
     if figures.rejected:
         reasons = ", ".join(f"{reason} {count}" for reason, count in figures.rejects.most_common())
-        loud = "warning: " if 2 * figures.rejected > figures.records else ""  # the report repeats warnings
-        cli.say(f"{loud}{figures.rejected} rejected ({reasons}), each with its reason in {arguments.rejects}")
+        loud = "warning: " if 2 * figures.rejected > figures.records else ""
+        cli.say(f"{loud}{figures.rejected} rejected ({reasons}), each with its reason in {rejects}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ nothing.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import _bootstrap  # noqa: F401
 
@@ -94,6 +95,21 @@ def main() -> None:
         f"{figures['samples']} samples, {figures['tokens']} tokens, {figures['trained_tokens']} of them trained; "
         f"{figures['rejected']} rejected"
     )
+    tell(figures, arguments.template)
+
+
+def tell(figures: dict[str, Any], template: str) -> None:
+    """Print what the samples' texts deserve a warning for; the report repeats it."""
+    if spelled := figures["answers_spelling_control_tokens"]:
+        cli.say(
+            f"warning: {spelled:,} trained answers spell control tokens ({figures['first_spelling']} first): trained "
+            "as ordinary text; most often the data was decoded without skipping special tokens"
+        )
+    if (count := figures["records_with_tools"]) and not TEMPLATES[template].renders_tools:
+        cli.say(
+            f"warning: {count:,} records define tools, which template {template} does not render: the model does not "
+            "see them; write them into the system text"
+        )
 
 
 if __name__ == "__main__":

@@ -99,9 +99,9 @@ class Encoder:
         encoded = self.text.encode_batch_fast(others, add_special_tokens=False) if others else []
         return ids | {text: np.array(one.ids, np.int32) for text, one in zip(others, encoded, strict=True)}
 
-    def mentions_control(self, text: str) -> bool:
-        """Whether text spells a control token, which a tokenizer left to itself would have obeyed."""
-        return "<" in text and any(tag in self.control for tag in TAG.findall(text))
+    def mentions_control(self, text: str) -> str:
+        """The first control token that text spells, which a tokenizer left to itself would have obeyed, or nothing."""
+        return next((tag for tag in TAG.findall(text) if tag in self.control), "") if "<" in text else ""
 
 
 def load_encoder(folder: Path, template: str) -> Encoder:

@@ -2,16 +2,21 @@
 (docs/adding-a-format.md).
 
 A format turns a record (a decoded JSON object or Parquet row) into messages of OpenAI's form, which
-``messages.normalise`` then checks; so a format only says where its fields are.
+``messages.normalise`` then checks; so a format only says where its fields are. What stands beside them (system text,
+tools, reasoning, flags) is read by ``beside`` for all formats alike.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .messages import THINK_CLOSE, Rejection
+from .beside import Conversation, read_beside
+from .fields import PLAIN, PREFERENCE, Leftovers, Vocabulary, empty
+from .messages import THINK_CLOSE
+from .rejection import Rejection, short
 
 Record = dict[str, Any]
 Messages = list[dict[str, Any]]
@@ -26,12 +31,26 @@ class Format:
         convert: record → messages of OpenAI's form; raises Rejection.
         summary: one line for --help and the documentation.
         marks: a further test for ``auto``, where fields alone do not tell.
+        reads: further fields of the record that ``convert`` uses.
+        side_notes: fields known to carry nothing for training, however their names sound; counted like others.
+        list_of_messages: the field that holds the messages; empty where the record is one turn, whose answer takes
+            the reasoning and loss that stand beside it.
+        unwanted_system: text that a system message is left out for.
     """
 
     fields: tuple[str, ...]
     convert: Callable[[Record], Messages]
     summary: str
     marks: Callable[[Record], bool] = lambda record: True
+    reads: tuple[str, ...] = ()
+    side_notes: tuple[str, ...] = ()
+    list_of_messages: str = ""
+    unwanted_system: str = ""
+
+    @functools.cached_property
+    def own(self) -> frozenset[str]:
+        """Fields of the record that ``convert`` uses."""
+        return frozenset((*self.fields, *self.reads))
 
     def fits(self, record: Record) -> bool:
         """Whether ``auto`` may take it for this record."""
@@ -40,32 +59,55 @@ class Format:
 
 def from_openai(record: Record) -> Messages:
     """``messages`` as they are."""
-    return record.get("messages")  # type: ignore[return-value]  # normalise refuses what is no list
+    messages = record.get("messages")
+    if text := _as_text(messages):
+        raise Rejection("no_messages", f"messages is not a list{text}")
+    return messages  # type: ignore[return-value]  # normalise refuses what is no list
 
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 
 
 def from_sharegpt(record: Record) -> Messages:
-    """``conversations`` of ``{"from", "value"}`` (or ``role``, ``content``), optionally a ``system`` text beside."""
+    """``conversations`` of ``{"from", "value"}`` (or ``role``, ``content``)."""
     turns = record.get("conversations")
     if not isinstance(turns, list):
-        raise Rejection("no_messages", "conversations is missing or not a list")
+        raise Rejection("no_messages", f"conversations is missing or not a list{_as_text(turns)}")
     messages: Messages = []
-    if record.get("system") is not None:
-        messages.append({"role": "system", "content": record["system"]})
     for number, turn in enumerate(turns, 1):
-        role = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
+        if not isinstance(turn, dict):
+            raise Rejection("invalid_message", f"message {number}: no sender")
+        message = dict(turn)
+        role = _only_one(number, "from", "role", *(_role(message.pop(name, None)) for name in ("from", "role")))
         if not isinstance(role, str):
             raise Rejection("invalid_message", f"message {number}: no sender")
-        content = turn["value"] if turn.get("value") is not None else turn.get("content")
+        content = _only_one(number, "value", "content", message.pop("value", None), message.pop("content", None))
         if role == "function_call":
-            messages.append(
-                {**turn, "role": "assistant", "content": None, "tool_calls": _written_calls(content, number)}
-            )
+            if not empty(turn.get("tool_calls")) or not empty(turn.get("function_call")):
+                raise Rejection("tool_call", f"message {number}: a function call with further calls beside it")
+            message |= {"role": "assistant", "content": None, "tool_calls": _written_calls(content, number)}
         else:
-            messages.append({**turn, "role": SHAREGPT_ROLES.get(role, role), "content": content})
+            message["role"], message["content"] = role, content
+        messages.append(message)
     return messages
+
+
+def _role(name: Any) -> Any:
+    return SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name
+
+
+def _only_one(number: int, first_name: str, second_name: str, first: Any, second: Any) -> Any:
+    """The one of two fields that is given; both may say the same."""
+    if empty(first) or empty(second) or first == second:
+        return second if empty(first) and second is not None else first
+    raise Rejection("invalid_message", f"message {number}: {first_name} and {second_name} differ")
+
+
+def _as_text(value: Any) -> str:
+    """What to do about a list that was written as text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        return ": it is JSON text; decode it (json.loads) before the record is written"
+    return ""
 
 
 def _written_calls(text: Any, number: int) -> list[dict[str, Any]]:
@@ -78,25 +120,20 @@ def _written_calls(text: Any, number: int) -> list[dict[str, Any]]:
 
 
 def from_alpaca(record: Record) -> Messages:
-    """``instruction`` (+ ``input`` on the next line) and ``output``, with optional ``system`` and ``history`` pairs."""
+    """``instruction`` (+ ``input`` on the next line) and ``output``, with optional ``history`` pairs."""
     texts = {}
-    for field in ("instruction", "input", "output", "system"):
+    for field in ("instruction", "input", "output"):
         texts[field] = record.get(field) if record.get(field) is not None else ""
         if not isinstance(texts[field], str):
             raise Rejection("missing_field", f"{field} is not text")
-    messages: Messages = [{"role": "system", "content": texts["system"]}]
-    history = record.get("history")
-    for pair in history if history is not None else []:
+    messages: Messages = []
+    history = [] if empty(record.get("history")) else record["history"]
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise Rejection("missing_field", "history is not a list of [instruction, answer] pairs")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     prompt = "\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-    answer = {name: record[name] for name in ("reasoning_content", "reasoning", "loss", "weight") if name in record}
-    return [
-        *messages,
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": texts["output"], **answer},
-    ]
+    return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": texts["output"]}]
 
 
 THOUGHT_TAGS = re.compile(
@@ -109,7 +146,8 @@ ANSWER_TAGS = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 def from_thought_tags(record: Record) -> Messages:
     """OpenThoughts-114k, Bespoke-Stratos-17k: ShareGPT whose answers are ``<|begin_of_thought|>…<|end_of_solution|>``.
 
-    Their system prompt asks for these very tags; it is left out, since the model trained here writes others.
+    Their system prompt asks for these very tags; it is left out (``unwanted_system``), since the model trained here
+    writes others.
     """
     messages = from_sharegpt(record)
     for number, message in enumerate(messages, 1):
@@ -118,8 +156,10 @@ def from_thought_tags(record: Record) -> Messages:
             continue
         if not (parts := THOUGHT_TAGS.fullmatch(text)) or "_of_thought|>" in parts[1] or "_of_solution|>" in parts[2]:
             raise Rejection("think_tags", f"message {number}: not one thought and one solution between their tags")
+        if not empty(message.get("reasoning_content")):
+            raise Rejection("double_reasoning", f"message {number}: a thought and reasoning_content")
         message |= {"reasoning_content": parts[1].strip(), "content": parts[2].strip()}
-    return [m for m in messages if m["role"] != "system" or "<|begin_of_thought|>" not in str(m["content"])]
+    return messages
 
 
 def has_thought_tags(record: Record) -> bool:
@@ -134,9 +174,7 @@ def has_thought_tags(record: Record) -> bool:
 
 def from_openthoughts_columns(record: Record) -> Messages:
     """OpenThoughts' raw columns: ``problem``, ``deepseek_reasoning`` (or ``reasoning``), ``deepseek_solution``."""
-    reasoning = record.get("deepseek_reasoning")
-    reasoning = record.get("reasoning") if reasoning is None else reasoning
-    return _single_turn(record.get("problem"), reasoning, record.get("deepseek_solution"))
+    return _single_turn(record.get("problem"), record.get("deepseek_reasoning"), record.get("deepseek_solution"))
 
 
 def from_openr1_math(record: Record) -> Messages:
@@ -152,7 +190,11 @@ def from_openr1_math(record: Record) -> Messages:
 
     def column(name: str) -> list[Any]:
         values = record.get(name)
-        return values if isinstance(values, list) and len(values) == len(generations) else [None] * len(generations)
+        if empty(values):
+            return [None] * len(generations)
+        if not isinstance(values, list) or len(values) != len(generations):
+            raise Rejection("missing_field", f"{name} is {short(values)}, not one value for each generation")
+        return values
 
     complete = [
         number
@@ -203,16 +245,33 @@ def from_am_distilled(record: Record) -> Messages:
         info = message["info"] if isinstance(message.get("info"), dict) else {}
         thought, answer, text = info.get("think_content"), info.get("answer_content"), message.get("content")
         if message.get("role") != "assistant":
-            converted.append(message)
+            converted.append(_without_info(message))
         elif isinstance(thought, str) and isinstance(answer, str):
-            converted.append({**message, "reasoning_content": thought, "content": answer.strip()})
+            if not empty(message.get("reasoning_content")):
+                raise Rejection("double_reasoning", "info and reasoning_content both give reasoning")
+            same = isinstance(text, str) and thought.strip() in text and answer.strip() in text
+            converted.append(
+                _without_info(message, "think_content", "answer_content")
+                | {"reasoning_content": thought, "content": answer.strip()}
+                | ({} if same else {"content (beside info)": text})
+            )
         elif isinstance(text, str):
             head, close, tail = text.rpartition(THINK_CLOSE)
             inner = ANSWER_TAGS.fullmatch(tail)
-            converted.append({**message, "content": f"{head}{close}{inner[1].strip()}" if inner else text})
+            content = f"{head}{close}{inner[1].strip()}" if inner else text
+            converted.append(_without_info(message) | {"content": content})
         else:
-            converted.append(message)
+            converted.append(_without_info(message))
     return converted
+
+
+def _without_info(message: dict[str, Any], *used: str) -> dict[str, Any]:
+    """The message with what is left of its ``info`` as fields of their own, so that they are counted."""
+    info = message.get("info")
+    if not isinstance(info, dict):
+        return message
+    rest = {f"info.{name}": value for name, value in info.items() if name not in used}
+    return {name: value for name, value in message.items() if name != "info"} | rest
 
 
 def has_answer_info(record: Record) -> bool:
@@ -234,23 +293,51 @@ def _single_turn(question: Any, reasoning: Any, answer: Any) -> Messages:
 
 # ``auto`` takes the first that fits, so what has more marks comes first.
 FORMATS: dict[str, Format] = {
-    "openr1-math": Format(("problem", "generations"), from_openr1_math, "OpenR1-Math-220k: problem, generations"),
-    "am-r1-distilled": Format(("messages",), from_am_distilled, "AM-DeepSeek-R1-Distilled: info", has_answer_info),
-    "openai": Format(("messages",), from_openai, "messages of {role, content, reasoning_content, tool_calls, loss}"),
+    "openr1-math": Format(
+        *(("problem", "generations"), from_openr1_math, "OpenR1-Math-220k: problem, generations"),
+        reads=("is_reasoning_complete", "correctness_math_verify", "correctness_llama"),
+    ),
+    "am-r1-distilled": Format(
+        ("messages",), from_am_distilled, "AM-DeepSeek-R1-Distilled: info", has_answer_info, list_of_messages="messages"
+    ),
+    "openai": Format(
+        *(("messages",), from_openai, "messages of {role, content, reasoning_content, tool_calls, loss}"),
+        list_of_messages="messages",
+    ),
     "thought-tags": Format(
-        ("conversations",), from_thought_tags, "OpenThoughts, Bespoke-Stratos: <|begin_of_thought|>", has_thought_tags
+        ("conversations",),
+        from_thought_tags,
+        "OpenThoughts, Bespoke-Stratos: <|begin_of_thought|>",
+        has_thought_tags,
+        list_of_messages="conversations",
+        unwanted_system="<|begin_of_thought|>",
     ),
-    "sharegpt": Format(("conversations",), from_sharegpt, "conversations of {from, value}, optional system"),
+    "sharegpt": Format(
+        *(("conversations",), from_sharegpt, "conversations of {from, value}, optional system"),
+        list_of_messages="conversations",
+    ),
     "openthoughts-columns": Format(
-        ("problem", "deepseek_solution"), from_openthoughts_columns, "OpenThoughts' raw columns: problem, deepseek_*"
+        ("problem", "deepseek_solution"),
+        from_openthoughts_columns,
+        "OpenThoughts' raw columns: problem, deepseek_*",
+        reads=("deepseek_reasoning",),
     ),
-    "s1k-1.1": Format(("question", "deepseek_attempt"), from_s1k_deepseek, "s1K-1.1: question, deepseek_*"),
-    "s1k": Format(("question", "thinking_trajectories"), from_s1k, "s1K: question, thinking_trajectories, attempt"),
+    "s1k-1.1": Format(
+        *(("question", "deepseek_attempt"), from_s1k_deepseek, "s1K-1.1: question, deepseek_*"),
+        reads=("deepseek_thinking_trajectory",),
+        side_notes=("cot", "gemini_thinking_trajectory", "thinking_trajectories"),
+    ),
+    "s1k": Format(
+        *(("question", "thinking_trajectories"), from_s1k, "s1K: question, thinking_trajectories, attempt"),
+        reads=("attempt",),
+        side_notes=("cot",),
+    ),
     "chinese-r1-distill": Format(
         ("input", "content", "reasoning_content"), from_chinese_r1, "Chinese-DeepSeek-R1-Distill: input, content"
     ),
     "alpaca": Format(
-        ("instruction", "output"), from_alpaca, "instruction, input, output (also Chinese-DeepSeek-R1-Distill-SFT)"
+        *(("instruction", "output"), from_alpaca, "instruction, input, output (also Chinese-DeepSeek-R1-Distill-SFT)"),
+        reads=("input", "history"),
     ),
 }
 
@@ -270,14 +357,32 @@ def choose(record: Any, name: str = AUTO) -> str:
     for candidate, known in FORMATS.items():
         if known.fits(record):
             return candidate
+    if beside := [name for name, value in record.items() if PLAIN.of_record(name) == PREFERENCE and not empty(value)]:
+        raise Rejection("preference_data", f"{', '.join(beside[:3])} without a conversation of a known format")
     fields = ", ".join(sorted(map(str, record))[:12]) or "none"
     raise Rejection("unknown_format", f"no known format has these fields: {fields}")
 
 
-def convert(record: Any, name: str = AUTO) -> Messages:
-    """Messages of a record in the named format.
+def read(record: Any, name: str, vocabulary: Vocabulary = PLAIN, left: Leftovers | None = None) -> Conversation:
+    """A record in the named format: its messages, not yet normalised, and the tools defined beside them.
+
+    Args:
+        record: as decoded.
+        name: of the format.
+        vocabulary: what the names of fields mean.
+        left: where fields of the record are counted that nothing uses.
 
     Raises:
-        Rejection: those of ``choose`` and of the format.
+        Rejection: those of ``choose``, of the format and of ``beside.read_beside``.
     """
-    return FORMATS[choose(record, name)].convert(record)
+    left = Leftovers(vocabulary) if left is None else left
+    return read_beside(record, FORMATS[choose(record, name)], vocabulary, left)
+
+
+def convert(record: Any, name: str = AUTO) -> Messages:
+    """Messages of a record in the named format, not yet normalised.
+
+    Raises:
+        Rejection: those of ``read``.
+    """
+    return read(record, name).messages

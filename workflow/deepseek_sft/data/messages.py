@@ -12,63 +12,32 @@ What does not fit is rejected with a code of ``REASONS``; nothing is guessed. do
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
+
+from .fields import (
+    IGNORE,
+    LOSS,
+    MEDIA,
+    NOT_LOSS,
+    PLAIN,
+    REASONING,
+    SPANS,
+    Leftovers,
+    Vocabulary,
+    empty,
+    is_switch,
+    plain_name,
+)
+from .rejection import Rejection, short
+from .tools import read_calls
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 
-REASONS = {
-    "invalid_utf8": "the line is not UTF-8",
-    "invalid_json": "the line is not JSON",
-    "not_an_object": "the record is not a JSON object",
-    "unknown_format": "no known format has these fields",
-    "missing_field": "a field of the format is missing or has the wrong type",
-    "no_messages": "the conversation is missing, empty or not a list",
-    "invalid_message": "a message is not an object with a role",
-    "unsupported_role": "a role other than system, developer, user, assistant, tool, function",
-    "tool_call": "a tool call without a name, or whose arguments are neither text nor an object",
-    "tool_output": "tool outputs that do not answer the calls before them one by one, in order",
-    "tool_reasoning": "reasoning where the template knows none: with a tool call, or on a tool's output",
-    "invalid_content": "content is neither text, text parts nor null",
-    "non_text_part": "a content part is not text",
-    "invalid_text": "text that is not valid Unicode (a lone surrogate)",
-    "empty_content": "a user message or an answer without text",
-    "role_order": "roles do not alternate, or an assistant message comes first",
-    "late_system": "a system message after the conversation began",
-    "think_tags": "thinking tags that are not exactly one block at the start of an answer",
-    "double_reasoning": "reasoning given both as a field and as tags in the content",
-    "reasoning_conflict": "two reasoning fields that differ",
-    "misplaced_reasoning": "reasoning on a message that is not the assistant's",
-    "invalid_loss": "loss is not true, false or one of their spellings",
-    "misplaced_loss": "loss asked for on a message that is not the assistant's",
-    "incomplete_reasoning": "no generation whose reasoning is complete",
-    "incorrect": "every complete generation was found wrong",
-    "no_trained_turn": "no assistant message is trained",
-    "duplicate": "the same conversation came before",
-    "invalid_record": "a line of train.jsonl that prepare_data would not have written",
-    "too_long": "longer than max_length",
-    "nothing_left": "no trained token is left within max_length",
-}
-
-_REASONING_FIELDS = ("reasoning_content", "reasoning")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-
-
-class Rejection(Exception):
-    """A record that cannot be used.
-
-    Args:
-        reason: a key of ``REASONS``.
-        message: what is wrong in this very record.
-    """
-
-    def __init__(self, reason: str, message: str = ""):
-        super().__init__(message or REASONS[reason])
-        self.reason = reason
-        self.message = message or REASONS[reason]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Rejection, (self.reason, self.message)
+_THINKING_PARTS = {"thinking": ("thinking", "text"), "reasoning": ("reasoning", "text"), "thought": ("thought", "text")}
+_SWITCHES = ("reasoning", "thinking", "think")  # names that also stand for a mode: reasoning: "on"
+_BASE = ("role", "content", "tool_calls", "function_call", "tool_call_id", "name")  # read by their own rules
 
 
 def json_line(value: Any) -> bytes:
@@ -110,8 +79,8 @@ def split_reasoning(content: str) -> tuple[str, str]:
     return reasoning.strip(), answer.strip("\r\n")
 
 
-def parse_loss(value: Any) -> bool | None:
-    """``loss`` as a boolean, or None where it is not given (missing or null).
+def parse_loss(value: Any, name: str = "loss") -> bool | None:
+    """``loss`` (or a field of the same meaning) as a boolean, or None where it is not given (missing or null).
 
     Accepted: booleans, the numbers 0 and 1, the words "true" and "false" in any case.
 
@@ -124,39 +93,80 @@ def parse_loss(value: Any) -> bool | None:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
-    raise Rejection("invalid_loss", f"loss is {_short(value)}; write true or false")
+    raise Rejection("invalid_loss", f"{name} is {short(value)}; write true or false")
 
 
-def parse_text(content: Any) -> str:
-    """Text of a message's content: a string, a list of text parts (joined by line ends, as servers do), or null.
+class Content(NamedTuple):
+    """Content of a message taken apart: text, reasoning of thinking blocks, and flags of parts by their names."""
+
+    text: str
+    reasoning: str = ""
+    flags: tuple[tuple[str, bool | None], ...] = ()
+
+
+def read_content(content: Any, vocabulary: Vocabulary = PLAIN, left: Leftovers | None = None) -> Content:
+    """A string, a list of text parts (joined by line ends, as servers do) after thinking blocks, or null.
 
     Raises:
-        Rejection: ``invalid_content``, ``non_text_part``.
+        Rejection: ``invalid_content``, ``non_text_part``, ``think_tags``, ``invalid_loss``.
     """
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return Content(content or "")
     if not isinstance(content, list):
-        raise Rejection("invalid_content", f"content is {_short(content)}")
-    texts = []
+        raise Rejection("invalid_content", f"content is {short(content)}")
+    texts: list[str] = []
+    thinking: list[str] = []
+    flags: list[tuple[str, bool | None]] = []
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            continue
+        kind = part.get("type") if isinstance(part, dict) else part
+        field = next((n for n in _thinking_fields(kind) if isinstance(part.get(n), str)), "")
+        if field:
+            if texts:
+                raise Rejection("think_tags", "a thinking block follows text")
+            thinking.append(part[field])
+        elif isinstance(part, dict) and kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            field = "text"
+            texts.append(part[field])
         else:
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise Rejection("non_text_part", f"content part {_short(kind)} is not text")
-    return "\n".join(texts)
+            raise Rejection("non_text_part", f"content part {short(kind)} is not text")
+        if len(part) > 2 or part.keys() - {"type", field}:
+            flags += _rest_of_part(part, field, vocabulary, left)
+    return Content("\n".join(texts), "\n".join(text for text in thinking if text.strip()), tuple(flags))
 
 
-def normalise(messages: Any) -> list[dict[str, Any]]:
+def _thinking_fields(kind: Any) -> tuple[str, ...]:
+    return _THINKING_PARTS.get(kind, ()) if isinstance(kind, str) else ()
+
+
+def _rest_of_part(
+    part: dict[str, Any], field: str, vocabulary: Vocabulary, left: Leftovers | None
+) -> list[tuple[str, bool | None]]:
+    """Flags of a part of content; its other fields are counted."""
+    flags: list[tuple[str, bool | None]] = []
+    for name in part.keys() - {"type", field}:
+        meaning = vocabulary.of_part(name)
+        if meaning in (LOSS, NOT_LOSS):
+            flags.append(_flag(name, part[name], meaning))
+        elif left is not None and meaning != IGNORE:
+            left.add(f"content[].{name}", part[name])
+    return flags
+
+
+def _flag(name: str, value: Any, meaning: str) -> tuple[str, bool | None]:
+    flag = parse_loss(value, name)
+    return name, (not flag) if meaning == NOT_LOSS and flag is not None else flag
+
+
+def normalise(messages: Any, vocabulary: Vocabulary = PLAIN, left: Leftovers | None = None) -> list[dict[str, Any]]:
     """Bring messages of OpenAI's form into the one form of this module.
 
     Args:
-        messages: list of ``{"role", "content"}`` with, optionally, ``reasoning_content`` or ``reasoning``, and ``loss``
-            or OpenAI's ``weight``.
+        messages: list of ``{"role", "content"}`` with, optionally, fields that mean reasoning or loss.
+        vocabulary: what the fields' names mean.
+        left: where fields are counted that nothing uses.
 
     Raises:
         Rejection: with the code and the number of the message (from 1).
@@ -165,10 +175,10 @@ def normalise(messages: Any) -> list[dict[str, Any]]:
         raise Rejection("no_messages")
     system: list[str] = []
     turns: list[dict[str, Any]] = []
-    open_calls: list[str | None] = []  # ids of calls without an output yet
+    open_calls: list[tuple[Any, str]] = []  # ids and names of calls without an output yet
     for number, message in enumerate(messages, 1):
         try:
-            turn, calls = _normalise_one(message)
+            turn, calls = _normalise_one(message, vocabulary, left)
             if turn["role"] == "system":
                 if turns:
                     raise Rejection("late_system")
@@ -176,7 +186,7 @@ def normalise(messages: Any) -> list[dict[str, Any]]:
                 continue
             _check_order(turn, turns[-1] if turns else None)
             if turn["role"] == "tool":
-                _answer_call(message, open_calls)
+                _answer_call(message, open_calls, left)
             elif open_calls:
                 raise Rejection("tool_output", f"{len(open_calls)} calls have no output")
             open_calls += calls
@@ -216,25 +226,34 @@ def _check_order(turn: dict[str, Any], before: dict[str, Any] | None) -> None:
         raise Rejection("role_order", f"{turn['role']} {place}")
 
 
-def _answer_call(message: dict[str, Any], open_calls: list[str | None]) -> None:
+def _answer_call(message: dict[str, Any], open_calls: list[tuple[Any, str]], left: Leftovers | None) -> None:
     if not open_calls:
         raise Rejection("tool_output", "more outputs than calls")
-    call, given = open_calls.pop(0), message.get("tool_call_id")
-    if isinstance(call, str) and isinstance(given, str) and call != given:
-        raise Rejection("tool_output", f"the output is of call {_short(given)}, the next call is {_short(call)}")
+    (call, name), given = open_calls.pop(0), message.get("tool_call_id")
+    if type(call) is type(given) and isinstance(call, str | int):
+        if call != given:
+            raise Rejection("tool_output", f"the output is of call {short(given)}, the next call is {short(call)}")
+    elif left is not None:
+        left.add("tool_call_id", given)
+    if left is not None and message.get("name") != name:
+        left.add("name", message.get("name"))
 
 
-def _normalise_one(message: Any) -> tuple[dict[str, Any], list[str | None]]:
-    """The message in this module's form and the ids of its tool calls."""
+def _normalise_one(
+    message: Any, vocabulary: Vocabulary, left: Leftovers | None
+) -> tuple[dict[str, Any], list[tuple[Any, str]]]:
+    """The message in this module's form, and ids and names of its tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise Rejection("invalid_message")
     role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
     if role not in ("system", "user", "assistant", "tool"):
-        raise Rejection("unsupported_role", f"role {_short(role)}")
-    calls, call_ids = _tool_calls(message)
-    text = parse_text(message.get("content"))
-    reasoning = _reasoning_field(message)
-    loss = _loss_field(message)
+        raise Rejection("unsupported_role", f"role {short(role)}")
+    has_calls = "tool_calls" in message or "function_call" in message
+    calls, ids = read_calls(message, left) if has_calls else ([], [])
+    content = read_content(message.get("content"), vocabulary, left)
+    text = content.text
+    thoughts, loss = _read_fields(message, role, content, vocabulary, left)
+    reasoning = _one_reasoning(thoughts)
     if role == "assistant":
         if reasoning.strip():
             if THINK_OPEN in text or THINK_CLOSE in text:
@@ -246,8 +265,9 @@ def _normalise_one(message: Any) -> tuple[dict[str, Any], list[str | None]]:
             reasoning, answer = split_reasoning(text)
         if calls:
             answer = answer if answer.strip() else ""
-            content = join_reasoning(reasoning, answer)
-            return {"role": role, "content": content, "tool_calls": calls, "loss": loss is not False}, call_ids
+            turn = {"role": role, "content": join_reasoning(reasoning, answer), "tool_calls": calls}
+            names = (call["function"]["name"] for call in calls)
+            return turn | {"loss": loss is not False}, list(zip(ids, names, strict=True))
         if not answer.strip():
             raise Rejection("empty_content", f"no answer{' after the reasoning' if reasoning else ''}")
         return {"role": role, "content": join_reasoning(reasoning, answer), "loss": loss is not False}, []
@@ -262,47 +282,89 @@ def _normalise_one(message: Any) -> tuple[dict[str, Any], list[str | None]]:
     return {"role": role, "content": text}, []
 
 
-def _tool_calls(message: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str | None]]:
-    """Calls in this module's form and their ids, of ``tool_calls`` or the older ``function_call``."""
-    given = message.get("tool_calls") or []
-    if not given and message.get("function_call"):
-        given = [{"function": message["function_call"]}]
-    if not isinstance(given, list):
-        raise Rejection("tool_call", f"tool_calls is {_short(given)}")
-    calls = []
-    for call in given:
-        function = call.get("function") if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name.strip():
-            raise Rejection("tool_call", f"a call without a function's name: {_short(call)}")
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        kind = call.get("type") or "function"
-        if not isinstance(arguments, str) or not isinstance(kind, str):
-            raise Rejection("tool_call", f"arguments of {_short(name)} are {_short(arguments)}")
-        calls.append({"type": kind, "function": {"name": name, "arguments": arguments}})
-    return calls, [call.get("id") for call in given]
+def _read_fields(
+    message: dict[str, Any], role: str, content: Content, vocabulary: Vocabulary, left: Leftovers | None
+) -> tuple[list[str], bool | None]:
+    """Reasoning and loss of a message, by the meanings of its fields; what has none is counted."""
+    thoughts = [content.reasoning] if content.reasoning else []
+    flags: list[tuple[str, bool | None]] = []
+    for name, value in message.items():
+        if name in _BASE or value is None:
+            continue
+        meaning = vocabulary.of_message(name)
+        if meaning in (LOSS, NOT_LOSS):
+            flags.append(_flag(name, value, meaning))
+        elif meaning == REASONING:
+            thoughts.append(read_reasoning(name, value, left))
+        elif meaning == MEDIA and not empty(value):
+            raise Rejection("non_text_part", f"{name} beside the text")
+        elif meaning == SPANS and not empty(value):
+            raise Rejection("invalid_loss", f"{name}: only whole answers can be trained or not")
+        elif left is not None and meaning != IGNORE:
+            left.add(name, value)
+    if left is not None and role != "tool":
+        for name in ("tool_call_id", "name"):
+            if name in message:
+                left.add(name, message[name])
+    return thoughts, _one_loss(flags, content, role) if flags or content.flags else None
 
 
-def _reasoning_field(message: dict[str, Any]) -> str:
-    given = [message[field] for field in _REASONING_FIELDS if message.get(field) is not None]
-    for value in given:
-        if not isinstance(value, str):
-            raise Rejection("invalid_content", f"reasoning is {_short(value)}")
-    texts = {value.strip(): value for value in given if value.strip()}
+def _one_loss(flags: list[tuple[str, bool | None]], content: Content, role: str) -> bool | None:
+    given = [(name, flag) for name, flag in flags if flag is not None]
+    for name, flag in given[1:]:
+        if flag != given[0][1]:
+            raise Rejection("invalid_loss", f"{given[0][0]} and {name} contradict each other")
+    loss = given[0][1] if given else None
+    for name, flag in content.flags:
+        if flag is not None and flag != (role == "assistant" and loss is not False):
+            raise Rejection("invalid_loss", f"{name} of a content part: only whole answers can be trained or not")
+    return loss
+
+
+def read_reasoning(name: str, value: Any, left: Leftovers | None) -> str:
+    """Text of a reasoning field: a string, or of ``reasoning_details`` its text parts.
+
+    A switch (``reasoning: "on"``) is no text; it is counted as unclear.
+
+    Raises:
+        Rejection: ``invalid_content``.
+    """
+    if plain_name(name) in _SWITCHES and is_switch(value) and not (left and name in left.vocabulary.given):
+        if left is not None:
+            left.add(name, value, unclear=True)
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and plain_name(name) == "reasoning_details":
+        return _text_of_details(name, value, left)
+    if empty(value):
+        return ""
+    raise Rejection("invalid_content", f"{name} is {short(value)}, not text")
+
+
+def _text_of_details(name: str, details: list[Any], left: Leftovers | None) -> str:
+    """OpenRouter's ``reasoning_details``; pieces of one index are one text, as they were streamed."""
+    texts: list[str] = []
+    before = None
+    for part in details:
+        if not isinstance(part, dict):
+            raise Rejection("invalid_content", f"{name} holds {short(part)}")
+        if isinstance(part.get("text"), str):
+            joined = part.get("index") is not None and part.get("index") == before
+            texts[-1:] = [texts[-1] + part["text"]] if joined and texts else [*texts[-1:], part["text"]]
+            before = part.get("index")
+        if left is not None:
+            for field in part.keys() - {"type", "text"}:
+                left.add(f"{name}[].{field}", part[field], known=True)
+    if not any(text.strip() for text in texts) and not empty(details):
+        raise Rejection("invalid_content", f"{name} has no text: encrypted or summed-up reasoning cannot be trained")
+    return "\n".join(texts)
+
+
+def _one_reasoning(thoughts: list[str]) -> str:
+    if len(thoughts) < 2:
+        return thoughts[0] if thoughts else ""
+    texts = {" ".join(text.split()): text for text in reversed(thoughts) if text.strip()}
     if len(texts) > 1:
         raise Rejection("reasoning_conflict")
     return next(iter(texts.values()), "")
-
-
-def _loss_field(message: dict[str, Any]) -> bool | None:
-    loss, weight = parse_loss(message.get("loss")), parse_loss(message.get("weight"))
-    if None not in (loss, weight) and loss != weight:
-        raise Rejection("invalid_loss", f"loss is {_short(message['loss'])} but weight is {_short(message['weight'])}")
-    return weight if loss is None else loss
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,139 +1,70 @@
 """Sources → ``train.jsonl`` and ``rejects.jsonl``: every record ends in exactly one of them, in the input's order."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass, field
+import os
 from pathlib import Path
 from typing import Any
 
 from .. import cli, files
 from ..errors import BadInputError
-from .formats import FORMATS, choose
-from .messages import THINK_OPEN, Rejection, escape_separators, json_line, normalise
+from .fields import PLAIN, Leftovers, Vocabulary
+from .figures import Figures, Outcome, described, mapping_to_write
+from .formats import choose, read
+from .hints import source_hint
+from .messages import THINK_OPEN, escape_separators, json_line, normalise
 from .parallel import chunked, ordered_map
+from .rejection import Rejection
 from .sources import RawRecord, Source, read_source
+from .tools import dump, without_filled_nulls
 
 CHUNK_RECORDS = 512
 EXCERPT = 200  # characters of a rejected record kept for reading
-EXAMPLES = 3  # per reason, in the figures
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one record: a line for ``train.jsonl``, or a reason.
-
-    Args:
-        written: the line; empty if the record is rejected.
-        digest: of the messages, for finding duplicates.
-        turns: assistant messages, those with loss, those with reasoning.
-        format: the format it was read in; empty if none was found.
-    """
-
-    source: str
-    record: int
-    line: int | None
-    id: str
-    written: bytes = b""
-    digest: bytes = b""
-    turns: tuple[int, int, int] = (0, 0, 0)
-    reason: str = ""
-    message: str = ""
-    excerpt: str = ""
-    format: str = ""
-
-    @property
-    def place(self) -> str:
-        """File and line (or record) for messages."""
-        return f"{self.source}:{self.line}" if self.line else f"{self.source}, record {self.record}"
-
-
-@dataclass
-class Figures:
-    """Counts of a run, as the receipt carries them.
-
-    ``turns`` are assistant messages of accepted records; ``trained_turns`` those with loss; ``with_reasoning`` those
-    with a thinking block; ``formats`` counts records by the format they were read in, ``sources`` by file.
-    """
-
-    records: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    turns: int = 0
-    trained_turns: int = 0
-    with_reasoning: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, outcome: Outcome) -> None:
-        """Count a record."""
-        self.records += 1
-        source = self.sources.setdefault(outcome.source, {"records": 0, "accepted": 0, "formats": {}})
-        source["records"] += 1
-        if outcome.format:
-            self.formats[outcome.format] += 1
-            source["formats"][outcome.format] = source["formats"].get(outcome.format, 0) + 1
-        if outcome.reason:
-            self.reject(outcome.reason, f"{outcome.place}: {outcome.message}")
-        else:
-            self.accepted += 1
-            source["accepted"] += 1
-            turns, trained, reasoned = outcome.turns
-            self.turns, self.trained_turns = self.turns + turns, self.trained_turns + trained
-            self.with_reasoning += reasoned
-
-    def reject(self, reason: str, example: str) -> None:
-        """Count a rejected record, keeping the first few as examples."""
-        self.rejected += 1
-        self.rejects[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(example)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable figures with sorted reasons."""
-        rejects = dict(sorted(self.rejects.items()))
-        formats = dict(sorted(self.formats.items()))
-        return {**vars(self), "rejects": rejects, "formats": formats, "examples": dict(sorted(self.examples.items()))}
-
-
-def convert_record(raw: RawRecord) -> Outcome:
+def convert_record(raw: RawRecord, vocabulary: Vocabulary = PLAIN) -> Outcome:
     """Decode, convert and check one record."""
-    name = f"{Path(raw.source).name}:{raw.record}"
+    name = f"{os.path.basename(raw.source)}:{raw.record}"  # noqa: PTH119  a Path for every record takes its time
     place = (raw.source, raw.record, raw.line)
     record, chosen = raw.payload, ""
     try:
         if isinstance(record, bytes):
             record = _decode(record)
+        elif raw.source.endswith(".parquet"):
+            record = without_filled_nulls(record)
         if isinstance(record, dict):
             name = _own_id(record) or name
         chosen = choose(record, raw.format)
-        messages = normalise(FORMATS[chosen].convert(record))
+        left = Leftovers(vocabulary)
+        conversation = read(record, chosen, vocabulary, left)
+        messages = normalise(conversation.messages, vocabulary, left)
         text = json.dumps(messages, ensure_ascii=False)
+        tools = dump(conversation.tools, "tool_definitions", "tools") if conversation.tools else ""
+        given = f', "tools": {tools}' if tools else ""
         weight = "" if raw.weight == 1 else f', "weight": {json.dumps(raw.weight)}'
         try:
             written = escape_separators(
-                f'{{"id": {json.dumps(name, ensure_ascii=False)}{weight}, "messages": {text}}}\n'
+                f'{{"id": {json.dumps(name, ensure_ascii=False)}{weight}{given}, "messages": {text}}}\n'
             ).encode()
         except UnicodeEncodeError:
             raise Rejection("invalid_text") from None
         answers = [m for m in messages if m["role"] == "assistant"]
         reasoned = sum(m["content"].startswith(THINK_OPEN) for m in answers)
         turns = (len(answers), sum(m["loss"] for m in answers), reasoned)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return Outcome(*place, name, written, digest, turns, format=chosen)
+        digest = hashlib.blake2b((text + tools).encode(), digest_size=16).digest()
+        unused = tuple(left.paths.items())
+        return Outcome(*place, name, written, digest, turns, format=chosen, unused=unused, tools=bool(tools))
     except Rejection as rejection:
         shown = record.decode("utf-8", "backslashreplace") if isinstance(record, bytes) else _shown(record)
         reason, message = rejection.reason, rejection.message
         return Outcome(*place, name, reason=reason, message=message, excerpt=shown[:EXCERPT], format=chosen)
 
 
-def convert_chunk(chunk: list[RawRecord]) -> list[Outcome]:
+def convert_chunk(chunk: list[RawRecord], vocabulary: Vocabulary = PLAIN) -> list[Outcome]:
     """``convert_record`` over a list, for worker processes."""
-    return [convert_record(raw) for raw in chunk]
+    return [convert_record(raw, vocabulary) for raw in chunk]
 
 
 def prepare(
@@ -143,19 +74,38 @@ def prepare(
     *,
     fail_on_invalid: bool = False,
     keep_duplicates: bool = False,
+    vocabulary: Vocabulary = PLAIN,
+    fail_on_unused_fields: bool = False,
+    fail_on_empty_source: bool = False,
     workers: int = 1,
 ) -> Figures:
     """Read all sources and write both files.
 
-    If no record is accepted, ``rejects`` is still written, since it tells why, but ``output`` is not.
+    Where the stage fails for what all records together show, ``rejects`` is still written, since it tells why, but
+    ``output`` is not.
+
+    Args:
+        sources: files.
+        output: ``train.jsonl``.
+        rejects: ``rejects.jsonl``.
+        fail_on_invalid: stop at the first record that cannot be used.
+        keep_duplicates: accept a conversation again.
+        vocabulary: what the names of fields mean.
+        fail_on_unused_fields: fail where any field is not used, not only one of unclear meaning.
+        fail_on_empty_source: fail where a source gives no record.
+        workers: processes.
 
     Raises:
-        BadInputError: a damaged file, nothing accepted, or an invalid record where ``fail_on_invalid``.
+        BadInputError: a damaged file, nothing accepted, an invalid record where ``fail_on_invalid``, a field of unclear
+            meaning, or what the other two options forbid.
     """
     figures = Figures()
+    figures.expect(str(source.path) for source in sources)
     seen: dict[bytes, int] = {}
     raw = (record for source in sources for record in read_source(source))
-    chunks = ordered_map(convert_chunk, chunked(raw, CHUNK_RECORDS), workers)
+    work = functools.partial(convert_chunk, vocabulary=vocabulary)
+    chunks = ordered_map(work, chunked(raw, CHUNK_RECORDS), workers)
+    problem: BadInputError | None = None
     with files.atomic_open(rejects, "wb") as rejected:
         try:
             with files.atomic_open(output, "wb") as accepted:
@@ -174,22 +124,55 @@ def prepare(
                         else:
                             accepted.write(outcome.written)
                     cli.say(f"{figures.records} records read, {figures.rejected} rejected")
-                if not figures.accepted:
-                    raise _NothingAccepted
-        except _NothingAccepted:
+                problem = _problem(figures, rejects, fail_on_unused_fields, fail_on_empty_source)
+                if problem:
+                    raise _Refused
+        except _Refused:
             pass
-    if not figures.accepted:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in figures.rejects.most_common())
-        first = next(iter(figures.examples.values()), [""])[0]
-        raise BadInputError(
-            f"none of {figures.records} records was accepted ({reasons or 'the sources are empty'})",
-            f"first: {first}; all are in {rejects}" if first else "give at least one file with records",
-        )
+    if problem:
+        raise problem
     return figures
 
 
-class _NothingAccepted(Exception):
+class _Refused(Exception):
     """Leaves the output unwritten while the rejects are kept."""
+
+
+def _problem(figures: Figures, rejects: Path, fail_on_unused: bool, fail_on_empty: bool) -> BadInputError | None:
+    """Why the stage must not succeed, for what all records together show."""
+    if not figures.accepted:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in figures.rejects.most_common())
+        first = next(iter(figures.examples.values()), [""])[0]
+        hints = [*filter(None, (hint_on(place, source) for place, source in figures.sources.items()))][:3]
+        return BadInputError(
+            f"none of {figures.records} records was accepted ({reasons or 'the sources are empty'})",
+            "\n".join([f"first: {first}; all are in {rejects}" if first else "give a file with records", *hints]),
+        )
+    if figures.unclear_fields:
+        return BadInputError(
+            "fields whose names say that they carry training, reasoning or system text are not understood: "
+            + described(figures.unclear_fields, figures.accepted),
+            "say in the configuration (or with --fields NAME=MEANING) what they mean: "
+            + mapping_to_write(figures.unclear_fields, likely=True),
+        )
+    if fail_on_unused and figures.unused_fields:
+        return BadInputError(
+            f"fields not used: {described(figures.unused_fields, figures.accepted)}",
+            "say in the configuration (or with --fields NAME=MEANING) what they mean: "
+            + mapping_to_write(figures.unused_fields),
+        )
+    if fail_on_empty and (nothing := figures.empty_sources()):
+        return BadInputError(
+            f"sources that give nothing: {'; '.join(nothing)}",
+            f"repair them (reasons are in {rejects}), leave them out, or set data.on_empty_source: warn",
+        )
+    return None
+
+
+def hint_on(place: str, source: dict[str, Any]) -> str:
+    """What to do about a source that gave nothing, where its beginning tells."""
+    hint = "" if source["accepted"] else source_hint(Path(place))
+    return f"{place}: {hint}" if hint else ""
 
 
 def _check_duplicate(outcome: Outcome, seen: dict[bytes, int], line: int) -> Outcome:
@@ -198,7 +181,7 @@ def _check_duplicate(outcome: Outcome, seen: dict[bytes, int], line: int) -> Out
     first = seen.setdefault(outcome.digest, line)
     if first == line:
         return outcome
-    message = f"same messages as line {first} of the output"
+    message = f"same messages{' and tools' if outcome.tools else ''} as line {first} of the output"
     excerpt = outcome.written.decode()[:EXCERPT]
     return dataclasses.replace(outcome, written=b"", reason="duplicate", message=message, excerpt=excerpt)
 

@@ -1,6 +1,7 @@
 """One record → samples: which turns each sample trains, and what its history shows."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,9 @@ class Made:
         rejects: (sample id, reason, message).
         untrained: turns marked for training whose loss the ``strip`` policy gave up.
         mentions: whether a text spells a control token.
+        spelled: trained answers that spell a control token, or end in what looks like one of another model.
+        spelling: the first of these spellings.
+        tools: whether the record defines tools.
         too_long: lengths of the samples that were rejected for theirs.
         language: as ``similarity.language`` names it; empty if there is no conversation.
         signature: of the last sample, for finding near duplicates.
@@ -113,6 +117,9 @@ class Made:
     signature: Signature | None = None
     weight: float = 1.0
     copies: int = 1
+    spelled: int = 0
+    spelling: str = ""
+    tools: bool = False
 
 
 class _Rendering:
@@ -165,12 +172,18 @@ def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> li
         try:
             weight = parse_weight(record.get("weight"))
             messages = check_canonical(record.get("messages"))
+            tools = parse_tools(record.get("tools"))
         except Rejection as rejection:
             rejects = [(str(record.get("id", "")), rejection.reason, rejection.message)]
             plans.append(([], Made([], rejects, 0, False)))
             continue
         typed = [_typed(message) for message in messages]
         base = Made([], [], 0, any(map(encoder.mentions_control, typed)), language=language(typed), weight=weight)
+        trained = [text for text, message in zip(typed, messages, strict=True) if message.get("loss")]
+        if spellings := [found for text in trained if (found := spelled_token(text, encoder))]:
+            base = dataclasses.replace(base, spelled=len(spellings), spelling=spellings[0])
+        if tools:
+            base = dataclasses.replace(base, tools=True)
         plans.append((rendering.conversation(messages), base))
     encoded = encoder.encode(rendering.pieces)
     results = []
@@ -193,6 +206,33 @@ def parse_weight(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise Rejection("invalid_record", "the weight is not a positive number")
     return float(value)
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]]:
+    """Definitions of tools of a line of ``train.jsonl``; none where it has none.
+
+    Raises:
+        Rejection: ``invalid_record``.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise Rejection("invalid_record", "tools is not a list of objects")
+    return value
+
+
+# At the end of an answer: <|im_end|>, <|eot_id|>, <|endoftext|>, </s>, <end_of_turn> of dumps that kept them.
+FOREIGN_END = re.compile(r"(<[|｜][^<>|｜\n]{1,60}[|｜]>|</s>|<end_of_turn>|<eos>)\s*\Z")
+
+
+def spelled_token(text: str, encoder: Encoder) -> str:
+    """The control token that an answer spells, or the end token of another model that it ends in; empty if neither."""
+    if "<" not in text:
+        return ""
+    if spelled := encoder.mentions_control(text):
+        return spelled
+    found = FOREIGN_END.search(text, max(0, len(text) - 100))
+    return found[1] if found else ""
 
 
 def to_reply(message: dict[str, Any]) -> Reply:

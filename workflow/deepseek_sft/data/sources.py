@@ -7,13 +7,13 @@ the stage, because how many records it hides cannot be known.
 import codecs
 import difflib
 import gzip
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import cli
 from ..errors import BadInputError, looked_for
 from .formats import AUTO, FORMATS
 from .json_array import ArrayError, array_items
@@ -69,15 +69,35 @@ def find_sources(arguments: list[str], weights: list[float] | None = None) -> li
     for argument, weight in zip(arguments, weights or [1.0] * len(arguments), strict=True):
         if not 0 < weight < float("inf"):
             raise BadInputError(f"source {argument}: weight {weight} is not positive", "leave the source out instead")
-        name, pattern = _split_argument(argument)
+        name, pattern = split_argument(argument)
         for path in _expand(pattern):
             if _kind(path) is None:
                 raise BadInputError(
                     f"source {path} is of no known kind",
-                    f"files end in one of {', '.join(SUFFIXES)}, the JSON ones optionally followed by .gz or .zst",
+                    f"files end in one of {', '.join(SUFFIXES)}, the JSON ones optionally followed by .gz or .zst"
+                    + ("; write Arrow files of datasets as Parquet (to_parquet)" if path.suffix == ".arrow" else ""),
                 )
-            found.setdefault(path.resolve(), Source(path, name, weight))
+            first = found.setdefault(path.resolve(), Source(path, name, weight))
+            if (first.format, first.weight) != (name, weight):
+                cli.say(
+                    f"warning: {path} is named twice; it is read once, as it was first: "
+                    f"format {first.format}, weight {first.weight:g} (not {name}, {weight:g})"
+                )
     return list(found.values())
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """The first bytes of a file, decompressed.
+
+    Raises:
+        BadInputError: the container is damaged.
+    """
+    begin = b""
+    for block in _chunks(path):
+        begin += block
+        if len(begin) >= count:
+            break
+    return begin[:count]
 
 
 def read_source(source: Source) -> Iterator[RawRecord]:
@@ -101,16 +121,37 @@ def read_source(source: Source) -> Iterator[RawRecord]:
                 yield RawRecord(place, name, record, number, line, weight)
 
 
-def _split_argument(argument: str) -> tuple[str, str]:
+def split_argument(argument: str) -> tuple[str, str]:
+    """Format and path or pattern of ``[FORMAT=]PATH``.
+
+    An equals sign may also belong to the path: what stands before it and is no format, nor nearly one, is path, and so
+    is what names files as it stands.
+
+    Raises:
+        BadInputError: nearly the name of a format.
+    """
     head, separator, tail = argument.partition("=")
     known = [AUTO, *FORMATS]
     if separator and head in known:
         return head, tail
-    if separator and re.fullmatch(r"[A-Za-z0-9_.-]+", head) and not Path(argument).exists():
-        near = difflib.get_close_matches(head, known, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise BadInputError(f"source {argument!r}: no format is named {head!r}", f"{hint}known: {', '.join(known)}")
+    near = difflib.get_close_matches(head, known, 1) if separator else []
+    if near and not _matches(argument):
+        raise BadInputError(
+            f"source {argument!r}: no format is named {head!r}",
+            f"did you mean {near[0]}? known: {', '.join(known)}; if it belongs to the path, write ./{argument}",
+        )
     return AUTO, argument
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Files and folders of a path or pattern."""
+    path = Path(pattern)
+    if path.exists():
+        return [path]
+    if not any(character in pattern for character in "*?["):
+        return []
+    root = Path(path.anchor) if path.is_absolute() else Path()
+    return sorted(root.glob(str(path.relative_to(path.anchor))))
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -118,14 +159,16 @@ def _expand(pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise BadInputError(
-            f"source {pattern} is a folder", f"name its files, for example '{pattern.rstrip('/')}/*.jsonl'"
-        )
+        fix = folder_hint(path) or f"name its files, for example '{pattern.rstrip('/')}/*.jsonl'"
+        raise BadInputError(f"source {pattern} is a folder", fix)
     if any(character in pattern for character in "*?["):
-        root = Path(path.anchor) if path.is_absolute() else Path()
-        matches = sorted(match for match in root.glob(str(path.relative_to(path.anchor))) if match.is_file())
-        if matches:
-            return matches
+        matches = _matches(pattern)
+        files = [match for match in matches if match.is_file()]
+        above = {folder for file in files for folder in file.parents}
+        for folder in (match for match in matches if match.is_dir() and match not in above):
+            cli.say(f"warning: {folder} matches {pattern}, but is a folder: nothing of it is read")
+        if files:
+            return files
         raise BadInputError(
             f"source {pattern} matches no file",
             f"check the path; a pattern must match at least one file ({looked_for(pattern)})",
@@ -135,9 +178,22 @@ def _expand(pattern: str) -> list[Path]:
         files = sorted(p.name for p in path.parent.iterdir())
         near = difflib.get_close_matches(path.name, files, 3, 0.5)
     hint = f"did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else "check the path"
-    if not path.parent.is_dir():
+    if "=" in pattern:
+        hint += f"; formats that may stand before the equals sign: {', '.join([AUTO, *FORMATS])}"
+    elif not path.parent.is_dir():
         hint = f"its folder {path.parent} does not exist either; check the path"
     raise BadInputError(f"source {pattern} does not exist", f"{hint} ({looked_for(pattern)})")
+
+
+def folder_hint(path: Path) -> str:
+    """What to do about a folder given as a source, where it is one that `datasets` saved; otherwise empty."""
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        splits = "[split]" if (path / "dataset_dict.json").is_file() else ""
+        return (
+            "save_to_disk of datasets wrote it; write it as Parquet instead: "
+            f'datasets.load_from_disk("{path}"){splits}.to_parquet("{path.name}.parquet")'
+        )
+    return ""
 
 
 def _kind(path: Path) -> str | None:

@@ -27,6 +27,7 @@ class Statistics:
         self.counts: Counter[str] = Counter()
         self.rejects: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, str]]] = {}
+        self.spelling = ""  # of the first trained answer that spells a control token
         self.lengths, self.reasoning, self.answers = array("i"), array("i"), array("i")
         self.too_long = array("i")
         self.languages: Counter[str] = Counter()
@@ -39,6 +40,9 @@ class Statistics:
         self.counts["records"] += 1
         self.counts["untrained_turns"] += made.untrained
         self.counts["records_spelling_control_tokens"] += made.mentions
+        self.counts["answers_spelling_control_tokens"] += made.spelled
+        self.spelling = self.spelling or made.spelling
+        self.counts["records_with_tools"] += made.tools
         self.too_long.extend(made.too_long)
         self.counts["copies"] += made.copies
         self.counts["records_left_out_by_weight"] += not made.copies
@@ -82,7 +86,8 @@ class Statistics:
             "trained_tokens",
             "truncated",
         )
-        counts = {name: self.counts[name] for name in (*names, "records_spelling_control_tokens")}
+        rare = ("records_spelling_control_tokens", "answers_spelling_control_tokens", "records_with_tools")
+        counts = {name: self.counts[name] for name in (*names, *rare)}
         tokens = counts["tokens"]
         return {
             **counts,
@@ -93,6 +98,7 @@ class Statistics:
             "answer_length": _summary(self.answers),
             "near_duplicates": self.near_duplicates.count(),
             "languages": dict(self.languages.most_common()),
+            **({"first_spelling": self.spelling} if self.spelling else {}),
             **({"weights": weights} if (weights := self._weights()) else {}),
             "rejected": sum(self.rejects.values()),
             "rejects": dict(sorted(self.rejects.items())),

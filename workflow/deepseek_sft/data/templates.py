@@ -92,6 +92,7 @@ class Template:
         output: pieces of a tool's output.
         cuts_history: whether the serving template removes the reasoning of earlier messages by itself.
         call_line: what a later call puts at the end of the user's message before it, in history.
+        renders_tools: whether definitions of tools beside the messages are shown to the model.
         prompt_decides_thinking: whether the prompt opens the reasoning, or closes it at once, as the request asks.
     """
 
@@ -101,6 +102,7 @@ class Template:
     cuts_history: bool
     call_line: str = ""
     prompt_decides_thinking: bool = False
+    renders_tools: bool = False
 
 
 def system_pieces(text: str) -> Pieces:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,16 @@ def tokenize(
         loose = building / "loose" if pack else building
         loose.mkdir(exist_ok=True)
         writer = TokenWriter(loose)
+        originals = array("q")  # of every sample the number that its copies share, or -1; filled for packing
         with files.atomic_open(outputs.rejects, "wb") as rejects:
             for made in made_samples(source, tokenizer, settings, workers):
                 statistics.add_record(made)
                 for name, reason, message in made.rejects:
                     rejects.write(json_line({"id": name, "reason": reason, "message": message}))
+                first = len(originals) if made.copies > 1 else None
                 for copy in range(1, made.copies + 1):
+                    if pack:
+                        originals.extend(-1 if first is None else first + n for n in range(len(made.samples)))
                     for sample in made.samples:
                         statistics.add_sample(sample)
                         length = np.array([len(sample.input_ids)], np.int32)
@@ -73,7 +78,7 @@ def tokenize(
         info = _index(encoder, settings, statistics) | {"shards": shards}
         write_index(loose, info)
         if pack:
-            info = _pack(loose, building, info)
+            info = _pack(loose, building, info, originals)
             shutil.rmtree(loose)
             write_index(building, info)
         files.fsync_directory(building)
@@ -152,11 +157,11 @@ def _index(encoder: Encoder, settings: Settings, statistics: Statistics) -> dict
     }
 
 
-def _pack(loose: Path, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """Rewrite samples as packed rows; only their lengths are held in memory."""
+def _pack(loose: Path, folder: Path, info: dict[str, Any], originals: Sequence[int]) -> dict[str, Any]:
+    """Rewrite samples as packed rows; only their lengths and numbers are held in memory."""
     samples = TokenDataset(loose)
     lengths = samples.lengths()
-    rows = best_fit(lengths, info["max_length"])
+    rows = best_fit(lengths, info["max_length"], originals)
     writer = TokenWriter(folder)
     for row in rows:
         parts = [samples[number] for number in row]

@@ -15,6 +15,7 @@ from .. import __version__
 from . import (
     calibration,
     collect,
+    data,
     formatting,
     glance,
     overview,
@@ -148,6 +149,9 @@ def _view(
     ]
     plain, tables = [], []
     grids = [grid for grid in (_speeds(figures.get("benchmark")),) if grid]
+    if stage.rule == "prepare_data":
+        grids += data.grids(figures)
+        figures = {key: item for key, item in figures.items() if key not in data.SHOWN}
     for key, item in figures.items():
         if collect.is_checks(item) or key in NOT_IN_TABLES:
             continue
