@@ -192,6 +192,8 @@ def check_before_start(workflow):
         if rules <= {"status", "stop"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
+        for note in EXPERIMENT.check_template(rules):
+            logger.warning(f"warning: {note}")
         line = submission.options if submission.is_previewed(workflow) else None
         for warning in job_resources.check_allocations(workflow, rules, line):
             logger.warning(f"warning: {warning}")

@@ -15,7 +15,8 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
 from deepseek_sft.data.samples import POLICIES, Settings
-from deepseek_sft.data.templates import TEMPLATES
+from deepseek_sft.data import template_check
+from deepseek_sft.data.templates import AUTO, TEMPLATES
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
 
 WRITTEN = ("output", "rejects", "statistics", "receipt")
@@ -25,7 +26,18 @@ def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="train.jsonl of prepare_data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
-    parser.add_argument("--template", choices=list(TEMPLATES), default="deepseek-r1", help="the template of serving")
+    parser.add_argument(
+        "--template",
+        choices=[*TEMPLATES, AUTO],
+        default="deepseek-r1",
+        help="the template of serving; auto takes the one that fits the tokenizer's own",
+    )
+    parser.add_argument(
+        "--on-template-difference",
+        choices=template_check.POLICIES,
+        default="fail",
+        help="what a template does that gives other prompts than the tokenizer's own",
+    )
     parser.add_argument("--output", type=Path, help="token folder")
     parser.add_argument("--rejects", type=Path, help="samples left out, with reasons")
     parser.add_argument("--statistics", type=Path, help="lengths, shares, rejects by reason")
@@ -67,7 +79,10 @@ def main() -> None:
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
     outputs = Outputs(arguments.output, arguments.rejects, arguments.statistics)
     figures = tokenize(
-        arguments.input, arguments.tokenizer, settings, outputs, pack=arguments.pack, workers=arguments.workers
+        *(arguments.input, arguments.tokenizer, settings, outputs),
+        pack=arguments.pack,
+        workers=arguments.workers,
+        on_template_difference=arguments.on_template_difference,
     )
     receipts.write(
         arguments.receipt,
@@ -77,7 +92,7 @@ def main() -> None:
             "tokenizer": receipts.input_entry(arguments.tokenizer / "tokenizer.json"),
         },
         settings={
-            "template": arguments.template,
+            "template": figures["template"],
             "max_length": arguments.max_length,
             "history_reasoning": arguments.history_reasoning,
             "on_too_long": arguments.on_too_long,
@@ -94,6 +109,13 @@ def main() -> None:
         f"{figures['samples']} samples, {figures['tokens']} tokens, {figures['trained_tokens']} of them trained; "
         f"{figures['rejected']} rejected"
     )
+
+
+    if lost := figures["records_with_tools_not_shown"]:
+        cli.say(
+            f"warning: {lost} records come with definitions of tools, which the base's chat template does not show: they "
+            "are left out; write them into the system text where the model should see them"
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ REASONS = {
     "unsupported_role": "a role other than system, developer, user, assistant, tool, function",
     "tool_call": "a tool call without a name, or whose arguments are neither text nor an object",
     "tool_output": "tool outputs that do not answer the calls before them one by one, in order",
+    "tool_definitions": "definitions of tools that the base's chat template refuses, or shows where we cannot",
     "tool_reasoning": "reasoning where the template knows none: with a tool call, or on a tool's output",
     "invalid_content": "content is neither text, text parts nor null",
     "non_text_part": "a content part is not text",

@@ -39,6 +39,8 @@ class Statistics:
         self.counts["records"] += 1
         self.counts["untrained_turns"] += made.untrained
         self.counts["records_spelling_control_tokens"] += made.mentions
+        self.counts["records_with_tools"] += made.calls or made.tools_lost
+        self.counts["records_with_tools_not_shown"] += made.tools_lost
         self.too_long.extend(made.too_long)
         self.counts["copies"] += made.copies
         self.counts["records_left_out_by_weight"] += not made.copies
@@ -75,6 +77,8 @@ class Statistics:
             "records",
             "copies",
             "records_left_out_by_weight",
+            "records_with_tools",
+            "records_with_tools_not_shown",
             "samples",
             "turns",
             "untrained_turns",

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from .. import cli, files
-from ..errors import BadInputError
+from ..errors import BadInputError, GateError
 from .encoding import Encoder, load_encoder
 from .messages import json_line
 from .packing import best_fit
 from .parallel import chunked, ordered_map
 from .samples import Made, Sample, Settings, make_samples
 from .statistics import Statistics
+from .template_check import Verdict, check
 from .tokens import TokenDataset, TokenWriter, write_index
 
 CHUNK_RECORDS = 256
@@ -36,16 +37,28 @@ class Outputs:
 
 
 def tokenize(
-    source: Path, tokenizer: Path, settings: Settings, outputs: Outputs, *, pack: bool = False, workers: int = 1
+    source: Path,
+    tokenizer: Path,
+    settings: Settings,
+    outputs: Outputs,
+    *,
+    pack: bool = False,
+    workers: int = 1,
+    on_template_difference: str = "fail",
 ) -> dict[str, Any]:
     """Make the token folder and both files; return the figures for the receipt.
 
     The folder is built under a temporary name, so an interrupted run leaves the previous one, or none. If there is no
     sample, rejects and statistics are still written, since they tell why.
 
+    Args:
+        on_template_difference: what a template that is not the base's does, ``fail`` or ``warn``.
+
     Raises:
         BadInputError: unreadable input, an unfit tokenizer, or no sample.
+        GateError: the template is not that of the base.
     """
+    settings, verdict = settle_template(tokenizer, settings, on_template_difference)
     encoder = load_encoder(tokenizer, settings.template)
     building = outputs.tokens.with_name(f".{outputs.tokens.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -57,6 +70,9 @@ def tokenize(
         writer = TokenWriter(loose)
         with files.atomic_open(outputs.rejects, "wb") as rejects:
             for made in made_samples(source, tokenizer, settings, workers):
+                if verdict.tools_differ and made.calls:
+                    name = made.samples[0].id if made.samples else made.rejects[0][0]
+                    raise GateError(f"record {name} has tools, but {verdict.tools_differ}", _LEAVE_OUT)
                 statistics.add_record(made)
                 for name, reason, message in made.rejects:
                     rejects.write(json_line({"id": name, "reason": reason, "message": message}))
@@ -85,7 +101,26 @@ def tokenize(
     if pack:
         figures["packing_efficiency_share"] = round(info["tokens"] / (info["rows"] * settings.max_length), 4)
     figures["mean_length"] = round(info["tokens"] / info["rows"], 2)
+    figures["template"] = settings.template
+    figures["template_prompts_compared"] = verdict.compared
+    figures["template_notes"] = list(verdict.notes)
     return figures
+
+
+_LEAVE_OUT = "leave such records out, or set data.on_template_difference: warn if another template will be served"
+
+
+def settle_template(tokenizer: Path, settings: Settings, policy: str) -> tuple[Settings, Verdict]:
+    """Settings with the template that was compared with the base's, and what the comparison found; notes are printed.
+
+    Raises:
+        BadInputError: ``auto``, and no template fits.
+        GateError: the template is not that of the base.
+    """
+    verdict = check(load_encoder(tokenizer, settings.template), settings.template, policy)
+    for note in verdict.notes:
+        cli.say(f"{'note' if verdict.agrees else 'warning'}: {note}")
+    return dataclasses.replace(settings, template=verdict.template), verdict
 
 
 def made_samples(source: Path, tokenizer: Path, settings: Settings, workers: int = 1) -> Iterator[Made]:
@@ -188,6 +223,7 @@ def _no_samples(source: Path, statistics: Statistics, rejects: Path) -> BadInput
 
 def first_samples(source: Path, tokenizer: Path, settings: Settings, count: int) -> list[Sample]:
     """The first ``count`` samples, for ``--show``."""
+    settings, _ = settle_template(tokenizer, settings, "warn")
     found: list[Sample] = []
     for made in made_samples(source, tokenizer, settings):
         found += made.samples
