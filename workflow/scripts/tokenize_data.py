@@ -14,8 +14,8 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
-from deepseek_sft.data.samples import POLICIES, Settings
 from deepseek_sft.data import template_check
+from deepseek_sft.data.samples import POLICIES, Settings
 from deepseek_sft.data.templates import AUTO, TEMPLATES
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
 
@@ -110,11 +110,10 @@ def main() -> None:
         f"{figures['rejected']} rejected"
     )
 
-
     if lost := figures["records_with_tools_not_shown"]:
         cli.say(
-            f"warning: {lost} records come with definitions of tools, which the base's chat template does not show: they "
-            "are left out; write them into the system text where the model should see them"
+            f"warning: {lost} records come with definitions of tools, which the base's chat template does not show: "
+            "they are left out; write them into the system text where the model should see them"
         )
 
 

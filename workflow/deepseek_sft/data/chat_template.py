@@ -1,8 +1,8 @@
 """The chat template that comes with a tokenizer, rendered as servers render it.
 
 Where it lies and how it is chosen follows transformers (``PreTrainedTokenizerBase.from_pretrained``,
-``get_chat_template``, ``chat_template_utils``): ``chat_template.jinja`` and ``additional_chat_templates/*.jinja`` before
-``chat_template`` of tokenizer_config.json, which is text, or named templates of which requests with tools take
+``get_chat_template``, ``chat_template_utils``): ``chat_template.jinja`` and ``additional_chat_templates/*.jinja``
+before ``chat_template`` of tokenizer_config.json, which is text, or named templates of which requests with tools take
 ``tool_use``; Jinja in a sandbox.
 """
 
@@ -130,7 +130,9 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         for text in named.values():
             _compiled(text)
     except (jinja2.TemplateError, AttributeError, TypeError) as error:
-        raise BadInputError(f"the chat template in {source} is no Jinja template: {error}", "copy the file again") from None
+        raise BadInputError(
+            f"the chat template in {source} is no Jinja template: {error}", "copy the file again"
+        ) from None
     tokens = {name: token_name(config, name) for name in config if name.endswith("_token") and config[name] is not None}
     return ChatTemplate(source, tuple(named.items()), tuple(tokens.items())) if named else None
 
@@ -179,7 +181,7 @@ def _compiled(text: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)  # noqa: DTZ005  as servers
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(text)
 
 

@@ -20,6 +20,7 @@ THINK_CLOSE = "</think>"
 REASONS = {
     "invalid_utf8": "the line is not UTF-8",
     "invalid_json": "the line is not JSON",
+    "too_large": "more bytes than any context can hold",
     "not_an_object": "the record is not a JSON object",
     "unknown_format": "no known format has these fields",
     "missing_field": "a field of the format is missing or has the wrong type",

@@ -11,11 +11,14 @@ from typing import Any
 from .. import cli, files
 from ..errors import BadInputError
 from .formats import FORMATS, choose
+from .lines import Oversized
 from .messages import THINK_OPEN, Rejection, escape_separators, json_line, normalise
 from .parallel import chunked, ordered_map
+from .seen import Seen
 from .sources import RawRecord, Source, read_source
 
 CHUNK_RECORDS = 512
+CHUNK_BYTES = 2 << 20  # of a chunk; a larger record is one by itself
 EXCERPT = 200  # characters of a rejected record kept for reading
 EXAMPLES = 3  # per reason, in the figures
 
@@ -106,6 +109,8 @@ def convert_record(raw: RawRecord) -> Outcome:
     place = (raw.source, raw.record, raw.line)
     record, chosen = raw.payload, ""
     try:
+        if isinstance(record, Oversized):
+            raise Rejection("too_large", record.message)
         if isinstance(record, bytes):
             record = _decode(record)
         if isinstance(record, dict):
@@ -126,6 +131,7 @@ def convert_record(raw: RawRecord) -> Outcome:
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         return Outcome(*place, name, written, digest, turns, format=chosen)
     except Rejection as rejection:
+        record = record.head if isinstance(record, Oversized) else record
         shown = record.decode("utf-8", "backslashreplace") if isinstance(record, bytes) else _shown(record)
         reason, message = rejection.reason, rejection.message
         return Outcome(*place, name, reason=reason, message=message, excerpt=shown[:EXCERPT], format=chosen)
@@ -153,9 +159,9 @@ def prepare(
         BadInputError: a damaged file, nothing accepted, or an invalid record where ``fail_on_invalid``.
     """
     figures = Figures()
-    seen: dict[bytes, int] = {}
+    seen = Seen()
     raw = (record for source in sources for record in read_source(source))
-    chunks = ordered_map(convert_chunk, chunked(raw, CHUNK_RECORDS), workers)
+    chunks = ordered_map(convert_chunk, chunked(raw, CHUNK_RECORDS, lambda record: record.size, CHUNK_BYTES), workers)
     with files.atomic_open(rejects, "wb") as rejected:
         try:
             with files.atomic_open(output, "wb") as accepted:
@@ -192,7 +198,7 @@ class _NothingAccepted(Exception):
     """Leaves the output unwritten while the rejects are kept."""
 
 
-def _check_duplicate(outcome: Outcome, seen: dict[bytes, int], line: int) -> Outcome:
+def _check_duplicate(outcome: Outcome, seen: Seen, line: int) -> Outcome:
     if outcome.reason:
         return outcome
     first = seen.setdefault(outcome.digest, line)

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from .chat_template import TemplateError
 from .encoding import Encoder, Segment
 from .labels import NO_LOSS
+from .lines import Oversized
 from .messages import Rejection, check_canonical, split_reasoning
 from .similarity import Signature, language, signature
 from .templates import TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
 
 POLICIES = ("split", "strip", "keep")
+LONGEST_ESCAPE = 6  # bytes that JSON may write one byte of text with
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,15 @@ def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> li
             base = _one_record(str(record.get("id", "")), whole, base, encoder, settings)
         results.append(base)
     return results
+
+
+def oversized(name: str, line: Oversized, encoder: Encoder, settings: Settings) -> Made:
+    """What a line gives that is too large to be read: it is too long if its bytes alone say so."""
+    least = line.size // LONGEST_ESCAPE // encoder.longest
+    reason, message = "too_large", line.message
+    if least > settings.max_length:
+        reason, message = "too_long", f"{line.message}: at least {least} tokens, more than {settings.max_length}"
+    return Made([], [(name, reason, message)], 0, False, too_long=(least,) if reason == "too_long" else ())
 
 
 def parse_weight(value: Any) -> float:

@@ -6,7 +6,6 @@ trained (R1's later ``<think>\\n``), and arguments of calls given to the templat
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +120,9 @@ def conversations() -> list[Conversation]:
         Conversation("parallel calls and outputs", [question, two, out("21"), out("12:00"), plain]),
         Conversation("a second round of calls", [question, one, out("21"), other, out("12:00"), plain, more, plain]),
         Conversation("a call after a second question", [question, one, out("21"), plain, more, two, out("8"), out("")]),
-        Conversation("reasoning around a call", [question, say("", "Look", "weather"), out("21"), thought, more, plain]),
+        Conversation(
+            "reasoning around a call", [question, say("", "Look", "weather"), out("21"), thought, more, plain]
+        ),
         Conversation("tools given", [question, plain, more, plain], TOOLS),
         Conversation("tools given beside a system text", [system, question, one, out("21"), plain], TOOLS),
     ]
@@ -204,7 +205,9 @@ def check(encoder: Encoder, template: str, policy: str = "fail") -> Verdict:
         )
     if not differences:
         return Verdict(template, compared, tuple(notes), agrees=not forced)
-    problem = f"template {template} is not that of the base, {chat.source}\n{_shown(encoder, template, found[template])}"
+    problem = (
+        f"template {template} is not that of the base, {chat.source}\n{_shown(encoder, template, found[template])}"
+    )
     way_out = "if the model will be served with another chat template, set data.on_template_difference: warn"
     if policy == "warn":
         return Verdict(template, compared, (*notes, problem), agrees=False)
@@ -246,10 +249,8 @@ def encoder_ids(encoder: Encoder, text: str) -> list[int]:
     return [int(number) for segment in segments for number in segment.ids]
 
 
-def _prompts(
-    conversation: Conversation, encoder: Encoder, template: str
-) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Each answer's message, the ids before it in training, and all ids; without answers the template has no place for."""
+def _prompts(conversation: Conversation, encoder: Encoder, template: str) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Each answer's message, the ids before it in training, and all ids; not those without a place in the template."""
     for end, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
             continue
@@ -329,7 +330,7 @@ def _shown(encoder: Encoder, template: str, found: tuple[list[Difference], int, 
     lines = [f"  {len(differences)} of {compared} prompts differ"]
     for one in differences[:SHOWN]:
         texts = one.base, _text(encoder, one.ours)
-        common = len(os.path.commonprefix(texts))
+        common = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
         start = max(0, common - AROUND) if common > 2 * AROUND else 0
         base, ours = ("…" * bool(start) + text[start:].replace("\n", "\\n") for text in texts)
         width = max(len("base"), len(template))

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ import numpy as np
 from .. import cli, files
 from ..errors import BadInputError, GateError
 from .encoding import Encoder, load_encoder
+from .lines import Oversized, file_lines
 from .messages import json_line
 from .packing import best_fit
 from .parallel import chunked, ordered_map
-from .samples import Made, Sample, Settings, make_samples
+from .samples import Made, Sample, Settings, make_samples, oversized
 from .statistics import Statistics
 from .template_check import Verdict, check
 from .tokens import TokenDataset, TokenWriter, write_index
 
 CHUNK_RECORDS = 256
+CHUNK_BYTES = 4 << 20  # of a chunk; a larger line is one by itself
+OWN_ID = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*")')  # as prepare_data begins a line
 
 
 @dataclass(frozen=True)
@@ -127,14 +131,19 @@ def made_samples(source: Path, tokenizer: Path, settings: Settings, workers: int
     """Samples and rejects of every record, in the order of the input."""
     work = functools.partial(_make_chunk, tokenizer=tokenizer, settings=settings)
     done = 0
-    for results in ordered_map(work, chunked(_numbered_lines(source), CHUNK_RECORDS), workers):
+    lines = chunked(_numbered_lines(source), CHUNK_RECORDS, lambda line: len(line[1]), CHUNK_BYTES)
+    for results in ordered_map(work, lines, workers):
         yield from results
         done += len(results)
         if done % (CHUNK_RECORDS * 40) == 0:
             cli.say(f"{done} records tokenised")
 
 
-def _make_chunk(lines: list[tuple[str, bytes]], tokenizer: Path, settings: Settings) -> list[Made]:
+def _make_chunk(lines: list[tuple[str, bytes | Oversized]], tokenizer: Path, settings: Settings) -> list[Made]:
+    if len(lines) == 1 and isinstance(line := lines[0][1], Oversized):
+        own = OWN_ID.match(line.head)
+        name = json.loads(own[1]) if own else lines[0][0]
+        return [oversized(name, line, load_encoder(tokenizer, settings.template), settings)]
     records: list[Any] = []
     for name, line in lines:
         try:
@@ -159,12 +168,11 @@ def copies(weight: float, name: str) -> int:
     return whole + (drawn < weight - whole)
 
 
-def _numbered_lines(source: Path) -> Iterator[tuple[str, bytes]]:
+def _numbered_lines(source: Path) -> Iterator[tuple[str, bytes | Oversized]]:
     try:
-        with open(source, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield f"{source.name}:{number}", line
+        for number, line in enumerate(file_lines(source), 1):
+            if isinstance(line, Oversized) or line.strip():
+                yield f"{source.name}:{number}", line
     except OSError as error:
         raise BadInputError(f"{source} cannot be read: {error.strerror}", "run prepare_data first") from None
 
