@@ -19,7 +19,9 @@ Result = TypeVar("Result")
 AHEAD = 3  # chunks in flight per worker; bounds the memory
 
 
-def chunked(items: Iterable[Item], size: int, weigh: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+def chunked(
+    items: Iterable[Item], size: int, weigh: Callable[[Item], int] = lambda _: 0, most: int = 0
+) -> Iterator[list[Item]]:
     """Lists of ``size`` items; shorter where their weights exceed ``most`` together, and at the end."""
     chunk: list[Item] = []
     weight = 0

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import BadInputError
 from .formats import AUTO, FORMATS
-from .json_array import ArrayError, array_items
+from .json_array import ArrayError, sized_items
 from .lines import CHUNK, LARGEST_RECORD, Oversized, split_lines
 
 PARQUET_BATCH = 2 << 20  # bytes of rows decoded at once
@@ -199,7 +199,7 @@ def _starts_with_bracket(path: Path) -> bool:
 
 def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
     try:
-        yield from array_items(_chunks(path), LARGEST_RECORD)
+        yield from sized_items(_chunks(path))
     except ArrayError as error:
         raise BadInputError(
             f"source {path} is not a whole JSON array: after record {error.items}: {error}",
