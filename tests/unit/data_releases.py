@@ -1,6 +1,6 @@
 """Chat templates of the releases, and folders of a base with one of them.
 
-They are written from R1's own, which comes with the tests' tokenizer, by what sets them apart; V3.1's by its description.
+They are written from R1's own, which comes with the tests' tokenizer, by what sets them apart; V3.1's by its own form.
 """
 
 import functools
@@ -48,20 +48,23 @@ _CUT_EARLY = (
     "{%- set message = dict(given, content=given['content'].split('</think>')[-1]) %}{%- endif %}"
     "{%- if message['role'] == 'user' %}",
 )
-V31 = (
-    "{%- for m in messages if m.role == 'system' %}{{ bos_token if loop.first }}{{ m.content }}"
-    "{%- else %}{{ bos_token }}{%- endfor %}{%- set ns = namespace(asked=false, out=false) %}{%- for m in messages %}{%- if m.role == 'user' %}"
-    "{%- set ns.asked = true %}{%- set ns.out = false %}{{ '<｜User｜>' + m.content }}{%- elif m.role == 'assistant' %}"
-    "{%- if ns.asked %}{{ '<｜Assistant｜></think>' }}{%- endif %}"
-    "{%- if ns.out or m.tool_calls is defined %}{{ m.content }}{%- else %}"
-    "{{ m.content.split('</think>', 1)[-1] }}{%- endif %}"
-    "{%- for c in m.tool_calls or [] %}{{ '<｜tool▁calls▁begin｜>' if loop.first }}"
-    "{{ '<｜tool▁call▁begin｜>' + c.function.name + '<｜tool▁sep｜>' + c.function.arguments + '<｜tool▁call▁end｜>' }}"
-    "{{ '<｜tool▁calls▁end｜>' if loop.last }}{%- endfor %}{{ '<｜end▁of▁sentence｜>' }}"
-    "{%- set ns.asked = false %}{%- set ns.out = false %}{%- elif m.role == 'tool' %}{%- set ns.asked = false %}"
-    "{%- set ns.out = true %}{{ '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}{%- endif %}"
-    "{%- endfor %}{%- if add_generation_prompt and ns.asked %}"
-    "{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif %}"
+V31 = "".join(
+    [
+        "{%- for m in messages if m.role == 'system' %}{{ bos_token if loop.first }}{{ m.content }}",
+        "{%- else %}{{ bos_token }}{%- endfor %}{%- set ns = namespace(asked=false, out=false) %}",
+        "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.asked = true %}{%- set ns.out = false %}",
+        "{{ '<｜User｜>' + m.content }}{%- elif m.role == 'assistant' %}",
+        "{%- if ns.asked %}{{ '<｜Assistant｜></think>' }}{%- endif %}",
+        "{%- if ns.out or m.tool_calls is defined %}{{ m.content }}{%- else %}",
+        "{{ m.content.split('</think>', 1)[-1] }}{%- endif %}",
+        "{%- for c in m.tool_calls or [] %}{{ '<｜tool▁calls▁begin｜>' if loop.first }}",
+        "{{ '<｜tool▁call▁begin｜>' + c.function.name + '<｜tool▁sep｜>' + c.function.arguments }}",
+        "{{ '<｜tool▁call▁end｜>' }}{{ '<｜tool▁calls▁end｜>' if loop.last }}{%- endfor %}{{ '<｜end▁of▁sentence｜>' }}",
+        "{%- set ns.asked = false %}{%- set ns.out = false %}{%- elif m.role == 'tool' %}{%- set ns.asked = false %}",
+        "{%- set ns.out = true %}{{ '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}{%- endif %}",
+        "{%- endfor %}{%- if add_generation_prompt and ns.asked %}",
+        "{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif %}",
+    ]
 )
 RELEASES = {
     "deepseek-r1": R1,

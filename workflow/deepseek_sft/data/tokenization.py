@@ -140,10 +140,14 @@ def made_samples(source: Path, tokenizer: Path, settings: Settings, workers: int
 
 
 def _make_chunk(lines: list[tuple[str, bytes | Oversized]], tokenizer: Path, settings: Settings) -> list[Made]:
-    if len(lines) == 1 and isinstance(line := lines[0][1], Oversized):
-        own = OWN_ID.match(line.head)
-        name = json.loads(own[1]) if own else lines[0][0]
-        return [oversized(name, line, load_encoder(tokenizer, settings.template), settings)]
+    if any(isinstance(line, Oversized) for _, line in lines):
+        encoder = load_encoder(tokenizer, settings.template)
+        return [
+            oversized(_own_id(place, line), line, encoder, settings)
+            if isinstance(line, Oversized)
+            else _make_chunk([(place, line)], tokenizer, settings)[0]
+            for place, line in lines
+        ]
     records: list[Any] = []
     for name, line in lines:
         try:
@@ -156,6 +160,11 @@ def _make_chunk(lines: list[tuple[str, bytes | Oversized]], tokenizer: Path, set
         dataclasses.replace(one, copies=copies(one.weight, f"{place} {record['id']}")) if one.weight != 1 else one
         for one, (place, _), record in zip(made, lines, records, strict=True)
     ]
+
+
+def _own_id(place: str, line: Oversized) -> str:
+    own = OWN_ID.match(line.head)
+    return json.loads(own[1]) if own else place
 
 
 def copies(weight: float, name: str) -> int:
