@@ -224,9 +224,7 @@ def ratios(folder: Path, records: int, workers: int, rounds: int) -> bool:
         lines = [json.loads(line) for line in (folder / "train.jsonl").open(encoding="utf-8")]
         write(folder / "merged.jsonl", ({"messages": line["messages"]} for line in lines))
         shutil.rmtree(folder / "cache", ignore_errors=True)  # the peer would find its own results there
-        peer_python = PROJECT / ".envs/train/bin/python"
-        peer_arguments = (folder / "merged.jsonl", TOKENIZER, workers, folder / "cache")
-        whole, peer = timed(lambda arguments=peer_arguments: output_of(peer_python, XTUNER, *arguments, threads=1))
+        whole, peer = timed(lambda: xtuner_maps(folder, workers))
         xtuner = peer["seconds"], peer["cpu"]
         same = sum(
             hashlib.sha256(json.dumps([row["input_ids"].tolist(), row["labels"].tolist()]).encode()).hexdigest()
@@ -255,6 +253,12 @@ def ratios(folder: Path, records: int, workers: int, rounds: int) -> bool:
             met &= kind == "wall" or middle >= bar
             print(f"ratio     {middle:.2f} × {name}, {kind} ({min(values):.2f} to {max(values):.2f}; bar {bar})")
     return met
+
+
+def xtuner_maps(folder: Path, workers: int) -> dict:
+    """What the peer's program prints."""
+    arguments = (folder / "merged.jsonl", TOKENIZER, workers, folder / "cache")
+    return output_of(PROJECT / ".envs/train/bin/python", XTUNER, *arguments, threads=1)
 
 
 def run(command: list[str]) -> None:
