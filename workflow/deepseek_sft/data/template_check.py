@@ -229,13 +229,18 @@ def check_folders(folders: list[Path], template: str, policy: str) -> list[str]:
     Raises:
         As ``check``; also BadInputError where ``auto`` finds another template in each.
     """
+    first, *others = folders
+    without = [folder for folder in others if not (folder / "tokenizer_config.json").exists()]
+    folders = [first, *(folder for folder in others if folder not in without)]
     verdicts = [check(load_encoder(folder, template), template, policy) for folder in folders]
     names = {str(folder): verdict.template for folder, verdict in zip(folders, verdicts, strict=True)}
     if len(set(names.values())) > 1:
         raise BadInputError(
             f"data.template: auto: the chat templates of tokenizer and base differ: {names}", "name the template"
         )
-    return list(dict.fromkeys(note for verdict in verdicts for note in verdict.notes))
+    notes = [note for verdict in verdicts for note in verdict.notes]
+    notes += [f"the template cannot be compared with {folder}: it has no tokenizer_config.json" for folder in without]
+    return list(dict.fromkeys(notes))
 
 
 def settle(template: str, folder: Path) -> str:
