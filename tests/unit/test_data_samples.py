@@ -18,7 +18,7 @@ from deepseek_sft.data.templates import TEMPLATES
 from deepseek_sft.data.tokens import NO_LOSS
 from deepseek_sft.errors import BadInputError
 
-R1, V3, V31 = TEMPLATES
+R1, V3, V31, R1_0528, V3_0324 = TEMPLATES
 WHOLE = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
 CONFIG = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
 CONTROL = {WHOLE.id_to_token(i): i for i, token in WHOLE.get_added_tokens_decoder().items()}

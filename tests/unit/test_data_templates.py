@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from tokenizers import Tokenizer
 from unit.data_conversations import conversations, documented_v31, rendered
 from unit.data_helpers import ASSISTANT, BOS, EOS, TOKENIZER, USER, answer, assistant, called, tool, user
+from unit.data_releases import release
 
 from deepseek_sft.data.encoding import load_encoder
 from deepseek_sft.data.messages import normalise, split_reasoning
@@ -31,6 +32,12 @@ def make(messages, template, history="split"):
 def end_of(sample, messages):
     """Number of the last message that a sample holds."""
     return int(sample.id.partition("#")[2] or max(i for i, m in enumerate(messages) if m.get("loss")))
+
+
+def end_of_prompt(sample):
+    """Where the last trained answer begins."""
+    untrained = (sample.labels == NO_LOSS).nonzero()[0]
+    return int(untrained[-1]) + 1
 
 
 def trained(sample):
@@ -79,6 +86,52 @@ def test_prompt_of_a_trained_turn_is_the_one_serving_makes_with_tools(messages):
         prompt = ids(documented_v31(messages[:end], thinking=bool(reasoning)))
         assert sample.input_ids[: len(prompt)].tolist() == prompt
         assert (sample.labels[len(prompt) :] != NO_LOSS).all()
+
+
+@many(max_examples=500)
+@given(conversations(tools=True))
+def test_prompt_of_a_trained_turn_is_the_one_the_later_releases_make(messages):
+    for name in ("deepseek-r1-0528", "deepseek-v3-0324", V3):
+        for sample in make(messages, name, "split").samples:
+            end = end_of(sample, messages)
+            prompt = ids(release(name).render(messages[:end], prompt=True))
+            assert sample.input_ids[: len(prompt)].tolist() == prompt
+            assert end_of_prompt(sample) == len(prompt)
+
+
+@many(max_examples=500)
+@given(conversations(tools=True))
+def test_tokens_of_calls_equal_the_later_releases_whole_rendering(messages):
+    sample = make(messages, "deepseek-v3-0324", "keep").samples[-1]
+    assert sample.input_ids.tolist() == ids(release("deepseek-v3-0324").render(messages))
+
+
+def test_later_releases_open_each_round_as_written_by_hand():
+    messages = normalise([user("Q"), called("a"), tool("1"), called("b", "c"), tool("2"), tool("3"), assistant("A")])
+    call = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>{0}\n```json\n{{"x": "{0}"}}\n```<｜tool▁call▁end｜>'
+    calls, output = (
+        "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>" + EOS,
+        "<｜tool▁output▁begin｜>{}<｜tool▁output▁end｜>",
+    )
+    text = f"{BOS}{USER}Q{ASSISTANT}{calls.format(call.format('a'))}<｜tool▁outputs▁begin｜>{output.format(1)}"
+    text += (
+        f"<｜tool▁outputs▁end｜>{calls.format(call.format('b') + chr(10) + call.format('c'))}<｜tool▁outputs▁begin｜>"
+    )
+    text += f"{output.format(2)}\n{output.format(3)}<｜tool▁outputs▁end｜>A{EOS}"
+    for name in ("deepseek-r1-0528", "deepseek-v3-0324"):
+        (sample,) = make(messages, name).samples
+        assert sample.input_ids.tolist() == ids(text)
+
+
+def test_0528_cuts_the_reasoning_of_calls_and_of_what_answers_outputs():
+    answered = assistant("A", reasoning_content="S")
+    messages = normalise(
+        [user("Q"), called("a", reasoning_content="R"), tool("1"), answered, user("P"), assistant("B")]
+    )
+    last = make(messages, "deepseek-r1-0528").samples[-1]
+    text = WHOLE.decode(last.input_ids.tolist(), skip_special_tokens=False)
+    assert "<think>" not in text and f"{ASSISTANT}\n\n<｜tool▁calls▁begin｜>" in text
+    assert f"<｜tool▁outputs▁end｜>\n\nA{EOS}" in text
 
 
 @many(max_examples=500)

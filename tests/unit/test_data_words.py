@@ -1,6 +1,8 @@
 """The fast encoder gives exactly the library's ids, or leaves the text to it."""
 
+import itertools
 import json
+import random
 import unicodedata
 
 import pytest
@@ -14,6 +16,7 @@ from deepseek_sft.data.words import REMEMBERED, WordEncoder, word_encoder
 DESCRIPTION = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
 PLAIN = Tokenizer.from_str(json.dumps(DESCRIPTION | {"added_tokens": [], "post_processor": None}))
 FAST = word_encoder(PLAIN, DESCRIPTION)
+BLOCKS = [*range(0, 0xD800, 128), *range(0xE000, 0x20800, 128), *range(0x30000, 0x30400, 128), 0xE0000, 0xE0100]
 anything = st.characters(exclude_categories=["Cs"])
 tricky = st.sampled_from(
     [*" \t\r\n\x0b\x0c\x85\xa0\u2028\u3000\u200b\ufeff", *"a1中か!'_<₂Ⅷ²", "  ", "\r\n", "e\u0301", "'s", *"🙂𝟏𝐱\ue000"]
@@ -42,6 +45,26 @@ def test_ids_equal_the_librarys_for_every_character_before_and_after_others():
         block = [chr(c) for c in range(code, min(code + 97, 0x10000)) if not 0xD800 <= c < 0xE000]
         for text in ("".join(block), " ".join(block), "a".join(block), "1!\n".join(block)):
             assert same(text), hex(code)
+
+
+SIGNS = "\u3040\u3097\u3098\u309b\u309c\u30a0\u30fb"  # within the kana, and no letters
+
+
+def test_ids_equal_the_librarys_on_kana_that_are_no_letters():
+    around = [*SIGNS, *"フっ゙中龥。、々aA1 \n!_é", "🙂", "  "]
+    for first, second, third in itertools.product(around, SIGNS, around):
+        text = f"{first}{second}{third}{first}"
+        assert same(text), text
+
+
+@settings(deadline=None, max_examples=1500)
+@given(st.integers(0, 2**32 - 1))
+def test_ids_equal_the_librarys_on_mixed_text_of_any_blocks(seed):
+    chance = random.Random(seed)
+    blocks = [chance.choice(BLOCKS) for _ in range(chance.randint(1, 4))]
+    pick = (chr(chance.randrange(block, block + 128)) for block in chance.choices(blocks, k=40))
+    text = "".join(chance.choice([character, character, *SIGNS, *" \n!1aフ中"]) for character in pick)
+    assert same(text)
 
 
 def test_ids_equal_the_librarys_on_real_pages():

@@ -98,6 +98,7 @@ class Experiment:
                 *("--input", f"{results}/data/train.jsonl"),
                 *("--tokenizer", self.tokenizer()),
                 *("--template", data["template"]),
+                *(["--on-template-difference", policy] if (policy := data["on_template_difference"]) != "fail" else []),
                 *("--output", f"{results}/data/tokens"),
                 *("--rejects", f"{results}/data/tokenize_rejects.jsonl"),
                 *("--statistics", f"{results}/data/statistics.json"),
@@ -322,6 +323,24 @@ class Experiment:
             raise BadInputError(
                 "; ".join(problem.text for problem in found), "; ".join(dict.fromkeys(problem.fix for problem in found))
             )
+
+    def check_template(self, rules: Collection[str] = CHAIN) -> list[str]:
+        """Compare the template with the base's own, where ``tokenize_data`` is to run and the base is there already.
+
+        Returns:
+            What a person should know.
+
+        Raises:
+            GateError: the prompts differ, and the configuration does not say to go on.
+            BadInputError: ``auto``, and no template fits; a file of the base cannot be read.
+        """
+        data, base = self.config["data"], self.config["model"]["base"]
+        folders = dict.fromkeys(folder for folder in (data["tokenizer"], base) if folder)
+        if "tokenize_data" not in rules or not folders:
+            return []
+        from .data.template_check import check_folders  # reads a tokenizer: only where it is needed
+
+        return check_folders([Path(folder) for folder in folders], data["template"], data["on_template_difference"])
 
     def check_shapes(self, allocations: dict[str, Allocation]) -> None:
         """Raises BadInputError where training's or serving's parallel sizes do not fit the profile's nodes and GPUs."""

@@ -253,6 +253,8 @@ def check_before_start(workflow):
             return
         EXPERIMENT.check_external_paths(rules)
         EXPERIMENT.check_gates(rules)
+        for note in EXPERIMENT.check_template(rules):
+            TERMINAL.warn(note)
         if jobs := rules & job_resources.submitted(workflow):
             starting.check_slurm_answers(jobs)
         line = submission.options if submission.is_previewed(workflow) else None

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, slurm
+from deepseek_sft import cli, files, receipts, slurm
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = ("preflight", "train", "smoke_test", "serve")
+
+
+def trained_template(results: Path) -> str:
+    """The template that training chose by itself; ``auto`` before it did."""
+    receipt = results / "receipts" / "tokenize_data.json"
+    return receipts.read(receipt, "tokenize_data")["settings"]["template"] if receipt.exists() else "auto"
 
 
 def main() -> None:
@@ -37,6 +43,9 @@ def main() -> None:
     settings = cli.json_object("--settings", arguments.settings) | cli.json_object(
         "--operational", arguments.operational
     )
+    smoke_test = settings.get("smoke_test")
+    if isinstance(smoke_test, dict) and smoke_test.get("template") == "auto":
+        smoke_test["template"] = trained_template(Path(arguments.results))
     allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
     environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "train") else {}
     ranks_per_node = settings.pop("ranks_per_node", None)

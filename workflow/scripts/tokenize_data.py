@@ -15,8 +15,9 @@ from typing import Any
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
+from deepseek_sft.data import template_check
 from deepseek_sft.data.samples import POLICIES, Settings
-from deepseek_sft.data.templates import TEMPLATES
+from deepseek_sft.data.templates import AUTO, TEMPLATES
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
 
 WRITTEN = ("output", "rejects", "statistics", "receipt")
@@ -26,7 +27,18 @@ def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="train.jsonl of prepare_data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
-    parser.add_argument("--template", choices=list(TEMPLATES), default="deepseek-r1", help="the template of serving")
+    parser.add_argument(
+        "--template",
+        choices=[*TEMPLATES, AUTO],
+        default="deepseek-r1",
+        help="the template of serving; auto takes the one that fits the tokenizer's own",
+    )
+    parser.add_argument(
+        "--on-template-difference",
+        choices=template_check.POLICIES,
+        default="fail",
+        help="what a template does that gives other prompts than the tokenizer's own",
+    )
     parser.add_argument("--output", type=Path, help="token folder")
     parser.add_argument("--rejects", type=Path, help="samples left out, with reasons")
     parser.add_argument("--statistics", type=Path, help="lengths, shares, rejects by reason")
@@ -68,7 +80,10 @@ def main() -> None:
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
     outputs = Outputs(arguments.output, arguments.rejects, arguments.statistics)
     figures = tokenize(
-        arguments.input, arguments.tokenizer, settings, outputs, pack=arguments.pack, workers=arguments.workers
+        *(arguments.input, arguments.tokenizer, settings, outputs),
+        pack=arguments.pack,
+        workers=arguments.workers,
+        on_template_difference=arguments.on_template_difference,
     )
     receipts.write(
         arguments.receipt,
@@ -78,7 +93,7 @@ def main() -> None:
             "tokenizer": receipts.input_entry(arguments.tokenizer / "tokenizer.json"),
         },
         settings={
-            "template": arguments.template,
+            "template": figures["template"],
             "max_length": arguments.max_length,
             "history_reasoning": arguments.history_reasoning,
             "on_too_long": arguments.on_too_long,
@@ -95,20 +110,20 @@ def main() -> None:
         f"{figures['samples']} samples, {figures['tokens']} tokens, {figures['trained_tokens']} of them trained; "
         f"{figures['rejected']} rejected"
     )
-    tell(figures, arguments.template)
+    tell(figures)
 
 
-def tell(figures: dict[str, Any], template: str) -> None:
+def tell(figures: dict[str, Any]) -> None:
     """Print what the samples' texts deserve a warning for; the report repeats it."""
     if spelled := figures["answers_spelling_control_tokens"]:
         cli.say(
             f"warning: {spelled:,} trained answers spell control tokens ({figures['first_spelling']} first): trained "
             "as ordinary text; most often the data was decoded without skipping special tokens"
         )
-    if (count := figures["records_with_tools"]) and not TEMPLATES[template].renders_tools:
+    if lost := figures["records_with_tools_not_shown"]:
         cli.say(
-            f"warning: {count:,} records define tools, which template {template} does not render: the model does not "
-            "see them; write them into the system text"
+            f"warning: {lost:,} records come with definitions of tools, which the base's chat template does not show: "
+            "they are left out; write them into the system text where the model should see them"
         )
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from .. import files
 from ..errors import BadInputError
+from .chat_template import ChatTemplate, read_chat_template, token_name
 from .messages import THINK_CLOSE, THINK_OPEN
 from .templates import ASSISTANT, END, TEMPLATES, USER, Piece
 from .words import WordEncoder, word_encoder
@@ -28,11 +29,13 @@ class Segment:
         ids: token ids, int32.
         generated: whether the model writes them when serving.
         part: as in ``Piece``.
+        whole: whether ``ids`` are the text's; else only their number is right, as the least that the text can have.
     """
 
     ids: NDArray[np.int32]
     generated: bool
     part: str
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Encoder:
         bos_token_id, eos_token_id: from tokenizer_config.json.
         vocab_size: largest id + 1; the model's embedding is at least this long.
         fingerprint: of tokenizer.json.
+        folder: where the tokenizer lies.
+        longest: bytes of the longest text that one token can stand for.
     """
 
     control: dict[str, int]
@@ -55,6 +60,17 @@ class Encoder:
     eos_token_id: int
     vocab_size: int
     fingerprint: str
+    folder: Path
+    longest: int
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template beside the tokenizer, which servers use; None where there is none."""
+        return read_chat_template(self.folder)
+
+    @functools.cached_property
+    def _control_ids(self) -> dict[str, NDArray[np.int32]]:
+        return {name: np.array([number], np.int32) for name, number in self.control.items()}
 
     @functools.cached_property
     def text(self) -> Tokenizer:
@@ -77,18 +93,41 @@ class Encoder:
                 joined.append(piece)
         return joined
 
-    def encode(self, messages: list[list[Piece]]) -> list[list[Segment]]:
-        """Encode many messages at once: text in one batch, control tokens by name."""
+    def encode(self, messages: list[list[Piece]], limit: int = 1 << 40, *, cut: bool = False) -> list[list[Segment]]:
+        """Encode many messages at once: text in one batch, control tokens by name.
+
+        Args:
+            limit: tokens. A text whose bytes tell that it has more is not encoded: its ids are as many zeros as it must
+                have tokens at least.
+            cut: encode the start of such a text instead, more than ``limit`` tokens of it.
+        """
         joined = [self.join(pieces) for pieces in messages]
-        ids = self._texts({p.text for pieces in joined for p in pieces if not p.control})
-        control = {name: np.array([number], np.int32) for name, number in self.control.items()}
+        ids, short = {}, set()
+        for text in {p.text for pieces in joined for p in pieces if not p.control}:
+            least = self.least_tokens(text) if not cut and len(text) > limit else 0
+            if least > limit:
+                ids[text] = np.zeros(least, np.int32)
+            else:
+                short.add(text)
+        counted = set(ids)
+        most = 2 * limit * self.longest  # characters; what follows cannot change the first ``limit`` tokens
+        starts = {text: text[:most] for text in short if len(text) > most}
+        found = self._texts({starts.get(text, text) for text in short})
+        ids |= {text: found[starts.get(text, text)] for text in short}
+        control = self._control_ids
         return [
             [
-                Segment(control[p.text] if p.control else ids[p.text], p.generated, "" if p.control else p.part)
+                Segment(control[p.text], p.generated, "")
+                if p.control
+                else Segment(ids[p.text], p.generated, p.part, p.text not in counted)
                 for p in pieces
             ]
             for pieces in joined
         ]
+
+    def least_tokens(self, text: str) -> int:
+        """The least number of tokens that a text can have, by its bytes."""
+        return -(-len(text.encode("utf-8", "surrogatepass")) // self.longest)
 
     def _texts(self, texts: set[str]) -> dict[str, NDArray[np.int32]]:
         ids = {}
@@ -108,11 +147,12 @@ def load_encoder(folder: Path, template: str) -> Encoder:
     """Read ``tokenizer.json`` and ``tokenizer_config.json`` of a folder, once per process.
 
     Raises:
-        BadInputError: a file is missing or broken, or the tokenizer lacks a token that the template needs.
+        BadInputError: a file is missing or broken, or the tokenizer lacks a token that the template needs (``auto``:
+            that all need).
     """
     encoder, bos, eos = _load(Path(folder))
     needed = [bos, eos, USER, ASSISTANT]
-    if TEMPLATES[template].prompt_decides_thinking:
+    if template in TEMPLATES and TEMPLATES[template].prompt_decides_thinking:
         needed += [THINK_OPEN, THINK_CLOSE]  # they separate prompt from answer and must not melt into text
     missing = [name for name in needed if name not in encoder.control]
     if missing or eos != END:
@@ -142,16 +182,17 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
         raise BadInputError(f"the tokenizer in {folder} cannot be read: {error}", "copy its files again") from None
     # The library's ids, not the file's: it numbers added tokens anew where the file leaves gaps.
     control = {token.content: number for number, token in whole.get_added_tokens_decoder().items()}
-    bos, eos = (_token_name(config, name) for name in ("bos_token", "eos_token"))
+    bos, eos = (token_name(config, name) for name in ("bos_token", "eos_token"))
     size = (
         max(whole.get_vocab_size(with_added_tokens=False), *(number + 1 for number in control.values()))
         if control
         else 0
     )
     fingerprint = files.fingerprint_file(path, full=True)
-    return Encoder(control, words, description, control.get(bos, -1), control.get(eos, -1), size, fingerprint), bos, eos
-
-
-def _token_name(config: dict[str, Any], name: str) -> str:
-    value = config.get(name)
-    return str(value.get("content") if isinstance(value, dict) else value)
+    vocabulary = (description.get("model") or {}).get("vocab") or ()
+    bytes_of = len if words else lambda token: len(str(token).encode())  # byte-level tokenizers: one character a byte
+    longest = max(map(bytes_of, vocabulary), default=1)
+    encoder = Encoder(
+        control, words, description, control.get(bos, -1), control.get(eos, -1), size, fingerprint, folder, longest
+    )
+    return encoder, bos, eos

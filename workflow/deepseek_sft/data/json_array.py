@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .lines import LARGEST_RECORD
+
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -55,8 +57,8 @@ class _Buffer:
             if not self.more():
                 return ""
 
-    def value(self) -> Any:
-        """Decode the JSON value at the position.
+    def value(self, limit: int) -> tuple[Any, int]:
+        """Decode the JSON value at the position; it, and the number of its characters.
 
         It is taken only once a comma or bracket follows: the text read so far may end within a number (1 of 1.5).
         """
@@ -65,17 +67,28 @@ class _Buffer:
                 item, end = json.JSONDecoder().raw_decode(self.text, self.position)
                 follower = SPACE.match(self.text, end).end()  # type: ignore[union-attr]  # matches always
                 if self.text[follower : follower + 1] in (",", "]"):
-                    self.position = end
-                    return item
+                    size, self.position = end - self.position, end
+                    return item, size
                 problem = "a comma or the closing bracket is missing"
             except json.JSONDecodeError as error:
                 problem = error.msg
+            if len(self.text) - self.position > limit:
+                raise ValueError(f"the next one has more than {limit:,} characters, or does not end")
             if not self.more():
                 raise ValueError(problem)
 
 
 def array_items(blocks: Iterator[bytes]) -> Iterator[Any]:
-    """Yield the items of a UTF-8 JSON array.
+    """Yield the items of a UTF-8 JSON array; see ``sized_items``."""
+    for item, _ in sized_items(blocks):
+        yield item
+
+
+def sized_items(blocks: Iterator[bytes], limit: int = LARGEST_RECORD) -> Iterator[tuple[Any, int]]:
+    """Yield the items of a UTF-8 JSON array, each with the number of its characters.
+
+    Args:
+        limit: characters of an item that are read before it counts as damaged.
 
     Raises:
         ArrayError: not one whole array; items before the damage have been yielded.
@@ -93,9 +106,9 @@ def array_items(blocks: Iterator[bytes]) -> Iterator[Any]:
         while mark == ",":
             if not buffer.peek():
                 raise ValueError("the file ends inside the array")
-            item = buffer.value()
+            item, size = buffer.value(limit)
             items += 1
-            yield item
+            yield item, size
             mark = buffer.peek()
             buffer.position += 1
         if buffer.peek():

@@ -1,6 +1,5 @@
 """Work spread over processes with results in the order of the input, whatever the number of processes."""
 
-import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,10 +19,20 @@ Result = TypeVar("Result")
 AHEAD = 3  # chunks in flight per worker; bounds the memory
 
 
-def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of ``size`` items, the last one shorter."""
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
+def chunked(
+    items: Iterable[Item], size: int, weigh: Callable[[Item], int] = lambda _: 0, most: int = 0
+) -> Iterator[list[Item]]:
+    """Lists of ``size`` items; shorter where their weights exceed ``most`` together, and at the end."""
+    chunk: list[Item] = []
+    weight = 0
+    for item in items:
+        own = weigh(item)
+        if chunk and (len(chunk) == size or weight + own > most):
+            yield chunk
+            chunk, weight = [], 0
+        chunk.append(item)
+        weight += own
+    if chunk:
         yield chunk
 
 

@@ -14,13 +14,16 @@ from .fields import PLAIN, Leftovers, Vocabulary
 from .figures import Figures, Outcome, described, mapping_to_write
 from .formats import choose, read
 from .hints import source_hint
+from .lines import Oversized
 from .messages import THINK_OPEN, escape_separators, json_line, normalise
 from .parallel import chunked, ordered_map
 from .rejection import Rejection
+from .seen import Seen
 from .sources import RawRecord, Source, read_source
 from .tools import dump, without_filled_nulls
 
 CHUNK_RECORDS = 512
+CHUNK_BYTES = 2 << 20  # of a chunk; a larger record is one by itself
 EXCERPT = 200  # characters of a rejected record kept for reading
 
 
@@ -30,6 +33,8 @@ def convert_record(raw: RawRecord, vocabulary: Vocabulary = PLAIN) -> Outcome:
     place = (raw.source, raw.record, raw.line)
     record, chosen = raw.payload, ""
     try:
+        if isinstance(record, Oversized):
+            raise Rejection("too_large", record.message)
         if isinstance(record, bytes):
             record = _decode(record)
         elif raw.source.endswith(".parquet"):
@@ -57,6 +62,7 @@ def convert_record(raw: RawRecord, vocabulary: Vocabulary = PLAIN) -> Outcome:
         unused = tuple(left.paths.items())
         return Outcome(*place, name, written, digest, turns, format=chosen, unused=unused, tools=bool(tools))
     except Rejection as rejection:
+        record = record.head if isinstance(record, Oversized) else record
         shown = record.decode("utf-8", "backslashreplace") if isinstance(record, bytes) else _shown(record)
         reason, message = rejection.reason, rejection.message
         return Outcome(*place, name, reason=reason, message=message, excerpt=shown[:EXCERPT], format=chosen)
@@ -101,10 +107,10 @@ def prepare(
     """
     figures = Figures()
     figures.expect(str(source.path) for source in sources)
-    seen: dict[bytes, int] = {}
+    seen = Seen()
     raw = (record for source in sources for record in read_source(source))
     work = functools.partial(convert_chunk, vocabulary=vocabulary)
-    chunks = ordered_map(work, chunked(raw, CHUNK_RECORDS), workers)
+    chunks = ordered_map(work, chunked(raw, CHUNK_RECORDS, lambda record: record.size, CHUNK_BYTES), workers)
     problem: BadInputError | None = None
     with files.atomic_open(rejects, "wb") as rejected:
         try:
@@ -175,7 +181,7 @@ def hint_on(place: str, source: dict[str, Any]) -> str:
     return f"{place}: {hint}" if hint else ""
 
 
-def _check_duplicate(outcome: Outcome, seen: dict[bytes, int], line: int) -> Outcome:
+def _check_duplicate(outcome: Outcome, seen: Seen, line: int) -> Outcome:
     if outcome.reason:
         return outcome
     first = seen.setdefault(outcome.digest, line)

@@ -6,6 +6,7 @@ from typing import Any
 REASONS = {
     "invalid_utf8": "the line is not UTF-8",
     "invalid_json": "the line is not JSON",
+    "too_large": "more bytes than any context can hold",
     "not_an_object": "the record is not a JSON object",
     "unknown_format": "no known format has these fields",
     "missing_field": "a field of the format is missing or has the wrong type",
@@ -13,7 +14,7 @@ REASONS = {
     "invalid_message": "a message is not an object with a role",
     "unsupported_role": "a role other than system, developer, user, assistant, tool, function",
     "tool_call": "a tool call without a name, or whose arguments are no JSON object",
-    "tool_definitions": "definitions of tools that are not a list of objects",
+    "tool_definitions": "definitions of tools that are no list of objects, or that the base's template cannot show",
     "tool_output": "tool outputs that do not answer the calls before them one by one, in order",
     "tool_reasoning": "reasoning where the template knows none: with a tool call, or on a tool's output",
     "invalid_content": "content is neither text, text parts nor null",

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat_template import TemplateError
 from .encoding import Encoder, Segment
 from .labels import NO_LOSS
+from .lines import Oversized
 from .messages import Rejection, check_canonical, split_reasoning
 from .similarity import Signature, language, signature
 from .templates import TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
 
 POLICIES = ("split", "strip", "keep")
+LONGEST_ESCAPE = 6  # bytes that JSON may write one byte of text with
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class View:
 class TooLong(Rejection):
     """A sample longer than allowed."""
 
-    def __init__(self, length: int, allowed: int):
-        super().__init__("too_long", f"{length} tokens, more than {allowed}")
+    def __init__(self, length: int, allowed: int, exact: bool = True):
+        super().__init__("too_long", f"{'' if exact else 'at least '}{length} tokens, more than {allowed}")
         self.length = length
 
 
@@ -106,6 +109,8 @@ class Made:
         signature: of the last sample, for finding near duplicates.
         weight: how often the record is to be used.
         copies: how often it is used: the weight, its fraction decided by chance.
+        calls: whether it calls tools, or is given definitions of tools that are rendered.
+        tools_lost: whether it is given definitions of tools that the base's chat template does not show.
     """
 
     samples: list[Sample]
@@ -120,6 +125,8 @@ class Made:
     spelled: int = 0
     spelling: str = ""
     tools: bool = False
+    calls: bool = False
+    tools_lost: bool = False
 
 
 class _Rendering:
@@ -136,8 +143,14 @@ class _Rendering:
         self.pieces.append(pieces)
         return len(self.pieces) - 1
 
-    def conversation(self, messages: list[dict[str, Any]]) -> list[tuple[int | None, int, bool]]:
-        """Numbers of each message in full and as history, and whether it is trained."""
+    def conversation(
+        self, messages: list[dict[str, Any]], opening: list[Piece] | None = None
+    ) -> list[tuple[int | None, int, bool]]:
+        """Numbers of each message in full and as history, and whether it is trained.
+
+        Args:
+            opening: what stands before the first question, if it is more than the system text.
+        """
         turns: list[tuple[int | None, int, bool]] = []
         called = answered = False
         before = ""
@@ -154,7 +167,10 @@ class _Rendering:
                 turns.append((shown, shown, False))
                 answered = True
             else:
-                shown = history = self.add((system_pieces if role == "system" else user_pieces)(message["content"]))
+                pieces = (system_pieces if role == "system" else user_pieces)(message["content"])
+                if opening is not None and number == 0:
+                    pieces = opening if role == "system" else [*opening, *pieces]
+                shown = history = self.add(pieces)
                 following = messages[number + 1] if number + 1 < len(messages) else {}
                 if called and self.template.call_line and following.get("tool_calls"):
                     history = self.add(user_pieces(message["content"] + self.template.call_line))
@@ -173,19 +189,25 @@ def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> li
             weight = parse_weight(record.get("weight"))
             messages = check_canonical(record.get("messages"))
             tools = parse_tools(record.get("tools"))
+            opening = tools_opening(messages, tools, encoder)
         except Rejection as rejection:
             rejects = [(str(record.get("id", "")), rejection.reason, rejection.message)]
             plans.append(([], Made([], rejects, 0, False)))
             continue
         typed = [_typed(message) for message in messages]
-        base = Made([], [], 0, any(map(encoder.mentions_control, typed)), language=language(typed), weight=weight)
+        base = Made(
+            *([], [], 0, any(map(encoder.mentions_control, typed))),
+            language=language(typed),
+            weight=weight,
+            tools=bool(tools),
+            calls=opening is not None or any("tool_calls" in message for message in messages),
+            tools_lost=bool(tools) and opening is None,
+        )
         trained = [text for text, message in zip(typed, messages, strict=True) if message.get("loss")]
         if spellings := [found for text in trained if (found := spelled_token(text, encoder))]:
             base = dataclasses.replace(base, spelled=len(spellings), spelling=spellings[0])
-        if tools:
-            base = dataclasses.replace(base, tools=True)
-        plans.append((rendering.conversation(messages), base))
-    encoded = encoder.encode(rendering.pieces)
+        plans.append((rendering.conversation(messages, opening), base))
+    encoded = encoder.encode(rendering.pieces, settings.max_length, cut=settings.truncate)
     results = []
     for record, (turns, base) in zip(records, plans, strict=True):
         if turns:
@@ -193,6 +215,15 @@ def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> li
             base = _one_record(str(record.get("id", "")), whole, base, encoder, settings)
         results.append(base)
     return results
+
+
+def oversized(name: str, line: Oversized, encoder: Encoder, settings: Settings) -> Made:
+    """What a line gives that is too large to be read: it is too long if its bytes alone say so."""
+    least = line.size // LONGEST_ESCAPE // encoder.longest
+    reason, message = "too_large", line.message
+    if least > settings.max_length:
+        reason, message = "too_long", f"{line.message}: at least {least} tokens, more than {settings.max_length}"
+    return Made([], [(name, reason, message)], 0, False, too_long=(least,) if reason == "too_long" else ())
 
 
 def parse_weight(value: Any) -> float:
@@ -233,6 +264,21 @@ def spelled_token(text: str, encoder: Encoder) -> str:
         return spelled
     found = FOREIGN_END.search(text, max(0, len(text) - 100))
     return found[1] if found else ""
+
+
+def tools_opening(messages: list[dict[str, Any]], tools: list[Any], encoder: Encoder) -> list[Piece] | None:
+    """What the base's chat template writes before the first question where tools are given; None if it shows none.
+
+    Raises:
+        Rejection: ``tool_definitions``.
+    """
+    if not tools or encoder.chat_template is None:
+        return None
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    try:
+        return encoder.chat_template.system_with_tools(system, tools, encoder.control)
+    except TemplateError as error:
+        raise Rejection("tool_definitions", str(error)) from None
 
 
 def to_reply(message: dict[str, Any]) -> Reply:
@@ -287,22 +333,24 @@ def _one_record(name: str, turns: list[Turn], base: Made, encoder: Encoder, sett
 
 def _assemble(name: str, turns: list[Turn], view: View, encoder: Encoder, settings: Settings) -> Sample:
     parts, trained = [np.array([encoder.bos_token_id], np.int32)], [False]
-    reasoning, answers = [], []
+    reasoning, answers, whole = [], [], True
     for index, turn in enumerate(turns[: view.end + 1]):
         learned = index in view.trained
         segments = turn.full if learned or index + 1 in view.trained else turn.history
         if segments is None:
             raise Rejection("tool_reasoning", f"message {index + 1}: template {settings.template} has no place for it")
         parts += [segment.ids for segment in segments]
+        whole = whole and all(segment.whole for segment in segments)
         trained += [learned and segment.generated for segment in segments]
         if learned:
             reasoning.append(sum(len(s.ids) for s in segments if s.part == "reasoning"))
             answers.append(sum(len(s.ids) for s in segments if s.part == "answer"))
+    length = sum(map(len, parts))
+    too_long = length > settings.max_length
+    if too_long and not settings.truncate:
+        raise TooLong(length, settings.max_length, whole)
     input_ids = np.concatenate(parts)
     labels = np.where(np.repeat(trained, [len(part) for part in parts]), input_ids, np.int32(NO_LOSS))
-    too_long = len(input_ids) > settings.max_length
-    if too_long and not settings.truncate:
-        raise TooLong(len(input_ids), settings.max_length)
     # A cut answer keeps its loss but gets no end-of-sentence token: it must not teach to stop in mid-sentence.
     input_ids, labels = input_ids[: settings.max_length], labels[: settings.max_length]
     if not (labels != NO_LOSS).any():

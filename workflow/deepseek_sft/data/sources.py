@@ -1,5 +1,6 @@
 """Source files: finding them and reading their records one by one, in bounded memory.
 
+A record beyond ``lines.LARGEST_RECORD`` bytes is not held: it is given as ``Oversized``, for its place to be named.
 Damage to one line costs that record; damage to a container (compression, Parquet, the brackets of a JSON array) stops
 the stage, because how many records it hides cannot be known.
 """
@@ -16,9 +17,10 @@ from typing import Any
 from .. import cli
 from ..errors import BadInputError, looked_for
 from .formats import AUTO, FORMATS
-from .json_array import ArrayError, array_items
+from .json_array import ArrayError, sized_items
+from .lines import CHUNK, LARGEST_RECORD, Oversized, split_lines
 
-CHUNK = 1 << 20  # bytes read at once
+PARQUET_BATCH = 2 << 20  # bytes of rows decoded at once
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
@@ -41,8 +43,9 @@ class RawRecord:
         format: name of the format, or ``auto``.
         record: number of the record in the file, from 1; blank lines do not count.
         line: number of the line, from 1; None where the file has no lines of records.
-        payload: ``bytes`` of a line, or the decoded record.
+        payload: ``bytes`` of a line, the decoded record, or ``Oversized``.
         weight: of its source.
+        size: bytes, about.
     """
 
     source: str
@@ -51,6 +54,7 @@ class RawRecord:
     line: int | None
     payload: Any
     weight: float = 1.0
+    size: int = 0
 
 
 def find_sources(arguments: list[str], weights: list[float] | None = None) -> list[Source]:
@@ -109,16 +113,17 @@ def read_source(source: Source) -> Iterator[RawRecord]:
     place, name, weight = str(source.path), source.format, source.weight
     if _kind(source.path) == ".parquet":
         rows = enumerate(_parquet_rows(source.path), 1)
-        yield from (RawRecord(place, name, number, None, row, weight) for number, row in rows)
+        yield from (RawRecord(place, name, number, None, row, weight, size) for number, (row, size) in rows)
     elif _kind(source.path) == ".json" and _starts_with_bracket(source.path):
         items = enumerate(_array_items(source.path), 1)
-        yield from (RawRecord(place, name, number, None, item, weight) for number, item in items)
+        yield from (RawRecord(place, name, number, None, item, weight, size) for number, (item, size) in items)
     else:
         record = 0
-        for number, line in enumerate(_lines(source.path), 1):
-            if line.strip():
+        for number, line in enumerate(split_lines(_chunks(source.path)), 1):
+            if isinstance(line, Oversized) or line.strip():
                 record += 1
-                yield RawRecord(place, name, record, number, line, weight)
+                size = len(line.head if isinstance(line, Oversized) else line)
+                yield RawRecord(place, name, record, number, line, weight, size)
 
 
 def split_argument(argument: str) -> tuple[str, str]:
@@ -242,22 +247,6 @@ def _zstandard_chunks(path: Path) -> Iterator[bytes]:
         raise BadInputError(f"source {path} is cut off in the middle", again)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines split at line feeds only: other separators are legal inside JSON strings."""
-    rest: list[bytes] = []
-    first = True
-    for block in _chunks(path):
-        head, *others = block.split(b"\n")
-        rest.append(head)
-        for other in others:
-            line = b"".join(rest)
-            yield line.removeprefix(codecs.BOM_UTF8) if first else line
-            rest, first = [other], False
-    last = b"".join(rest)
-    if last:
-        yield last.removeprefix(codecs.BOM_UTF8) if first else last
-
-
 def _starts_with_bracket(path: Path) -> bool:
     for block in _chunks(path):
         if text := block.removeprefix(codecs.BOM_UTF8).lstrip():
@@ -265,9 +254,9 @@ def _starts_with_bracket(path: Path) -> bool:
     return False
 
 
-def _array_items(path: Path) -> Iterator[Any]:
+def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
     try:
-        yield from array_items(_chunks(path))
+        yield from sized_items(_chunks(path))
     except ArrayError as error:
         raise BadInputError(
             f"source {path} is not a whole JSON array: after record {error.items}: {error}",
@@ -275,13 +264,29 @@ def _array_items(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[Any, int]]:
+    """Rows with their sizes. Pages are read as they are needed, never a whole row group."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            for number, group in enumerate(groups):
+                row = group.total_byte_size // max(1, group.num_rows) + 1
+                rows = max(1, min(256, PARQUET_BATCH // row))
+                for batch in file.iter_batches(rows, row_groups=[number], use_threads=False):
+                    yield from _batch_rows(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise BadInputError(f"source {path} is not a whole Parquet file: {error}", "copy the file again") from None
+
+
+def _batch_rows(batch: Any) -> Iterator[tuple[Any, int]]:
+    if batch.nbytes <= LARGEST_RECORD:
+        size = batch.nbytes // max(1, batch.num_rows)
+        yield from ((row, size) for row in batch.to_pylist())
+        return
+    for number in range(batch.num_rows):  # one of the rows is large
+        row = batch.slice(number, 1)
+        large = row.nbytes > LARGEST_RECORD
+        yield (Oversized(b"", row.nbytes), 0) if large else (row.to_pylist()[0], row.nbytes)

@@ -42,7 +42,8 @@ class Statistics:
         self.counts["records_spelling_control_tokens"] += made.mentions
         self.counts["answers_spelling_control_tokens"] += made.spelled
         self.spelling = self.spelling or made.spelling
-        self.counts["records_with_tools"] += made.tools
+        self.counts["records_with_tools"] += made.tools or made.calls
+        self.counts["records_with_tools_not_shown"] += made.tools_lost
         self.too_long.extend(made.too_long)
         self.counts["copies"] += made.copies
         self.counts["records_left_out_by_weight"] += not made.copies
@@ -79,6 +80,8 @@ class Statistics:
             "records",
             "copies",
             "records_left_out_by_weight",
+            "records_with_tools",
+            "records_with_tools_not_shown",
             "samples",
             "turns",
             "untrained_turns",
@@ -86,7 +89,7 @@ class Statistics:
             "trained_tokens",
             "truncated",
         )
-        rare = ("records_spelling_control_tokens", "answers_spelling_control_tokens", "records_with_tools")
+        rare = ("records_spelling_control_tokens", "answers_spelling_control_tokens")
         counts = {name: self.counts[name] for name in (*names, *rare)}
         tokens = counts["tokens"]
         return {

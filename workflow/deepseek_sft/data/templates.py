@@ -4,9 +4,13 @@ Rendering here, rather than through the tokenizer's own template, has two reason
 reasoning of every assistant message, the one to be trained included; and a rendered string no longer tells a control
 token from the same characters typed by a person.
 
-Semantics follow the ``chat_template`` of the releases' tokenizer_config.json (R1, V3, V3.1), tool calls included. R1's
-and V3's templates forget to open a call that is not the conversation's first: history shows it as they do, but such a
-call is trained as servers' parsers need it, opened, after the prompt that serving makes.
+Semantics follow the ``chat_template`` of the releases' tokenizer_config.json (R1, V3, R1-0528, V3-0324, V3.1), tool
+calls included. R1's and V3's first templates forget to open a call that is not the conversation's first: history shows
+it as they do, but such a call is trained as servers' parsers need it, opened, after the prompt that serving makes.
+R1-0528 and V3-0324 open every round of calls and of outputs, and put a line end between outputs.
+
+None of these releases renders definitions of tools; where a base's own template does, its text is used
+(``chat_template.system_with_tools``).
 """
 
 from collections.abc import Callable
@@ -68,7 +72,7 @@ class Place:
     """Where a message stands.
 
     Args:
-        after_tool: right after a tool's output.
+        after_tool: right after a tool's output (of an output: it is not the first of its round).
         called: an earlier message called tools.
         answered: an earlier message is a tool's output.
     """
@@ -92,7 +96,6 @@ class Template:
         output: pieces of a tool's output.
         cuts_history: whether the serving template removes the reasoning of earlier messages by itself.
         call_line: what a later call puts at the end of the user's message before it, in history.
-        renders_tools: whether definitions of tools beside the messages are shown to the model.
         prompt_decides_thinking: whether the prompt opens the reasoning, or closes it at once, as the request asks.
     """
 
@@ -102,7 +105,6 @@ class Template:
     cuts_history: bool
     call_line: str = ""
     prompt_decides_thinking: bool = False
-    renders_tools: bool = False
 
 
 def system_pieces(text: str) -> Pieces:
@@ -164,6 +166,18 @@ def _r1_output(text: str, place: Place) -> Pieces:
     return [*(Piece(name, control=True) for name in names), Piece(text), Piece(OUTPUT_END, control=True)]
 
 
+def _rounds_history(reply: Reply, place: Place, cut: bool) -> Pieces:
+    if not cut or not reply.reasoning:
+        return _r1_reply(reply, place)
+    # Calls and answers to outputs lose their reasoning too; what follows the last </think> stays, line ends included.
+    return _r1_reply(Reply("", f"\n\n{reply.answer}", reply.calls), place)
+
+
+def _rounds_output(text: str, place: Place) -> Pieces:
+    opened = [Piece("\n")] if place.after_tool else [Piece(OUTPUTS_BEGIN, control=True)]
+    return [*opened, Piece(OUTPUT_BEGIN, control=True), Piece(text), Piece(OUTPUT_END, control=True)]
+
+
 def _v31_call(call: Call) -> Pieces:
     return [_written(call.name), _token(CALL_SEPARATOR), _written(call.arguments)]
 
@@ -204,4 +218,7 @@ TEMPLATES: dict[str, Template] = {
     "deepseek-r1": Template(_r1_reply, _r1_history, _r1_output, cuts_history=True, call_line="\n"),
     "deepseek-v3": Template(_r1_reply, _r1_history, _r1_output, cuts_history=False, call_line="\n"),
     "deepseek-v3.1": Template(_v31_reply, _v31_history, _v31_output, cuts_history=True, prompt_decides_thinking=True),
+    "deepseek-r1-0528": Template(_r1_reply, _rounds_history, _rounds_output, cuts_history=True),
+    "deepseek-v3-0324": Template(_r1_reply, _rounds_history, _rounds_output, cuts_history=False),
 }
+AUTO = "auto"  # the template that fits the base's own

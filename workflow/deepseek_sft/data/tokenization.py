@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,16 +16,20 @@ from typing import Any
 import numpy as np
 
 from .. import cli, files
-from ..errors import BadInputError
+from ..errors import BadInputError, GateError
 from .encoding import Encoder, load_encoder
+from .lines import Oversized, file_lines
 from .messages import json_line
 from .packing import best_fit
 from .parallel import chunked, ordered_map
-from .samples import Made, Sample, Settings, make_samples
+from .samples import Made, Sample, Settings, make_samples, oversized
 from .statistics import Statistics
+from .template_check import Verdict, check
 from .tokens import TokenDataset, TokenWriter, write_index
 
 CHUNK_RECORDS = 256
+CHUNK_BYTES = 4 << 20  # of a chunk; a larger line is one by itself
+OWN_ID = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*")')  # as prepare_data begins a line
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,28 @@ class Outputs:
 
 
 def tokenize(
-    source: Path, tokenizer: Path, settings: Settings, outputs: Outputs, *, pack: bool = False, workers: int = 1
+    source: Path,
+    tokenizer: Path,
+    settings: Settings,
+    outputs: Outputs,
+    *,
+    pack: bool = False,
+    workers: int = 1,
+    on_template_difference: str = "fail",
 ) -> dict[str, Any]:
     """Make the token folder and both files; return the figures for the receipt.
 
     The folder is built under a temporary name, so an interrupted run leaves the previous one, or none. If there is no
     sample, rejects and statistics are still written, since they tell why.
 
+    Args:
+        on_template_difference: what a template that is not the base's does, ``fail`` or ``warn``.
+
     Raises:
         BadInputError: unreadable input, an unfit tokenizer, or no sample.
+        GateError: the template is not that of the base.
     """
+    settings, verdict = settle_template(tokenizer, settings, on_template_difference)
     encoder = load_encoder(tokenizer, settings.template)
     building = outputs.tokens.with_name(f".{outputs.tokens.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -59,6 +76,9 @@ def tokenize(
         originals = array("q")  # of every sample the number that its copies share, or -1; filled for packing
         with files.atomic_open(outputs.rejects, "wb") as rejects:
             for made in made_samples(source, tokenizer, settings, workers):
+                if verdict.tools_differ and made.calls:
+                    name = made.samples[0].id if made.samples else made.rejects[0][0]
+                    raise GateError(f"record {name} has tools, but {verdict.tools_differ}", _LEAVE_OUT)
                 statistics.add_record(made)
                 for name, reason, message in made.rejects:
                     rejects.write(json_line({"id": name, "reason": reason, "message": message}))
@@ -90,21 +110,49 @@ def tokenize(
     if pack:
         figures["packing_efficiency_share"] = round(info["tokens"] / (info["rows"] * settings.max_length), 4)
     figures["mean_length"] = round(info["tokens"] / info["rows"], 2)
+    figures["template"] = settings.template
+    figures["template_prompts_compared"] = verdict.compared
+    figures["template_notes"] = list(verdict.notes)
     return figures
+
+
+_LEAVE_OUT = "leave such records out, or set data.on_template_difference: warn if another template will be served"
+
+
+def settle_template(tokenizer: Path, settings: Settings, policy: str) -> tuple[Settings, Verdict]:
+    """Settings with the template that was compared with the base's, and what the comparison found; notes are printed.
+
+    Raises:
+        BadInputError: ``auto``, and no template fits.
+        GateError: the template is not that of the base.
+    """
+    verdict = check(load_encoder(tokenizer, settings.template), settings.template, policy)
+    for note in verdict.notes:
+        cli.say(f"{'note' if verdict.agrees else 'warning'}: {note}")
+    return dataclasses.replace(settings, template=verdict.template), verdict
 
 
 def made_samples(source: Path, tokenizer: Path, settings: Settings, workers: int = 1) -> Iterator[Made]:
     """Samples and rejects of every record, in the order of the input."""
     work = functools.partial(_make_chunk, tokenizer=tokenizer, settings=settings)
     done = 0
-    for results in ordered_map(work, chunked(_numbered_lines(source), CHUNK_RECORDS), workers):
+    lines = chunked(_numbered_lines(source), CHUNK_RECORDS, lambda line: len(line[1]), CHUNK_BYTES)
+    for results in ordered_map(work, lines, workers):
         yield from results
         done += len(results)
         if done % (CHUNK_RECORDS * 40) == 0:
             cli.say(f"{done} records tokenised")
 
 
-def _make_chunk(lines: list[tuple[str, bytes]], tokenizer: Path, settings: Settings) -> list[Made]:
+def _make_chunk(lines: list[tuple[str, bytes | Oversized]], tokenizer: Path, settings: Settings) -> list[Made]:
+    if any(isinstance(line, Oversized) for _, line in lines):
+        encoder = load_encoder(tokenizer, settings.template)
+        return [
+            oversized(_own_id(place, line), line, encoder, settings)
+            if isinstance(line, Oversized)
+            else _make_chunk([(place, line)], tokenizer, settings)[0]
+            for place, line in lines
+        ]
     records: list[Any] = []
     for name, line in lines:
         try:
@@ -119,6 +167,11 @@ def _make_chunk(lines: list[tuple[str, bytes]], tokenizer: Path, settings: Setti
     ]
 
 
+def _own_id(place: str, line: Oversized) -> str:
+    own = OWN_ID.match(line.head)
+    return json.loads(own[1]) if own else place
+
+
 def copies(weight: float, name: str) -> int:
     """How often a record is used: the whole part of its weight, and once more with the fraction as its chance.
 
@@ -129,12 +182,11 @@ def copies(weight: float, name: str) -> int:
     return whole + (drawn < weight - whole)
 
 
-def _numbered_lines(source: Path) -> Iterator[tuple[str, bytes]]:
+def _numbered_lines(source: Path) -> Iterator[tuple[str, bytes | Oversized]]:
     try:
-        with open(source, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield f"{source.name}:{number}", line
+        for number, line in enumerate(file_lines(source), 1):
+            if isinstance(line, Oversized) or line.strip():
+                yield f"{source.name}:{number}", line
     except OSError as error:
         raise BadInputError(f"{source} cannot be read: {error.strerror}", "run prepare_data first") from None
 
@@ -193,6 +245,7 @@ def _no_samples(source: Path, statistics: Statistics, rejects: Path) -> BadInput
 
 def first_samples(source: Path, tokenizer: Path, settings: Settings, count: int) -> list[Sample]:
     """The first ``count`` samples, for ``--show``."""
+    settings, _ = settle_template(tokenizer, settings, "warn")
     found: list[Sample] = []
     for made in made_samples(source, tokenizer, settings):
         found += made.samples

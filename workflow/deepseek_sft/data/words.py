@@ -107,6 +107,8 @@ def _pattern() -> re.Pattern[str]:
     )
     spaces = _members(everything, r"\s")
     cjk = {chr(code) for low, high in CJK_RANGES for code in range(ord(low), ord(high) + 1)} - numbers
+    cjk_word, cjk_sign = cjk & (letters | marks), cjk & (punctuation | symbols)
+    cjk_rest = cjk - cjk_word - cjk_sign  # unassigned
     taken = numbers | cjk
     rest = set(characters) - taken
     before_word = rest - letters - punctuation - symbols - {"\r", "\n"}
@@ -115,7 +117,10 @@ def _pattern() -> re.Pattern[str]:
     alternatives = [
         f"{_class(before_word)}?{_class((letters | marks) - taken)}+",
         f"{_class(numbers)}{{1,3}}",
-        f"{_class(cjk)}+",
+        # The third pass splits what the second cut out, so both sides of these stay within the run.
+        f"{_class(cjk_rest)}?{_class(cjk_word)}+",
+        f"{_class(cjk_sign)}+",
+        f"(?:{_class(cjk_rest)}(?!{_class(cjk_word)}))+",
         f"{_class(set(ASCII_PUNCTUATION))}[A-Za-z]+",
         f" ?{_class((punctuation | symbols) - taken)}+{ends}*",
         f"{space}*{ends}+",

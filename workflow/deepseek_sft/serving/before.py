@@ -17,7 +17,7 @@ from .api import Api, CheckFailed
 from .checks import Context
 from .comparison import Job
 from .held_out import read_prompts
-from .held_out_tokens import Sequence, sequences
+from .held_out_tokens import Sequence, sequences, settled
 from .losses import Measurement
 from .smoke_settings import SmokeSettings
 
@@ -70,6 +70,7 @@ def measure_served(
         BadInputError: no sample has a reference, the server offers another model, or it refuses a request.
         CrashError: the server went away.
     """
+    settings = settled(settings, tokenizer)
     prompts = read_prompts(Path(settings.prompts))
     api = Api(url, model, settings.request_timeout_s, api_key)
     context = Context(api, settings, reasoning_parser, prompts, held_out=True)

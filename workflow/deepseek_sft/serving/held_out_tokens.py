@@ -4,11 +4,14 @@ import dataclasses
 from pathlib import Path
 
 from .. import files
+from ..data import template_check
 from ..data.encoding import load_encoder
 from ..data.labels import NO_LOSS
 from ..data.samples import Settings, make_samples
+from ..data.templates import AUTO, TEMPLATES
 from ..errors import BadInputError
 from .held_out import PLACEHOLDER, Prompt
+from .smoke_settings import SmokeSettings
 
 GENERATION_PROMPT = 2  # tokens that a chat template may add to the prompt as the start of the answer: `<think>\n`
 
@@ -33,6 +36,21 @@ class Sequence:
     def trained_tokens(self) -> int:
         """Tokens that the loss is the mean over."""
         return sum(self.trained)
+
+
+def settled(settings: SmokeSettings, folder: Path | str | None) -> SmokeSettings:
+    """Settings whose template has a name: ``auto`` is the one that fits the chat template of the model's folder.
+
+    Raises:
+        BadInputError: none fits, or no folder is at hand.
+    """
+    if settings.template != AUTO:
+        return settings
+    if folder is None:
+        raise BadInputError(
+            "template auto needs the model's folder to choose by", f"name one of {', '.join(TEMPLATES)}"
+        )
+    return dataclasses.replace(settings, template=template_check.settle(AUTO, Path(folder)))
 
 
 def sequences(prompts: list[Prompt], tokenizer: Path, template: str, max_length: int) -> list[Sequence]:

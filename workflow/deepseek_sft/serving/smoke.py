@@ -16,7 +16,7 @@ from .before import base_answers, base_job, base_measurement
 from .checks import Context
 from .comparison import Job, ModelFolder
 from .held_out import read_prompts
-from .held_out_tokens import Sequence, sequences
+from .held_out_tokens import Sequence, sequences, settled
 from .losses import Measurement
 from .smoke_settings import SmokeSettings
 
@@ -91,6 +91,7 @@ def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path)
         ChecksFailed: at least one check failed; lists them.
         CrashError: the server went away.
     """
+    settings = settled(settings, server.model_dir)
     held_out = read_prompts(Path(settings.prompts)) if settings.prompts else []
     measured = Measurement.read(Path(settings.base_measured)) if settings.base_measured else None
     transcript.parent.mkdir(parents=True, exist_ok=True)
