@@ -192,7 +192,7 @@ def test_other_tokenizer_is_named(made, model):
 def test_all_failures_reach_the_message_of_the_gate(made, model):
     (model / "tokenizer.json").unlink()
     overwrite(model, "model.norm.weight", np.full(32, np.nan, np.float32))
-    with pytest.raises(GateError, match=r"failed 3 of 10") as error:
+    with pytest.raises(GateError, match=r"failed 3 of 11") as error:
         check(made, model).require(model)
     for text in ("tokenizer.json is missing", "model.norm.weight: 32 values", "model.norm.weight: 32 of 32"):
         assert text in str(error.value)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.data.formats import AUTO, FORMATS
 from deepseek_sft.data.prepare import prepare
 from deepseek_sft.data.sources import find_sources
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
     arguments = parser.parse_args()
 
+    files.require_writable(arguments.output, arguments.rejects, arguments.receipt)
     sources = find_sources(arguments.source, arguments.weights)
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
     figures = prepare(

@@ -49,9 +49,7 @@ class RankFiles:
                 raise BadInputError(f"{path} and {other} are both of rank {rank}", "remove the stale one")
             found[kind][rank] = path
         if not found["optim"]:
-            inside = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*zero_pp_rank_*"))]
-            hint = f"give one of its folders: {', '.join(inside)}" if inside else "give the folder with *_states.pt"
-            raise BadInputError(f"{folder} holds no ZeRO checkpoint (zero_pp_rank_*_optim_states.pt)", hint)
+            raise _no_checkpoint(folder)
         return RankFiles(folder, found["optim"], found["model"])
 
     def check(self, stage: int, world_size: int, said_by: str) -> None:
@@ -93,6 +91,22 @@ class RankFiles:
         return [self.model[rank] for rank in range(world_size)] if stage == 3 else [self.folder / WHOLE_MODEL_FILE]
 
 
+def _no_checkpoint(folder: Path) -> BadInputError:
+    """What a folder without optimizer files is instead."""
+    if (folder / "zero").is_dir() and any((folder / "zero").glob("*/fp32*")):
+        return BadInputError(
+            f"{folder} is a universal checkpoint (ds_to_universal: zero/<parameter>/fp32.pt), which is not read",
+            "give the ZeRO checkpoint that it was made from (zero_pp_rank_*_optim_states.pt), or load it with DeepSpeed "
+            '("checkpoint": {"load_universal": true}) and save it again',
+        )
+    found = "holds no ZeRO checkpoint (zero_pp_rank_*_optim_states.pt)"
+    if any(folder.glob("*_model_states.pt")):
+        found = "holds model states, but no optimizer states (zero_pp_rank_*_optim_states.pt), where the weights are"
+    inside = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*zero_pp_rank_*"))]
+    hint = f"give one of its folders: {', '.join(inside)}" if inside else "give the folder with *_optim_states.pt"
+    return BadInputError(f"{folder} {found}", hint)
+
+
 class Loader:
     """Unpickles files and hashes name, size and CRC-32 of all their records."""
 
@@ -112,6 +126,7 @@ class Loader:
                 "files were swapped or renamed: restore their names",
             )
         self.hasher.update(f"{path.name}\0{archive.directory}\n".encode())
+        self.hasher.update(archive.sampled())
         return archive
 
     def __call__(self, path: Path) -> Any:
@@ -200,6 +215,7 @@ class ModelState:
         world_size: number of ranks it speaks of, if any.
         step: steps by DeepSpeed's count, if any.
         skipped: those of them that the optimizer left out (overflows of FP16).
+        frozen_unsaved: whether parameters that were not trained may have been left out (exclude_frozen_parameters).
     """
 
     shapes: Shapes
@@ -211,6 +227,7 @@ class ModelState:
     world_size: int | None
     step: int | None
     skipped: int
+    frozen_unsaved: bool
 
 
 def read_model_state(archive: torch_pickle.Archive) -> ModelState:
@@ -240,6 +257,7 @@ def read_model_state(archive: torch_pickle.Archive) -> ModelState:
         world_size=_number(state.get("dp_world_size")),
         step=_number(state.get("global_steps")),
         skipped=_number(state.get("skipped_steps")) or 0,
+        frozen_unsaved=state.get("frozen_param_shapes") is None,
     )
 
 

@@ -14,11 +14,14 @@ def model_of(config: dict[str, Any]) -> Model:
     """The model that will be trained: counted from the base's ``config.json``, or from the tiny model's sizes.
 
     Raises:
-        BadInputError: no base folder, no ``config.json`` in it, or another architecture.
+        BadInputError: no base folder, no ``config.json`` in it, or one of a model that is not trained here.
     """
     small = config["model"]["tiny"]
     if small is None:
-        return count(release.read_config(Path(config["model"]["base"])))
+        base = Path(config["model"]["base"])
+        found = release.read_config(base)
+        release.require_trainable(found, base / "config.json")
+        return count(found)
     shape = tiny.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
     return count(tiny.config_of(shape))
 
