@@ -107,7 +107,9 @@ def refuse_pointer(path: Path) -> None:
         with open(path, "rb") as stream:
             start = stream.read(len(LFS_POINTER))
     except OSError as error:
-        raise BadInputError(f"{path} cannot be read: {error.strerror}", "fetch it, or have its permissions mended") from None
+        raise BadInputError(
+            f"{path} cannot be read: {error.strerror}", "fetch it, or have its permissions mended"
+        ) from None
     if start == LFS_POINTER:
         raise BadInputError(f"{path} is a git-lfs pointer, not the file itself", "fetch it with `git lfs pull`")
 

@@ -79,8 +79,8 @@ def _tell(base: base_model.BaseModel) -> None:
     held = {name.split(".")[2] for name in base.mtp}
     if base.mtp and named != len(held):
         cli.say(
-            f"note: config.json says num_nextn_predict_layers {named}, the files hold {len(held)}: what is converted with "
-            "--mtp copy names those that are copied"
+            f"note: config.json says num_nextn_predict_layers {named}, the files hold {len(held)}; "
+            "convert_checkpoint --mtp copy writes the number that it copies"
         )
 
 
@@ -96,8 +96,8 @@ def main() -> None:
         settings = {"tiny": dataclasses.asdict(shape), "seed": args.seed}
     else:
         source = args.base
+        release.require_trainable(release.read_config(source), source / "config.json")
         base = base_model.open_model(source)
-        release.require_trainable(base.config, source / "config.json")
         _tell(base)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}
         if base.quantised:
@@ -110,9 +110,10 @@ def main() -> None:
     figures = base_model.figures(prepared) | {
         "dequantised": dequantized,
         "fingerprint": prepared.fingerprint,
-        "non_finite": 0 if dequantized else "not read",
         "peak_rss_mib": round(memory.peak_resident() / 2**20, 1),
     }
+    if dequantized:
+        figures["non_finite"] = 0  # others are refused; of a BF16 base no value is read here
     receipts.write(
         args.receipt, "prepare_model", inputs=inputs, settings=settings, result={"base": str(source)}, figures=figures
     )

@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mtp", choices=["drop", "copy"], help="what must have become of that layer, with --dtype")
     parser.add_argument("--full", action="store_true", help="compare every value with the checkpoint, not samples")
     parser.add_argument(
-        "--missing-from-base", action="store_true", help="parameters not in the checkpoint were frozen: equal the base's"
+        "--missing-from-base",
+        action="store_true",
+        help="parameters not in the checkpoint were frozen: equal the base's",
     )
     parser.add_argument("--workers", type=int, default=8, help="files checked at the same time")
     args = parser.parse_args()
@@ -70,7 +72,9 @@ def main() -> None:
     base = base_model.open_model(args.base)
     checkpoint = zero.open_checkpoint(args.checkpoint) if args.checkpoint else None
     wanted = verify.Kind(args.dtype, args.mtp) if args.dtype else None
-    result = verify.verify(args.model, base, checkpoint, bound, args.full, max(1, args.workers), wanted, args.missing_from_base)
+    result = verify.verify(
+        args.model, base, checkpoint, bound, args.full, max(1, args.workers), wanted, args.missing_from_base
+    )
     for name, check in result.checks.items():
         cli.say(f"FAILED  {name}" if check.failures else f"passed  {name}: {check.detail}")
     result.require(args.model)

@@ -243,9 +243,10 @@ def _check_tensors(
         scale = tensors.get(name + release.SCALE_SUFFIX)
         wanted = fp8_blocks.factors_spec(tensors[name].spec)
         if len(wanted.shape) != 2 or scale is None or scale.spec != wanted:
-            found_text = "is missing" if scale is None else f"is {scale.spec}"
+            found_text = "is missing" if scale is None else f"is {scale.spec.dtype} {list(scale.spec.shape)}"
             raise BadInputError(
-                f"{folder}: the scale of {name} {found_text}, needed is {wanted}", "take the release's files"
+                f"{folder}: the scale of {name} {found_text}, needed is {wanted.dtype} {list(wanted.shape)}",
+                "take the release's files",
             )
 
 

@@ -63,4 +63,6 @@ class Partitioned:
 def in_one_file(tensor: StoredTensor) -> Partitioned:
     """A parameter that is not trained and lies whole in one file."""
     partition = max(1, tensor.spec.elements)
-    return Partitioned(tensor.spec.shape, tensor.spec.dtype, partition, [tensor.file], np.array([tensor.offset]), trained=False)
+    return Partitioned(
+        tensor.spec.shape, tensor.spec.dtype, partition, [tensor.file], np.array([tensor.offset]), trained=False
+    )

@@ -89,7 +89,9 @@ def release_sources(
     if (missing and not missing_from_base) or unknown:
         fix = "give the base model that this training run started from"
         if checkpoint.frozen_unsaved and missing and not unknown:
-            fix += "; or, if these parameters were frozen and the checkpoint saved with exclude_frozen_parameters, take "
+            fix += (
+                "; or, if these parameters were frozen and the checkpoint saved with exclude_frozen_parameters, take "
+            )
             fix += "them from the base: --missing-from-base"
         text = "; ".join(
             f"{len(names)} {what}, first {names[0]}"

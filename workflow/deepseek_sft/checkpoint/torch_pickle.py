@@ -143,6 +143,16 @@ class RefusedError(pickle.UnpicklingError):
     """The file asks for something that a checkpoint does not need."""
 
 
+class UnknownNameError(RefusedError):
+    """It names a class or function that no checkpoint needs."""
+
+
+STRIP = (
+    ". Where it is part of the client_state given to save_checkpoint: load the file with torch if you trust it, "
+    "remove that entry, and save it again"
+)
+
+
 def _encode(text: str, encoding: str) -> bytes:
     # Protocol 2 writes bytes as a call of _codecs.encode.
     if encoding not in ("latin1", "latin-1"):
@@ -171,6 +181,8 @@ class DescriptorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        if module == "builtins":  # protocol 2, which torch writes, has the names of Python 2
+            name = {"long": "int", "unicode": "str", "xrange": "range"}.get(name, name)
         if (module, name) in self.known:
             return self.known[module, name]
         if module in ("torch", "torch.storage") and name in STORAGES:
@@ -180,7 +192,7 @@ class DescriptorUnpickler(pickle.Unpickler):
         )
         if plain or (module, name) in INERT_NAMES or module.split(".")[0] in INERT_PACKAGES:
             return type(name, (Inert,), {"__module__": module})
-        raise RefusedError(f"it asks for {module}.{name}, which no checkpoint needs")
+        raise UnknownNameError(f"it asks for {module}.{name}, which no checkpoint needs")
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _location, _elements = pid
@@ -291,9 +303,8 @@ def open_archive(path: Path) -> Archive:
                     if entry.file_size > LARGEST_PICKLE:
                         _corrupt(path, f"its pickle has {entry.file_size} bytes")
                     content, name = _content(path, stream, entry, next_start), match[1]
-                elif entry.filename.endswith("/byteorder"):
-                    if _content(path, stream, entry, next_start) != b"little":
-                        _corrupt(path, "it was written on a big-endian machine")
+                elif entry.filename.endswith("/byteorder") and _content(path, stream, entry, next_start) != b"little":
+                    _corrupt(path, "it was written on a big-endian machine")
     except OSError as error:
         raise BadInputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
@@ -334,9 +345,8 @@ def load(archive: Archive) -> Any:
     except RefusedError as error:
         raise BadInputError(
             f"{archive.path} is refused: {error}",
-            "nothing of it was executed; use a checkpoint written by DeepSpeed, mmengine or xtuner. If it is part of the "
-            "client_state that save_checkpoint was given: load the file with torch where you trust it, remove that entry, "
-            "and save it again",
+            "nothing of it was executed; use a checkpoint written by DeepSpeed, mmengine or xtuner"
+            + (STRIP if isinstance(error, UnknownNameError) else ""),
         ) from None
     except StageError:  # asked to stop meanwhile
         raise

@@ -233,18 +233,26 @@ def check_values(
 
 
 def check_stepped(
-    measured: dict[str, Measured], trained: dict[str, Source], base: BaseModel, bound: ChangeBound | None
+    measured: dict[str, Measured],
+    trained: dict[str, Source],
+    missing: list[str],
+    base: BaseModel,
+    bound: ChangeBound | None,
 ) -> Check:
     """Every trained tensor's master weights differ from the base: AdamW moves each one at every step.
 
     They are FP32, so that rounding to BF16 does not hide a step. What may equal the base all the same is named in the
     check's scope: parameters that no optimizer holds, and routed experts that got no token, where weight decay is too
     small to move them either.
+
+    Args:
+        trained: source of every tensor that the checkpoint holds.
+        missing: names of those that it does not hold.
     """
     judged = {name: figures for name, figures in measured.items() if figures.stepped is not None}
     never = [name for name, figures in sorted(judged.items()) if not figures.stepped]
     frozen = [name for name, source in trained.items() if getattr(source.parameter, "trained", None) is False]
-    rounded = len(trained.keys() & measured.keys()) - len(judged) - len(frozen)
+    frozen += missing
     decays = bound is not None and bound.decay_per_step >= SMALLEST_MOVE
     excused = [name for name in never if not decays and may_get_no_gradient(name, base.config)]
     notes = [f"{len(judged)} tensors of FP32 master weights, all but {len(never)} moved from the base"]
@@ -255,7 +263,7 @@ def check_stepped(
         notes.append(f"no token was routed to {_named(excused)}")
     if frozen:
         notes.append(f"not trained: {_named(frozen)}")
-    if rounded > 0 and not judged:
+    if not judged:
         notes.append("the master weights are not FP32: not judged")
     check = Check("; ".join(notes))
     kept = set(excused)
@@ -307,6 +315,7 @@ def verify(
     checks |= check_tensors(base, tensors, kind)
     extra = [name for name in base.weights(kind.mtp == "copy") if name not in base.expected]
     trained: dict[str, Source] = {}
+    frozen: list[str] = []
     if checkpoint:
         trained, _, frozen = trained_sources(checkpoint, base, missing_from_base)
         extra += frozen
@@ -334,7 +343,7 @@ def verify(
             raise
     checks |= check_values(measured, bound, copied, checkpoint is not None)
     if checkpoint:
-        checks["stepped"] = check_stepped(measured, trained, base, bound)
+        checks["stepped"] = check_stepped(measured, trained, frozen, base, bound)
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name not in hashes:
             hashes[path.name] = files.fingerprint_file(path, full=True).removeprefix("sha256:")

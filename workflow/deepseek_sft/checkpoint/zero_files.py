@@ -96,8 +96,8 @@ def _no_checkpoint(folder: Path) -> BadInputError:
     if (folder / "zero").is_dir() and any((folder / "zero").glob("*/fp32*")):
         return BadInputError(
             f"{folder} is a universal checkpoint (ds_to_universal: zero/<parameter>/fp32.pt), which is not read",
-            "give the ZeRO checkpoint that it was made from (zero_pp_rank_*_optim_states.pt), or load it with DeepSpeed "
-            '("checkpoint": {"load_universal": true}) and save it again',
+            "give the ZeRO checkpoint that it was made from (zero_pp_rank_*_optim_states.pt), or load it with "
+            'DeepSpeed ("checkpoint": {"load_universal": true}) and save it again',
         )
     found = "holds no ZeRO checkpoint (zero_pp_rank_*_optim_states.pt)"
     if any(folder.glob("*_model_states.pt")):

@@ -202,9 +202,10 @@ def _check_derived(config: dict[str, Any], path: Path) -> None:
     if any(kind != FULL_ATTENTION for kind in config.get("layer_types") or ()):
         raise _refuse(path, f"layer_types is {config['layer_types']!r}; known is {FULL_ATTENTION} alone")
     layers, dense = config.get("num_hidden_layers"), config.get("first_k_dense_replace")
-    if config.get("mlp_layer_types") and isinstance(layers, int) and isinstance(dense, int):
-        if config["mlp_layer_types"] != ["dense" if layer < dense else "sparse" for layer in range(layers)]:
-            raise _refuse(path, f"mlp_layer_types contradicts first_k_dense_replace {dense}")
+    kinds = config.get("mlp_layer_types")
+    sizes = isinstance(layers, int) and isinstance(dense, int)
+    if kinds and sizes and kinds != ["dense" if layer < dense else "sparse" for layer in range(layers)]:
+        raise _refuse(path, f"mlp_layer_types contradicts first_k_dense_replace {dense}")
     scaling, outside = config.get("rope_scaling"), config.get("original_max_position_embeddings")
     if outside is not None and outside != (scaling or {}).get("original_max_position_embeddings"):
         raise _refuse(path, f"original_max_position_embeddings is {outside}, the rotary scaling says otherwise")

@@ -96,7 +96,9 @@ def require_trainable(config: dict[str, Any], path: Path) -> None:
             "DeepSeek-V3 releases have two: take config.json and lm_head.weight from the release",
         )
     if not config.get("n_shared_experts"):
-        raise BadInputError(f"{path}: n_shared_experts is {config.get('n_shared_experts')!r}; training asks for one or more")
+        raise BadInputError(
+            f"{path}: n_shared_experts is {config.get('n_shared_experts')!r}; training asks for one or more"
+        )
 
 
 def _check_architecture(config: dict[str, Any], path: Path) -> None:
@@ -235,7 +237,9 @@ def mtp_layers(config: dict[str, Any], names: Iterable[str]) -> int:
             raise ValueError(f"there is a layer {layer}, but no layer {number}")
         lacking = [name for name in mtp_specs(config, layer) if name not in held]
         if lacking:
-            raise ValueError(f"layer {layer} lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
+            raise ValueError(
+                f"layer {layer} lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
+            )
     return len(found)
 
 

@@ -95,7 +95,8 @@ def check_unchanged(model: TrainingModel, published: dict[str, Any]) -> None:
     different = differences(model, published)
     if different:
         raise BadInputError(
-            "; ".join(different[:5]), "the model must be trained as it will be served; check config.json against the release"
+            "; ".join(different[:5]),
+            "the model must be trained as it will be served; check config.json against the release",
         )
 
 
@@ -119,7 +120,9 @@ def differences(model: TrainingModel, published: dict[str, Any]) -> list[str]:
     if values.shape != wanted.frequencies.shape:
         found.append(f"rotary frequencies would be {len(values)}, config.json asks for {len(wanted.frequencies)}")
     else:
-        for index in np.flatnonzero([implied.differ(*pair) for pair in zip(values, wanted.frequencies, strict=True)])[:1]:
+        for index in np.flatnonzero([implied.differ(*pair) for pair in zip(values, wanted.frequencies, strict=True)])[
+            :1
+        ]:
             compare(f"rotary frequency {index}", values[index], wanted.frequencies[index])
     compare("the factor of the rotary angles' cosines", rotary.attention_scaling, wanted.attention_factor)
     for index, layer in enumerate(model.model.layers):

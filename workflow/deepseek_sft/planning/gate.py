@@ -40,4 +40,4 @@ DISK_ADVICE = (
 
 def advice(plan: Plan) -> list[str]:
     """What helps against a full disk, which neither nodes nor training's settings change."""
-    return [DISK_ADVICE] if any(limit.name == "disk" and limit.share > 1 for limit in plan.limits) else []
+    return [DISK_ADVICE] if any(limit.name == "disk" and not limit.share <= 1 for limit in plan.limits) else []

@@ -36,7 +36,9 @@ class Limit:
 
     @property
     def verdict(self) -> str:
-        return MISFIT if self.share > 1 else TIGHT if self.share > TIGHT_SHARE else FITS
+        if not self.share <= 1:
+            return MISFIT
+        return FITS if self.share <= TIGHT_SHARE else TIGHT
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,10 @@ def longest_row_that_fits(plan: Plan) -> int | None:
 def profile_lines(plan: Plan) -> list[str]:
     """Lines to write into the profile where it gives training less than the plan needs."""
     cluster, lines = plan.cluster, []
-    if cluster.host_bytes is not None and total(plan.host) > cluster.host_bytes:
+    if cluster.host_bytes is not None and not total(plan.host) <= cluster.host_bytes:
         lines.append(f"mem_mb: {plan.host_mb}   # planned {total(plan.host) / MB:,.0f} MB and {MARGIN - 1:.0%}")
     save = plan.duration.checkpoint_s + (plan.duration.step.slowest if plan.duration.step else 0)
-    if cluster.signal_lead_s is not None and save > cluster.signal_lead_s:
+    if cluster.signal_lead_s is not None and not save <= cluster.signal_lead_s:
         lead = -(-int(2 * save) // 60) * 60
         lines.append(f'slurm_extra: "--signal=USR1@{lead} …"   # one step and one checkpoint take up to {save:,.0f} s')
     return lines
@@ -138,7 +140,7 @@ def profile_lines(plan: Plan) -> list[str]:
 def notes(plan: Plan) -> list[str]:
     """What a reader should know that is no limit."""
     found, run, minutes = [], plan.duration.run, plan.cluster.runtime_minutes
-    if run and minutes and run.slowest > 60 * minutes:
+    if run and minutes and not run.slowest <= 60 * minutes:
         jobs = -(-run.slowest // (60 * minutes))
         found.append(
             f"the time limit of {minutes} minutes may end the run before its last step: it saves and needs up to "
