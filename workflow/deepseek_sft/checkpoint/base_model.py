@@ -234,7 +234,8 @@ def _check_tensors(
         found = tensors[name]
         if found.spec.shape != spec.shape:
             raise BadInputError(f"{found.file}: {name} has shape {found.spec.shape}, config.json asks for {spec.shape}")
-        if found.spec.dtype not in ("BF16", spec.dtype) and not (found.spec.dtype == "F8_E4M3" and quantised):
+        allowed = {"BF16", spec.dtype} | ({"F32"} if name.endswith(release.ROUTER_WEIGHT) else set())
+        if found.spec.dtype not in allowed and not (found.spec.dtype == "F8_E4M3" and quantised):
             raise BadInputError(  # the correction bias is FP32 in the release
                 f"{found.file}: {name} is {found.spec.dtype}; needed is BF16 or the release's FP8",
                 "convert the model to BF16 first",

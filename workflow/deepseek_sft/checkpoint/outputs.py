@@ -28,7 +28,8 @@ def _spec(base: BaseModel, name: str, dtype: str) -> TensorSpec:
     stored = base.tensors[name].spec
     if dtype == "fp8" and len(stored.shape) == 2 and release.is_quantised(base.config, name):
         return TensorSpec(stored.shape, "F8_E4M3")
-    kept = "BF16" if stored.dtype == "F8_E4M3" else stored.dtype  # router biases are FP32 in the release
+    rounded = stored.dtype == "F8_E4M3" or name.endswith(release.ROUTER_WEIGHT)
+    kept = "BF16" if rounded else stored.dtype  # router biases are FP32 in the release
     return TensorSpec(stored.shape, "F32" if dtype == "fp32" else kept)
 
 

@@ -144,9 +144,11 @@ def _factors(opened: OpenFiles, tensor: StoredTensor) -> NDArray[np.float32]:
 def _old_values(opened: OpenFiles, base: Source, start: int, count: int) -> NDArray[np.float32]:
     """The base's values as training starts from them: what is FP8 there is rounded to BF16."""
     values = number_formats.to_float32(base.read(opened, start, count), base.dtype)
-    if base.factors:
-        values = number_formats.bf16_to_float32(number_formats.float32_to_bf16(values))
-    return values
+    return _in_bf16(values) if base.factors else values
+
+
+def _in_bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return number_formats.bf16_to_float32(number_formats.float32_to_bf16(values))
 
 
 def measure_tensor(
@@ -168,6 +170,9 @@ def measure_tensor(
     scales = _factors(opened, factors) if factors else None
     columns = model.spec.shape[-1] if scales is not None else 1
     step = _step(columns, base.row if base else 1)
+    rounding = HALF_ULP.get(dtype, 0.0)
+    if base and base.dtype == "F32" and not base.factors and dtype == "BF16":
+        rounding *= 2  # training begins with the base's FP32 values rounded
     for start in range(0, model.spec.elements, step):
         count = min(step, model.spec.elements - start)
         raw = opened.read(model.file, model.offset + start * item, np.uint8, count * item)
@@ -183,7 +188,7 @@ def measure_tensor(
         if base is None:
             result.non_finite += int(np.count_nonzero(~np.isfinite(new)))
         else:
-            measure_block(result, new, _old_values(opened, base, start, count), HALF_ULP.get(dtype, 0.0), decay)
+            measure_block(result, new, _old_values(opened, base, start, count), rounding, decay)
     if scales is not None:
         finite = scales[np.isfinite(scales)]  # of blocks with another factor every value counts as not finite
         smallest = E4M3_SUBNORMAL_HALF_ULP * float(finite.max(initial=0.0))
@@ -260,8 +265,8 @@ def was_stepped(opened: OpenFiles, name: str, master: Source, base: Source) -> b
     elements = math.prod(master.shape)
     for full in (False, True):
         for start, count in sampled_ranges(name, elements, full, base.row):
-            found = master.read(opened, start, count).view(np.float32)
-            if not np.array_equal(found, _old_values(opened, base, start, count)):
+            found, old = master.read(opened, start, count).view(np.float32), _old_values(opened, base, start, count)
+            if not (np.array_equal(found, old) or np.array_equal(found, _in_bf16(old))):
                 return True
     return False
 

@@ -17,6 +17,7 @@ from . import config_file
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 FP8_BLOCK = 128  # side of the square blocks that share one scale in the FP8 release
 SCALE_SUFFIX = "_scale_inv"  # of a quantised tensor's name
+ROUTER_WEIGHT = "mlp.gate.weight"  # BF16 in the releases; transformers from 5.20 on saves it in FP32
 CORRECTION_BIAS = "mlp.gate.e_score_correction_bias"
 
 POSITIVE_INTEGERS = (

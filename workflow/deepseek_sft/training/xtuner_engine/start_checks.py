@@ -193,6 +193,8 @@ def compare_weights(model: TrainingModel, base: Path, rank: int) -> tuple[list[s
         got = values[start : start + count].detach().float().cpu().numpy()
         shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
         wanted = np.concatenate([_read(opened, tensors, *part) for part in _parts(name, shape, first + start, count)])
+        if parameters[name].dtype == torch.bfloat16:  # what the base holds in FP32 is rounded when it is loaded
+            wanted = number_formats.bf16_to_float32(number_formats.float32_to_bf16(wanted))
         if not np.array_equal(got, wanted):
             index = first + start + int(np.flatnonzero(got != wanted)[0])
             problems.append(f"{name}: element {index} differs from the base")
