@@ -60,7 +60,7 @@ def main() -> None:
     model = fresh()
     plain = published | {"rope_scaling": None, "rope_theta": 10000}
     figures["scaling lost"] = start_checks.compare_config(model, plain, "float32")
-    model.model.rotary_emb.inv_freq[5] *= 1.001
+    model.model.rotary_emb.inv_freq[2] *= 1.001
     model.model.layers[1].self_attn.scaling = float("nan")
     model.routers()[0].routed_scaling_factor = 1.0
     figures["numbers"] = start_checks.compare_config(model, published, "float32")

@@ -67,7 +67,7 @@ def test_a_lost_scaling_is_named_by_the_numbers_it_changes(figures):
 
 
 @pytest.mark.parametrize(
-    "what", ["rotary frequency 5", "layer 1: the softmax scale", "router 0: routed_scaling_factor"]
+    "what", ["rotary frequency 2", "layer 1: the softmax scale", "router 0: routed_scaling_factor"]
 )
 def test_numbers_in_memory_that_config_json_does_not_imply_are_named(figures, what):
     assert any(problem.startswith(f"{what} would be ") for problem in figures["numbers"])
