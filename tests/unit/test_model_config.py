@@ -11,6 +11,7 @@ import small_models
 from deepseek_sft.checkpoint import base_model, outputs
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.model import config_file, implied, release, tiny
+from deepseek_sft.planning import counting
 
 PLACE = Path("config.json")
 OLD = tiny.config_of(tiny.TinyShape())
@@ -142,6 +143,11 @@ def test_unknown_keys_that_switch_nothing_on_are_let_through_and_named():
     idle = {"sliding_window": None, "use_sliding_window": False, "trained_by_version": "3", "_remark": 1}
     release.checked(OLD | idle, PLACE)
     assert config_file.unknown_keys(OLD | idle) == ([], list(idle))
+
+
+def test_a_plan_counts_the_same_model_from_either_form():
+    old, new = (counting.count(release.checked(config, PLACE)) for config in (OLD, NEW))
+    assert old.figures() == new.figures() and old.forward_flops(100) == new.forward_flops(100)
 
 
 def test_numbers_that_are_not_numbers_differ_from_everything():

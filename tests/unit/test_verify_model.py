@@ -339,6 +339,14 @@ def test_a_learning_rate_that_moves_nothing_is_said_and_not_blamed(partly, tmp_p
     assert len(stepped(case, ChangeBound.of(LEARNING_RATE, STEPS)).failures) > 20
 
 
+def test_values_too_large_for_the_learning_rate_are_said_and_not_blamed(partly, tmp_path):
+    """Norms of 1 with a rate below half of FP32's step there."""
+    case = partly(tmp_path, lambda name: name == "model.norm.weight")
+    found = stepped(case, ChangeBound.of(4e-8, 100))
+    assert not found.failures and "too large for FP32 to resolve one step of 4e-08: model.norm.weight" in found.scope
+    assert stepped(case, ChangeBound.of(2e-7, 100)).failures
+
+
 def test_frozen_parameters_are_named_and_not_blamed(made, tmp_path):
     trained = small_models.train(small_models.read_tensors(made[0]), LEARNING_RATE)
     name = "model.embed_tokens.weight"

@@ -154,7 +154,8 @@ def is_quantised(config: dict[str, Any], folder: Path) -> bool:
     if settings is None:
         return False
     block = [release.FP8_BLOCK] * 2
-    if settings.get("quant_method") != "fp8" or settings.get("weight_block_size") != block:
+    known = isinstance(settings, dict) and settings.get("quant_method") == "fp8"
+    if not known or settings.get("weight_block_size") != block:
         raise BadInputError(
             f"{folder / 'config.json'}: quantization_config is {settings}; only the release's FP8 format with blocks "
             f"of {block} can be dequantised",

@@ -25,7 +25,7 @@ from .zero import Checkpoint
 FREE_KEYS = ("transformers_version",)
 LARGEST_RELATIVE_CHANGE = 1.0  # without learning rate and steps; an unrelated tensor of equal size changes by 1.41
 BIAS_ROUNDING = 1.01  # a bias is a sum of as many moves as there were steps
-SMALLEST_MOVE = 2.0**-23  # relative; FP32 resolves changes from half of it on
+SMALLEST_MOVE = 2.0**-23  # relative; a change of half of it is surely resolved by FP32
 SHOWN = 20  # failing tensors named per check
 
 
@@ -242,8 +242,8 @@ def check_stepped(
     """Every trained tensor's master weights differ from the base: AdamW moves each one at every step.
 
     They are FP32, so that rounding to BF16 does not hide a step. What may equal the base all the same is named in the
-    check's scope: parameters that no optimizer holds, and routed experts that got no token, where weight decay is too
-    small to move them either.
+    check's scope: parameters that no optimizer holds; routed experts that got no token, where weight decay is too small
+    to move them either; and tensors whose every value is so large that FP32 rounds a step of the learning rate away.
 
     Args:
         trained: source of every tensor that the checkpoint holds.
@@ -261,12 +261,16 @@ def check_stepped(
         notes.append(f"learning rate and steps move nothing by more than {bound.drift:.3g}")
     elif excused:
         notes.append(f"no token was routed to {_named(excused)}")
+    rate = bound.learning_rate if bound else SMALLEST_MOVE / 2
+    large = [name for name in never if name not in excused and rate < judged[name].smallest * SMALLEST_MOVE / 2]
+    if large:
+        notes.append(f"too large for FP32 to resolve one step of {rate:.3g}: {_named(large)}")
     if frozen:
         notes.append(f"not trained: {_named(frozen)}")
     if not judged:
         notes.append("the master weights are not FP32: not judged")
     check = Check("; ".join(notes))
-    kept = set(excused)
+    kept = {*excused, *large}
     check.failures = [f"{name} equals the base bit for bit: it was never stepped" for name in never if name not in kept]
     return check
 

@@ -49,12 +49,14 @@ class ChangeBound:
         drift: absolute.
         decay: relative, by weight decay.
         bias_drift: absolute, of the routers' biases, which only the balance rule moves.
-        decay_per_step: relative, by the weight decay of one step at the highest learning rate.
+        learning_rate: the highest, about what one step of AdamW moves an element by.
+        decay_per_step: relative, by the weight decay of one step at that rate.
     """
 
     drift: float
     decay: float
     bias_drift: float = 0.0
+    learning_rate: float = 0.0
     decay_per_step: float = 0.0
 
     @staticmethod
@@ -67,7 +69,7 @@ class ChangeBound:
     ) -> "ChangeBound":
         decay = learning_rate * steps * weight_decay
         drift = learning_rate * steps * adamw_ratio(*betas) * (1 + decay)
-        return ChangeBound(drift, decay, balance_bias_speed * steps, learning_rate * weight_decay)
+        return ChangeBound(drift, decay, balance_bias_speed * steps, learning_rate, learning_rate * weight_decay)
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Measured:
         compared: elements compared with their source, and ``unequal`` how many of them differ.
         fp8_error: largest |dequantised − source| in parts of the block's largest magnitude.
         stepped: whether the FP32 master weights differ from the base; None where that was not or cannot be looked at.
+        smallest: of a tensor that was not stepped, the smallest magnitude.
     """
 
     non_finite: int = 0
@@ -94,6 +97,7 @@ class Measured:
     unequal: int = 0
     fp8_error: float = 0.0
     stepped: bool | None = None
+    smallest: float = math.inf
 
     @property
     def relative_change(self) -> float:
@@ -257,8 +261,8 @@ def compare_quantized(
             result.fp8_error = larger(result.fp8_error, float(relative.max(initial=0.0)))
 
 
-def was_stepped(opened: OpenFiles, name: str, master: Source, base: Source) -> bool:
-    """Whether any FP32 master weight differs from the base's value that training started from.
+def look_for_steps(opened: OpenFiles, name: str, master: Source, base: Source, result: Measured) -> None:
+    """Find out whether any FP32 master weight differs from the base's value that training started from.
 
     Samples first: in a tensor that was trained they differ; only one that was not is read to its end.
     """
@@ -267,8 +271,10 @@ def was_stepped(opened: OpenFiles, name: str, master: Source, base: Source) -> b
         for start, count in sampled_ranges(name, elements, full, base.row):
             found, old = master.read(opened, start, count).view(np.float32), _old_values(opened, base, start, count)
             if not (np.array_equal(found, old) or np.array_equal(found, _in_bf16(old))):
-                return True
-    return False
+                result.stepped = True
+                return
+            result.smallest = min(result.smallest, float(np.abs(old).min(initial=np.inf)))
+    result.stepped = False
 
 
 def can_be_judged(master: Source) -> bool:
@@ -310,7 +316,7 @@ def measure_file(
         if source is None or tuple(source.shape) != tensor.spec.shape:
             continue
         if old is not None and can_be_judged(source) and not name.endswith(CORRECTION_BIAS):
-            figures[name].stepped = was_stepped(opened, name, source, old)
+            look_for_steps(opened, name, source, old, figures[name])
         if factors and source.dtype != "F8_E4M3":
             compare_quantized(opened, name, tensor, factors, source, full, figures[name])
         elif tensor.spec.dtype in ("F32", "BF16", source.dtype):
