@@ -152,7 +152,10 @@ def make_fp8_release(base, folder):
     tensors = read_tensors(base.folder)
     last = base.config["num_hidden_layers"]
     extra = {n.replace(f".{last - 1}.", f".{last}.", 1): v for n, v in tensors.items() if f"layers.{last - 1}." in n}
-    extra[f"model.layers.{last}.eh_proj.weight"] = np.full((32, 64), 0.01, np.float32)
+    hidden = config["hidden_size"]
+    extra |= {f"model.layers.{last}.{n}.weight": np.ones(hidden, np.float32) for n in ("enorm", "hnorm")}
+    extra[f"model.layers.{last}.shared_head.norm.weight"] = np.ones(hidden, np.float32)
+    extra[f"model.layers.{last}.eh_proj.weight"] = np.full((hidden, 2 * hidden), 0.01, np.float32)
     extra[f"model.layers.{last}.shared_head.head.weight"] = np.zeros((96, 32), np.float32)
     weights, scales, expected = {}, {}, {}
     for name, values in {**tensors, **extra}.items():

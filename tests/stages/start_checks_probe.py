@@ -57,6 +57,23 @@ def main() -> None:
     model.config.rms_norm_eps = 0.5
     figures["changed config"] = start_checks.compare_config(model, published, "float32")
 
+    model = fresh()
+    plain = published | {"rope_scaling": None, "rope_theta": 10000}
+    figures["scaling lost"] = start_checks.compare_config(model, plain, "float32")
+    model.model.rotary_emb.inv_freq[2] *= 1.001
+    model.model.layers[1].self_attn.scaling = float("nan")
+    model.routers()[0].routed_scaling_factor = 1.0
+    figures["numbers"] = start_checks.compare_config(model, published, "float32")
+
+    new = json.loads(json.dumps(published))
+    new["rope_parameters"] = new.pop("rope_scaling") | {"rope_type": "yarn", "rope_theta": new.pop("rope_theta")}
+    new["dtype"] = new.pop("torch_dtype")
+    (base / "config.json").write_text(json.dumps(new))
+    model = fresh()
+    figures["new names"] = [*start_checks.compare_config(model, new, "float32"), *weights(model)[0]]
+    figures["new and old"] = start_checks.compare_config(model, published, "float32")
+    (base / "config.json").write_text(json.dumps(published))
+
     # A model of the dequantised base against the FP8 release, in bf16 as it trains.
     figures["fp8"] = weights(fresh(dtype=torch.bfloat16), quantised)[0]
     print(json.dumps(figures))

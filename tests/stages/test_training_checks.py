@@ -57,5 +57,21 @@ def test_what_would_be_computed_otherwise_than_the_base_says_is_named(figures, n
     assert any(named in problem for problem in figures["changed config"])
 
 
+def test_a_base_in_the_names_of_transformers_5_is_the_same_model(figures):
+    assert figures["new names"] == figures["new and old"] == []
+
+
+def test_a_lost_scaling_is_named_by_the_numbers_it_changes(figures):
+    for what in ("rotary frequency", "the softmax scale"):
+        assert any(what in problem for problem in figures["scaling lost"])
+
+
+@pytest.mark.parametrize(
+    "what", ["rotary frequency 2", "layer 1: the softmax scale", "router 0: routed_scaling_factor"]
+)
+def test_numbers_in_memory_that_config_json_does_not_imply_are_named(figures, what):
+    assert any(problem.startswith(f"{what} would be ") for problem in figures["numbers"])
+
+
 def test_parameters_of_another_dtype_than_configured_are_named(figures):
     assert "is torch.float32, not torch.bfloat16" in figures["dtype"][0]

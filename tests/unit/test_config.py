@@ -111,6 +111,13 @@ def test_format_that_the_demo_cannot_make_or_serve_is_refused(production, change
         config.resolve(config.merge(merged_demo(production), {"convert": change}))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_no_bound_would_notice_is_refused(production, value):
+    production["train"]["learning_rate"] = value
+    with pytest.raises(BadInputError, match=r"train.learning_rate: is infinite or not a number"):
+        config.resolve(production)
+
+
 def test_operational_keys_are_known_keys():
     properties = config.schema()["properties"]
     for section, keys in config.OPERATIONAL.items():

@@ -11,6 +11,7 @@ import pytest
 import small_models
 import tokenizers
 
+from deepseek_sft import files
 from deepseek_sft.checkpoint import base_model, dequantize, safetensors_files
 from deepseek_sft.errors import BadInputError, CrashError
 from deepseek_sft.model import release, tiny
@@ -233,3 +234,133 @@ def test_missing_scale_is_named(fp8):
     )
     with pytest.raises(BadInputError, match=r"the scale of \S+ is missing"):
         base_model.open_model(folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4301234\n"
+
+
+def retype(path, dtype):
+    """Name another dtype for the first tensor of a file."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    next(entry for name, entry in header.items() if name != "__metadata__")["dtype"] = dtype
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "tokenizer.json").write_text(POINTER), "tokenizer.json is a git-lfs pointer"),
+        (lambda f: (f / "config.json").write_text(POINTER), "config.json is a git-lfs pointer"),
+        (lambda f: max(f.glob("model-*")).write_text(POINTER), "safetensors is a git-lfs pointer"),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"a": '), "tokenizer_config.json is cut or is no JSON"),
+        (lambda f: retype(min(f.glob("model-*")), "F8_E8M0"), "is of dtype F8_E8M0, which this program does not read"),
+        (lambda f: edit(f / "config.json", lambda c: c.pop("rope_theta")), "rope_theta missing"),
+        (lambda f: edit(f / "config.json", lambda c: c.update(index_topk=8)), "unknown keys.*index_topk: 8"),
+    ],
+)
+def test_one_message_says_what_the_file_is(copy, damage, message):
+    damage(copy)
+    with pytest.raises(BadInputError, match=message):
+        base_model.open_model(copy)
+
+
+def test_fp8_weights_without_their_configuration_are_named(fp8):
+    edit(fp8[0] / "config.json", lambda c: c.pop("quantization_config"))
+    with pytest.raises(BadInputError, match=r"holds FP8 weights .* no quantization_config") as error:
+        base_model.open_model(fp8[0])
+    assert "weight_block_size" in error.value.fix
+
+
+def test_experts_in_one_tensor_are_named(copy):
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    (shard,) = safetensors_files.lay_out([(name, release.TensorSpec((2,), "BF16"))], 1 << 20)
+    (copy / "model-extra.safetensors").write_bytes(shard.header + b"\0" * 4)
+    edit(copy / "model.safetensors.index.json", lambda c: c["weight_map"].update({name: "model-extra.safetensors"}))
+    with pytest.raises(BadInputError, match="all experts of a layer in one tensor") as error:
+        base_model.open_model(copy)
+    assert "save_original_format=True" in error.value.fix
+
+
+def test_a_companion_that_cannot_be_read_is_found_first(copy, monkeypatch):
+    def refuse(path, *args, **options):
+        if str(path).endswith("generation_config.json"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, *args, **options)
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(BadInputError, match=r"generation_config.json cannot be read: Permission denied"):
+        base_model.open_model(copy)
+
+
+def damage_scale(folder, value):
+    """Overwrite the first factor of the first scale; returns its tensor's name."""
+    model = base_model.open_model(folder)
+    name = next(name for name in model.tensors if name.endswith(release.SCALE_SUFFIX) and ".layers.0." in name)
+    with open(model.tensors[name].file, "r+b") as stream:
+        stream.seek(model.tensors[name].offset)
+        stream.write(np.float32(value).tobytes())
+    return name.removesuffix(release.SCALE_SUFFIX)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_damaged_scale_ends_dequantising_with_the_tensors_name(fp8, tmp_path, value):
+    name = damage_scale(fp8[0], value)
+    with pytest.raises(BadInputError, match=rf"infinite or not a number once dequantised: {name}"):
+        dequantized(fp8[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_code_that_is_no_number_ends_dequantising_with_the_tensors_name(fp8, tmp_path):
+    model = base_model.open_model(fp8[0])
+    name, tensor = next((n, t) for n, t in model.tensors.items() if t.spec.dtype == "F8_E4M3" and ".layers.1." in n)
+    with open(tensor.file, "r+b") as stream:
+        stream.seek(tensor.offset + tensor.spec.elements - 1)
+        stream.write(b"\x7f")
+    with pytest.raises(BadInputError, match=rf"{name} \(1 values, {tensor.file.name}\)"):
+        dequantized(fp8[0], tmp_path / "out")
+
+
+def prepare(project, *arguments):
+    script = project / "workflow/scripts/prepare_model.py"
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_one_matrix_for_embedding_and_output_is_refused_before_training(base, tmp_path, project):
+    tied = small_models.make_tied(base, tmp_path / "tied")
+    code, said = prepare(project, f"--base={tied}", f"--output={tmp_path}/out", f"--receipt={tmp_path}/r.json")
+    assert code == 2 and "tie_word_embeddings is true" in said
+
+
+def test_unknown_keys_that_change_nothing_are_said(copy, tmp_path, project):
+    edit(copy / "config.json", lambda c: c.update(sliding_window=None))
+    code, said = prepare(project, f"--base={copy}", f"--output={tmp_path}/out", f"--receipt={tmp_path}/r.json")
+    assert code == 0 and "sliding_window" in said
+
+
+NOWHERE = "/proc/none/of/it"  # nobody can make a file there, root neither
+SCRIPTS = {
+    "prepare_model": ["--tiny", f"--output={NOWHERE}", "--receipt={tmp}/r.json"],
+    "prepare_model (receipt)": ["--tiny", "--output={tmp}/model", f"--receipt={NOWHERE}"],
+    "convert_checkpoint": ["--checkpoint={tmp}", "--base={tmp}", f"--output={NOWHERE}", "--receipt={tmp}/r.json"],
+    "verify_model": ["--model={tmp}", "--base={tmp}", f"--receipt={NOWHERE}"],
+    "prepare_data": ["--source={tmp}/x", f"--output={NOWHERE}", "--rejects={tmp}/r", "--receipt={tmp}/r.json"],
+    "tokenize_data": [
+        *("--input={tmp}/x", "--tokenizer={tmp}", f"--output={NOWHERE}", "--rejects={tmp}/r", "--receipt={tmp}/r.json"),
+        *("--statistics={tmp}/s.json", "--template=deepseek-r1", "--max-length=128"),
+    ],
+    "build_report": ["{tmp}", f"--output={NOWHERE}"],
+}
+
+
+@pytest.mark.parametrize("case", SCRIPTS)
+def test_what_cannot_be_written_ends_before_any_work(tmp_path, project, case):
+    script = project / f"workflow/scripts/{case.split()[0]}.py"
+    arguments = [word.replace("{tmp}", str(tmp_path)) for word in SCRIPTS[case]]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"{NOWHERE} cannot be written: /proc" in done.stderr
+    assert list(tmp_path.iterdir()) == []

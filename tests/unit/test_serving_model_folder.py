@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import serving_fakes
+import small_models
 
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import model_folder, settings
@@ -60,6 +61,27 @@ def test_folder_without_weights(model):
     for path in model.glob("*.safetensors*"):
         path.unlink()
     assert "it has no weights" in message(model)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"rope_theta": None}, "rope_theta missing"),
+        ({"index_topk": 8}, "unknown keys, which may change"),
+        ({"num_nextn_predict_layers": 0}, "num_nextn_predict_layers is 0, but the weights hold 1 such layers"),
+    ],
+)
+def test_a_configuration_that_vllm_would_read_otherwise_or_end_with_is_named(tmp_path, changes, text):
+    base = small_models.make_base(tmp_path / "base")
+    small_models.make_fp8_release(base, tmp_path / "model")
+    given = settings.parse({"max_model_len": serving_fakes.CONTEXT})
+    found = list(
+        model_folder._configuration(tmp_path / "model", json.loads((tmp_path / "model/config.json").read_text()))
+    )
+    assert found == []
+    config = json.loads((tmp_path / "model/config.json").read_text()) | changes
+    (tmp_path / "model/config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    assert text in message(tmp_path / "model", given)
 
 
 def test_tokenizer_of_a_larger_model(model):

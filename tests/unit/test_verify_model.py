@@ -1,5 +1,6 @@
 """Every check of a converted model passes on a good one and names what is wrong in a bad one."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,7 +14,16 @@ import pytest
 import small_models
 import synthetic_zero3
 
-from deepseek_sft.checkpoint import base_model, byte_ranges, convert, safetensors_files, verify, zero
+from deepseek_sft.checkpoint import (
+    base_model,
+    byte_ranges,
+    convert,
+    outputs,
+    safetensors_files,
+    verify,
+    weight_checks,
+    zero,
+)
 from deepseek_sft.checkpoint.number_formats import float32_to_bf16
 from deepseek_sft.checkpoint.weight_checks import ChangeBound, adamw_ratio
 from deepseek_sft.errors import BadInputError, GateError
@@ -192,7 +202,7 @@ def test_other_tokenizer_is_named(made, model):
 def test_all_failures_reach_the_message_of_the_gate(made, model):
     (model / "tokenizer.json").unlink()
     overwrite(model, "model.norm.weight", np.full(32, np.nan, np.float32))
-    with pytest.raises(GateError, match=r"failed 3 of 10") as error:
+    with pytest.raises(GateError, match=r"failed 3 of 11") as error:
         check(made, model).require(model)
     for text in ("tokenizer.json is missing", "model.norm.weight: 32 values", "model.norm.weight: 32 of 32"):
         assert text in str(error.value)
@@ -260,3 +270,153 @@ def test_failed_verification_leaves_its_checks_for_the_report(made, model, tmp_p
     checks = json.loads((tmp_path / "failed/verify_model.json").read_text())["figures"]["checks"]
     assert [name for name, check in checks.items() if not check["passed"]] == ["finite"]
     assert "model.norm.weight" in checks["finite"]["detail"]
+
+
+def damaged_base(made, folder, name, value):
+    """A copy of the base with one value of a tensor replaced."""
+    base = shutil.copytree(made[0], folder)
+    tensor = base_model.open_model(base).tensors[name]
+    with open(tensor.file, "r+b") as stream:
+        stream.seek(tensor.offset)
+        stream.write(float32_to_bf16(np.array([value], np.float32)).tobytes())
+    return base
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_value_of_the_base_that_is_no_number_switches_no_bound_off(made, model, tmp_path, value, bound):
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = damaged_base(made, tmp_path / "base", name, value)
+    overwrite(model, name, np.full((40, 32), 1000, np.float32))
+    found = failures(check((base, *made[1:]), model, bound, with_checkpoint=False))["change"]
+    assert any(line.startswith(f"{name}: 1 values of the base are infinite or not numbers") for line in found)
+    assert any(line.startswith((f"{name}: an element moved by", f"{name}: relative change")) for line in found)
+
+
+def test_no_bound_is_kept_by_what_is_not_a_number():
+    measured = {
+        "a": weight_checks.Measured(largest_excess=np.nan, squared_change=np.nan, squared_base=1, fp8_error=np.nan)
+    }
+    for bound in (ChangeBound(1.0, 0.0), ChangeBound(np.nan, 0.0), None):
+        found = verify.check_values(measured, bound, set(), with_checkpoint=True)
+        assert found["change"].failures and found["checkpoint"].failures
+    assert np.isnan(weight_checks.larger(0.0, np.nan)) and np.isnan(weight_checks.larger(np.nan, 0.0))
+
+
+@pytest.fixture(scope="module")
+def partly():
+    """Makes (base, checkpoint, model) of a run that left the named tensors at the base's values."""
+
+    def make(folder, untouched):
+        base = small_models.make_base(folder / "base")
+        before = small_models.read_tensors(base)
+        after = small_models.train(before, LEARNING_RATE)
+        tensors = {name: before[name] if untouched(name) else values for name, values in after.items()}
+        buffers = {n: v for n, v in tensors.items() if n.endswith(release.CORRECTION_BIAS)}
+        parameters = {n: v for n, v in tensors.items() if n not in buffers}
+        synthetic_zero3.write_checkpoint(folder / "step7", [parameters], 2, buffers)
+        opened = zero.open_checkpoint(folder / "step7"), base_model.open_model(base)
+        convert.run(convert.prepare(*opened, folder / "model", convert.Options(largest_shard=20_000)))
+        return base, folder / "step7", folder / "model"
+
+    return make
+
+
+def stepped(case, bound):
+    checkpoint = zero.open_checkpoint(case[1])
+    return verify.verify(case[2], base_model.open_model(case[0]), checkpoint, bound).checks["stepped"]
+
+
+def test_tensors_that_were_never_stepped_are_named(partly, tmp_path):
+    case = partly(tmp_path, lambda name: ".layers.1.self_attn." in name)
+    found = stepped(case, ChangeBound.of(LEARNING_RATE, STEPS, 0.1))
+    names = [name for name in small_models.read_tensors(case[0]) if ".layers.1.self_attn." in name]
+    assert found.failures == [f"{name} equals the base bit for bit: it was never stepped" for name in sorted(names)]
+
+
+@pytest.mark.parametrize(("weight_decay", "passes"), [(0.0, True), (0.1, False)])
+def test_an_expert_without_tokens_may_stay_as_it_was_where_no_weight_decay_moves_it(
+    partly, tmp_path, weight_decay, passes
+):
+    case = partly(tmp_path, lambda name: f"{EXPERT}." in name)
+    found = stepped(case, ChangeBound.of(LEARNING_RATE, STEPS, weight_decay))
+    assert (not found.failures) is passes
+    if passes:
+        assert f"no token was routed to {EXPERT}.down_proj.weight" in found.scope
+
+
+def test_a_learning_rate_that_moves_nothing_is_said_and_not_blamed(partly, tmp_path):
+    case = partly(tmp_path, lambda name: True)
+    assert stepped(case, ChangeBound.of(0.0, STEPS)).failures == []
+    assert "move nothing" in stepped(case, ChangeBound.of(0.0, STEPS)).scope
+    assert len(stepped(case, ChangeBound.of(LEARNING_RATE, STEPS)).failures) > 20
+
+
+def test_values_too_large_for_the_learning_rate_are_said_and_not_blamed(partly, tmp_path):
+    """Norms of 1 with a rate below half of FP32's step there."""
+    case = partly(tmp_path, lambda name: name == "model.norm.weight")
+    found = stepped(case, ChangeBound.of(4e-8, 100))
+    assert not found.failures and "too large for FP32 to resolve one step of 4e-08: model.norm.weight" in found.scope
+    assert stepped(case, ChangeBound.of(2e-7, 100)).failures
+
+
+def test_frozen_parameters_are_named_and_not_blamed(made, tmp_path):
+    trained = small_models.train(small_models.read_tensors(made[0]), LEARNING_RATE)
+    name = "model.embed_tokens.weight"
+    frozen = {name: float32_to_bf16(small_models.read_tensors(made[0])[name])}
+    buffers = {n: v for n, v in trained.items() if n.endswith(release.CORRECTION_BIAS)}
+    parameters = {n: v for n, v in trained.items() if n not in buffers and n != name}
+    synthetic_zero3.write_checkpoint(tmp_path / "step", [parameters], 2, buffers, frozen)
+    opened = zero.open_checkpoint(tmp_path / "step"), base_model.open_model(made[0])
+    convert.run(convert.prepare(*opened, tmp_path / "model", convert.Options()))
+    found = stepped((made[0], tmp_path / "step", tmp_path / "model"), ChangeBound.of(LEARNING_RATE, STEPS))
+    assert not found.failures and f"not trained: {name}" in found.scope
+
+
+def test_files_of_another_quantisation_neither_travel_nor_pass(made, model, tmp_path):
+    base = shutil.copytree(made[0], tmp_path / "base")
+    (base / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    opened = zero.open_checkpoint(made[1]), base_model.open_model(base)
+    convert.run(convert.prepare(*opened, tmp_path / "made", convert.Options(largest_shard=20_000)))
+    assert not (tmp_path / "made/hf_quant_config.json").exists()
+    shutil.copy(base / "hf_quant_config.json", model)
+    found = failures(check(made, model, with_checkpoint=False))
+    assert found == {"files": ["hf_quant_config.json describes another quantisation; vLLM reads it"]}
+
+
+def test_code_that_the_base_lacks_is_not_named_by_the_model(made, tmp_path):
+    base = shutil.copytree(made[0], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    (base / "config.json").write_text(json.dumps(config))
+    assert "auto_map" not in outputs.output_config(base_model.open_model(base), "bf16", "drop")
+    (base / "configuration_deepseek.py").write_text("")
+    assert "auto_map" in outputs.output_config(base_model.open_model(base), "bf16", "drop")
+
+
+@pytest.mark.parametrize("said", [0, 2, None])
+def test_the_number_of_copied_prediction_layers_is_written_whatever_the_base_says(made, tmp_path, said):
+    base = tmp_path / "fp8"
+    small_models.make_fp8_release(made[0], base)
+    config = json.loads((base / "config.json").read_text()) | {"num_nextn_predict_layers": said}
+    (base / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    opened = base_model.open_model(base)
+    assert outputs.output_config(opened, "bf16", "copy")["num_nextn_predict_layers"] == 1
+    assert outputs.output_config(opened, "bf16", "drop")["num_nextn_predict_layers"] == 0
+
+
+def test_a_prediction_layer_that_is_not_whole_is_not_copied(made, tmp_path):
+    small_models.make_fp8_release(made[0], tmp_path / "fp8")
+    opened = base_model.open_model(tmp_path / "fp8")
+    cut = dataclasses.replace(opened, mtp=[name for name in opened.mtp if not name.endswith(".enorm.weight")])
+    with pytest.raises(BadInputError, match=r"cannot be copied: layer 3 lacks model.layers.3.enorm.weight"):
+        outputs.output_config(cut, "bf16", "copy")
+
+
+def test_a_bound_that_is_not_a_number_is_refused(made, tmp_path, project):
+    script = project / "workflow/scripts/verify_model.py"
+    arguments = [f"--model={made[2]}", f"--base={made[0]}", "--learning-rate=nan", "--steps=1"]
+    done = subprocess.run(
+        [sys.executable, script, *arguments, f"--receipt={tmp_path / 'r.json'}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--learning-rate nan is no bound" in done.stderr

@@ -7,6 +7,7 @@ documentation.
 import copy
 import difflib
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,19 @@ def _describe(tree: dict[str, Any], path: list[Any]) -> str:
     return str(node.get("description", "")).strip()
 
 
+def _not_finite(value: Any, key: str = "") -> Iterator[str]:
+    """Keys whose value YAML's ``.nan`` or ``.inf`` makes pass every comparison."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in items:
+        yield from _not_finite(part, f"{key}.{name}" if key else str(name))
+
+
 def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     """Settings that are each allowed but impossible together."""
+    for key in _not_finite(config):
+        yield f"{key}: is infinite or not a number, which no bound would notice"
     model, train, serve = config["model"], config["train"], config["serve"]
     if (model["base"] is None) == (model["tiny"] is None):
         yield "model: give exactly one of `base` (a folder) and `tiny` (make a small random model)"

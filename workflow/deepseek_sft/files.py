@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from .errors import BadInputError
+
+LFS_POINTER = b"version https://git-lfs"  # how the text begins that git keeps in place of a large file
 SAMPLED_ABOVE = 1 << 30  # bytes; larger files are fingerprinted by size and sampled blocks
 SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_SIZE = 1 << 20
@@ -93,3 +96,43 @@ def fingerprint(path: str | Path, full: bool = False) -> str:
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         hasher.update(f"{file.relative_to(path).as_posix()}\0{fingerprint_file(file, full)}\n".encode())
     return f"tree:{hasher.hexdigest()}"
+
+
+def refuse_pointer(path: Path) -> None:
+    """
+    Raises:
+        BadInputError: the file cannot be read, or is git-lfs's pointer to the file that is meant.
+    """
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise BadInputError(
+            f"{path} cannot be read: {error.strerror}", "fetch it, or have its permissions mended"
+        ) from None
+    if start == LFS_POINTER:
+        raise BadInputError(f"{path} is a git-lfs pointer, not the file itself", "fetch it with `git lfs pull`")
+
+
+def require_writable(*paths: Path | None) -> None:
+    """Find out before any work whether something can be made under these names; None is passed over.
+
+    A file is made and removed in the nearest folder above that exists: permissions alone do not tell of read-only
+    mounts, of quotas of files, or of what root may do.
+
+    Raises:
+        BadInputError: naming the folder and why it cannot be written.
+    """
+    for path in filter(None, paths):
+        folder = Path(path).absolute().parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        probe = folder / f".writable.{os.getpid()}.tmp"
+        try:
+            probe.touch()
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise BadInputError(
+                f"{path} cannot be written: {folder}: {error.strerror or error}",
+                "give a folder that you may write in, on a file system that is neither full nor read-only",
+            ) from None

@@ -47,12 +47,14 @@ def main() -> None:
         if arguments.logs or arguments.receipt:
             parser.error("--logs and --receipt are for one experiment")
         output = arguments.output or places[0][0].resolve().parent / "comparison.html"
+        files.require_writable(output)
         _write(output, compare.compare(places))
         cli.say(f"comparison: {output}")
         return
     ((results, logs),) = places
-    report = build.build(results, logs, arguments.samples)
     output = arguments.output or results / "report.html"
+    files.require_writable(output, arguments.receipt)
+    report = build.build(results, logs, arguments.samples)
     _write(output, report.html)
     cli.say(f"report: {output} ({report.figures['bytes']:,} bytes) · {report.figures['verdict']}")
     if not arguments.receipt:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.checkpoint import base_model, conversion_plan, convert, memory, outputs, parts, swap, zero
 from deepseek_sft.checkpoint.model_writer import Progress, finished_files
 from deepseek_sft.checkpoint.sizes import show_size
@@ -50,6 +50,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--swap-folder", type=Path, default=Path("/var/tmp"), help="local disk for that swap file")
     parser.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 16")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare with the checkpoint's CRC-32")
+    parser.add_argument(
+        "--missing-from-base",
+        action="store_true",
+        help="take parameters that the checkpoint does not hold from the base (frozen, exclude_frozen_parameters)",
+    )
     parser.add_argument("--part", metavar="K/N", help="write only this share; slurm: this task of srun or a job array")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job that write a share each")
     parser.add_argument("--replace", action="store_true", help="let a result made from other inputs give way")
@@ -80,9 +85,12 @@ def main() -> None:
         swap_folder=args.swap_folder,
         part=parts.parse_part(args.part) if args.part else None,
         checksums=not args.no_checksums,
+        missing_from_base=args.missing_from_base,
     )
     if args.nodes < 1:
         raise BadInputError(f"--nodes {args.nodes} is not a number of nodes")
+    if not args.dry_run:
+        files.require_writable(None if args.output.exists() else args.output, args.receipt)
     swap.remove_stale(args.output)
     checkpoint = zero.open_checkpoint(args.checkpoint)
     base = base_model.open_model(args.base)

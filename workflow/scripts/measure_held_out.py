@@ -10,7 +10,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli
+from deepseek_sft import cli, files
 from deepseek_sft.serving import before
 from deepseek_sft.serving.smoke_settings import SmokeSettings
 
@@ -33,6 +33,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
+    files.require_writable(arguments.output)
     settings = SmokeSettings(
         prompts=arguments.prompts,
         template=arguments.template,

@@ -83,6 +83,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments()
+    files.require_writable(args.output and args.output / "plan.json", args.receipt)
     settings = read_config(args)
     resources = read_resources(cli.json_object("--resources", args.resources))
     if args.receipt:

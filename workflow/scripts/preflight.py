@@ -17,7 +17,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.preflight import settings as preflight_settings
 from deepseek_sft.preflight import stage
 from deepseek_sft.preflight.node_report import Place
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--rule", choices=("preflight", "train_preflight"), default="preflight", help="whose it is")
     options = parser.parse_args()
 
+    files.require_writable(options.results / "receipts", options.receipt)
     chosen = preflight_settings.read(options.settings)
     needs = preflight_settings.needs_of(options.plan_receipt)
     node = nodes.detect(options.accelerator, options.ranks_per_node)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.data.fields import MEANINGS, Vocabulary
 from deepseek_sft.data.figures import Figures, described
 from deepseek_sft.data.formats import AUTO, FORMATS
@@ -49,6 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     vocabulary = Vocabulary(given_meanings(arguments.fields))
+    files.require_writable(arguments.output, arguments.rejects, arguments.receipt)
     sources = find_sources(arguments.source, arguments.weights)
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
     figures = prepare(

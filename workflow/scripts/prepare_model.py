@@ -18,10 +18,11 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.checkpoint import base_model, dequantize, memory
 from deepseek_sft.checkpoint.sizes import parse_size
-from deepseek_sft.model import tiny
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.model import config_file, release, tiny
 
 DESCRIPTIONS = {
     "layers": "decoder layers",
@@ -58,9 +59,35 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _has_mtp(base: base_model.BaseModel) -> bool:
+    """Whether there is a multi-token-prediction layer that can be kept; one that is not whole is said."""
+    try:
+        return base.mtp_layers > 0
+    except BadInputError as error:
+        cli.say(f"note: {error.problem}; it is dropped")
+        return False
+
+
+def _tell(base: base_model.BaseModel) -> None:
+    """Say what of the base's configuration changes nothing here."""
+    _, idle = config_file.unknown_keys(base.published)
+    if idle:
+        cli.say(f"note: config.json has keys that are not known and switch nothing on: {', '.join(idle)}")
+    if base.config != base.published:
+        cli.say("note: config.json is read in the names of transformers 5 (rope_parameters, dtype)")
+    named = base.config.get("num_nextn_predict_layers") or 0
+    held = {name.split(".")[2] for name in base.mtp}
+    if base.mtp and named != len(held):
+        cli.say(
+            f"note: config.json says num_nextn_predict_layers {named}, the files hold {len(held)}; "
+            "convert_checkpoint --mtp copy writes the number that it copies"
+        )
+
+
 def main() -> None:
     args = arguments()
     largest_shard = parse_size(args.max_shard_size)
+    files.require_writable(args.receipt, args.output if args.tiny and not args.output.exists() else None)
     inputs, settings, source = {}, {}, args.output
     dequantized = False
     if args.tiny:
@@ -69,10 +96,13 @@ def main() -> None:
         settings = {"tiny": dataclasses.asdict(shape), "seed": args.seed}
     else:
         source = args.base
+        release.require_trainable(release.read_config(source), source / "config.json")
         base = base_model.open_model(source)
+        _tell(base)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}
         if base.quantised:
-            mtp = ("copy" if base.mtp else "drop") if args.mtp == "keep" else args.mtp
+            files.require_writable(None if args.output.exists() else args.output)
+            mtp = ("copy" if _has_mtp(base) else "drop") if args.mtp == "keep" else args.mtp
             options = dequantize.Options(mtp, largest_shard, args.memory, max(0, args.workers), args.replace)
             dequantize.dequantize(base, args.output, options)
             source, dequantized = args.output, True
@@ -82,6 +112,8 @@ def main() -> None:
         "fingerprint": prepared.fingerprint,
         "peak_rss_mib": round(memory.peak_resident() / 2**20, 1),
     }
+    if dequantized:
+        figures["non_finite"] = 0  # others are refused; of a BF16 base no value is read here
     receipts.write(
         args.receipt, "prepare_model", inputs=inputs, settings=settings, result={"base": str(source)}, figures=figures
     )

@@ -40,6 +40,7 @@ def main() -> None:
         )
     arguments = parser.parse_args()
 
+    files.require_writable(arguments.output / "settings.json")
     settings = cli.json_object("--settings", arguments.settings) | cli.json_object(
         "--operational", arguments.operational
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import lasting, smoke, smoke_settings
 
@@ -47,6 +47,7 @@ def main() -> None:
     smoke_settings.add_arguments(parser)
     arguments = parser.parse_args()
 
+    files.require_writable(arguments.receipt, arguments.transcript, arguments.evaluation)
     if arguments.model_dir and not (arguments.model_dir / "config.json").is_file():
         raise BadInputError(f"--model-dir {arguments.model_dir}: no config.json in it")
     settings = smoke_settings.from_arguments(arguments)

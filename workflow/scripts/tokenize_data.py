@@ -14,7 +14,7 @@ from typing import Any
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.data import template_check
 from deepseek_sft.data.samples import POLICIES, Settings
 from deepseek_sft.data.templates import AUTO, TEMPLATES
@@ -77,6 +77,7 @@ def main() -> None:
         samples = first_samples(arguments.input, arguments.tokenizer, settings, arguments.show)
         show(samples, arguments.tokenizer, arguments.template)
         return
+    files.require_writable(arguments.output, arguments.rejects, arguments.statistics, arguments.receipt)
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
     outputs = Outputs(arguments.output, arguments.rejects, arguments.statistics)
     figures = tokenize(

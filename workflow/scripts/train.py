@@ -21,7 +21,7 @@ from deepseek_sft.training import early_stop
 
 early_stop.catch()  # before the slow imports: Slurm's signal would kill this process until then
 
-from deepseek_sft import cli  # noqa: E402
+from deepseek_sft import cli, files  # noqa: E402
 from deepseek_sft.training import launch, nodes, stage  # noqa: E402
 
 
@@ -44,6 +44,7 @@ def main() -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train on this node; returns the exit code."""
+    files.require_writable(options.output / "runs", options.receipt)
     node = nodes.detect(options.accelerator, options.ranks_per_node)
     run = stage.prepare(options.base_receipt, options.tokens_receipt, options.settings, options.output, node)
     try:

@@ -4,16 +4,18 @@ Against the base: names, shapes, dtypes, config, tokenizer; all values finite; u
 further than AdamW can move it (with --train-receipt, or --learning-rate and --steps), or than 100 % of a tensor's norm
 (without). Router biases equal the base's, unless the run moved them (--balance-bias-speed): then by no more than that.
 Against the checkpoint, if given: equal bit for bit, in samples of every tensor or, with --full, everywhere. An FP8
-model is compared code by code and factor by factor, and its dequantised values with the master weights.
+model is compared code by code and factor by factor, and its dequantised values with the master weights. Tensors whose
+FP32 master weights equal the base bit for bit were never stepped, and fail.
 Exit code 3 and the names of all failing tensors and files if a check fails; the receipt holds every file's sha256.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, receipts
+from deepseek_sft import cli, files, receipts
 from deepseek_sft.checkpoint import base_model, memory, outputs, verify, zero
 from deepseek_sft.checkpoint.weight_checks import ChangeBound
 from deepseek_sft.errors import BadInputError
@@ -34,6 +36,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(outputs.DTYPES), help="format that it must have (else: what it says)")
     parser.add_argument("--mtp", choices=["drop", "copy"], help="what must have become of that layer, with --dtype")
     parser.add_argument("--full", action="store_true", help="compare every value with the checkpoint, not samples")
+    parser.add_argument(
+        "--missing-from-base",
+        action="store_true",
+        help="parameters not in the checkpoint were frozen: equal the base's",
+    )
     parser.add_argument("--workers", type=int, default=8, help="files checked at the same time")
     args = parser.parse_args()
     if args.train_receipt:
@@ -47,6 +54,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    files.require_writable(args.receipt)
+    for name in ("learning_rate", "steps", "weight_decay", "balance_bias_speed"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise BadInputError(f"--{name.replace('_', '-')} {value} is no bound")
     if (args.learning_rate is None) != (args.steps is None):
         raise BadInputError("the bound on changes needs both --learning-rate and --steps, or neither")
     if (args.dtype is None) != (args.mtp is None):
@@ -60,7 +72,9 @@ def main() -> None:
     base = base_model.open_model(args.base)
     checkpoint = zero.open_checkpoint(args.checkpoint) if args.checkpoint else None
     wanted = verify.Kind(args.dtype, args.mtp) if args.dtype else None
-    result = verify.verify(args.model, base, checkpoint, bound, args.full, max(1, args.workers), wanted)
+    result = verify.verify(
+        args.model, base, checkpoint, bound, args.full, max(1, args.workers), wanted, args.missing_from_base
+    )
     for name, check in result.checks.items():
         cli.say(f"FAILED  {name}" if check.failures else f"passed  {name}: {check.detail}")
     checks = {n: {"passed": not check.failures, "detail": check.detail} for n, check in result.checks.items()}

@@ -12,10 +12,10 @@ from .. import cli, files
 from ..errors import BadInputError
 from ..model import release
 from . import fp8_blocks, memory, number_formats, reading, swap
-from .base_model import BaseModel
+from .base_model import BaseModel, companions
 from .byte_ranges import OpenFiles, allow_open_files
 from .model_writer import Checked, Plan, Progress, write_model
-from .outputs import Rows, copied_sources, output_config, output_shards, output_specs
+from .outputs import Rows, copied_sources, identity_of_config, output_config, output_shards, output_specs
 from .partitioned import Partitioned
 from .parts import Part
 from .release_names import prefix_of, release_sources
@@ -42,6 +42,7 @@ class Options:
         swap_folder: where a swap file goes.
         part: the share of the files to write; None for all and the complete folder.
         checksums: compare what is read with the checkpoint's own CRC-32.
+        missing_from_base: take parameters that the checkpoint does not hold from the base: they were frozen.
     """
 
     dtype: str = "bf16"
@@ -54,6 +55,7 @@ class Options:
     swap_folder: Path = Path("/var/tmp")
     part: Part | None = None
     checksums: bool = True
+    missing_from_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,21 +112,23 @@ def restore_biases(sources: dict[str, Source], base: BaseModel) -> list[str]:
 
 def copy_companions(base: BaseModel, config: dict[str, Any], folder: Path) -> None:
     """Put ``config.json`` and the base's tokenizer and generation files into a model folder."""
-    for path in sorted(base.folder.iterdir()):
-        is_weight = path.suffix in (".safetensors", ".bin", ".pt") or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in (".json", ".py", ".jinja", ".model") and not is_weight:
-            if path.name in ("config.json", "origin.json"):
-                continue
-            with files.atomic_open(folder / path.name, "wb") as stream:
-                stream.write(path.read_bytes())
+    for path in companions(base.folder):
+        with files.atomic_open(folder / path.name, "wb") as stream:
+            stream.write(path.read_bytes())
     files.write_json(folder / "config.json", config)
 
 
-def trained_sources(checkpoint: Checkpoint, base: BaseModel) -> tuple[dict[str, Source], list[str]]:
-    """Source of every trained tensor of the base, and which of them are the base's own (see ``restore_biases``)."""
+def trained_sources(
+    checkpoint: Checkpoint, base: BaseModel, missing_from_base: bool = False
+) -> tuple[dict[str, Source], list[str], list[str]]:
+    """Source of every tensor of the base that the checkpoint holds.
+
+    Returns:
+        Sources; which of them are the base's own (see ``restore_biases``); names that the checkpoint does not hold.
+    """
     wanted = {name: base.expected[name] for name in base.weights(mtp=False)}
-    sources = release_sources(checkpoint, wanted)
-    return sources, restore_biases(sources, base)
+    sources = release_sources(checkpoint, wanted, missing_from_base)
+    return sources, restore_biases(sources, base), [name for name in wanted if name not in sources]
 
 
 def check_rows(rows: Rows, buffers: memory.Buffers) -> None:
@@ -147,9 +151,9 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
         BadInputError: checkpoint and base do not fit, or the memory bound is impossible.
     """
     specs = output_specs(base, options.dtype, options.mtp)
-    sources, restored = trained_sources(checkpoint, base)
+    sources, restored, frozen = trained_sources(checkpoint, base, options.missing_from_base)
     copied = [name for name in base.weights(options.mtp == "copy") if name not in base.expected]
-    sources |= copied_sources(base, specs, copied)
+    sources |= copied_sources(base, specs, copied + frozen)
     shards = output_shards(base, specs, options.largest_shard)
     rows = Rows(specs, sources)
     found = memory.measure()
@@ -172,10 +176,12 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
         cli.say(f"the base's {len(base.mtp)} tensors of the multi-token-prediction layer were not trained: {fate}")
     if restored:
         cli.say(f"{len(restored)} router biases lost precision in training; taken unchanged from the base")
+    if frozen:
+        cli.say(f"{len(frozen)} parameters are not in the checkpoint (first {frozen[0]}); taken from the base: frozen")
     beyond = f"{show_size(buffers.beyond)} of them in swap" if buffers.beyond else "no swap used"
     cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, {beyond}")
 
-    config = output_config(base.config, options.dtype, options.mtp)
+    config = output_config(base, options.dtype, options.mtp)
     identity = {
         "made_by": "convert_checkpoint",
         "checkpoint": checkpoint.fingerprint,
@@ -184,8 +190,8 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
         "dtype": options.dtype,
         "mtp": options.mtp,
         "layout": files.digest([[shard.name, shard.header[8:].decode()] for shard in shards]),
-        "from_base": restored,
-    }
+        "from_base": restored + frozen,
+    } | identity_of_config(base, config, options.dtype, options.mtp)
     plan = Plan(
         output=output,
         identity=identity,

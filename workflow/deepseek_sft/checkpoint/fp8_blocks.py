@@ -90,7 +90,8 @@ def dequantize(codes: NDArray[np.uint8], factors: NDArray[np.float32], first_row
     position = 0
     for band in factors:
         end = min(len(codes), position + FP8_BLOCK - first_row)
-        values[position:end] *= _by_column(band, codes.shape[1])
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever writes the values counts what is not finite
+            values[position:end] *= _by_column(band, codes.shape[1])
         position, first_row = end, 0
     return values
 

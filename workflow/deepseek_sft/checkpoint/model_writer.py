@@ -5,6 +5,7 @@ While it is being made a folder is called ``<output>.incomplete``; files in it t
 ``origin.json`` says what the folder was made from, and the folder takes its name.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from .safetensors_files import INDEX_NAME, SINGLE_FILE, Shard, index_of
 from .shard_writer import Item, Produce, items, write_shards
 from .sizes import show_size
 
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 ORIGIN = "origin.json"
 FORMAT = 1
 
@@ -127,6 +129,7 @@ def write_model(plan: Plan, produce: Produce) -> Progress:
                 f"{plan.output} is complete but was made from other inputs: {changed}",
                 "choose another --output, or let it be replaced: --replace",
             )
+    files.require_writable(folder.incomplete)
     with folder.locked(shared=plan.part is not None, replace=plan.replace):
         try:
             progress = _resume(plan, folder)
@@ -134,10 +137,12 @@ def write_model(plan: Plan, produce: Produce) -> Progress:
             if plan.part is None:
                 _complete(plan, folder, progress)
         except OSError as error:
-            raise CrashError(
-                f"writing {folder.incomplete} failed: {error.strerror or error}",
-                "free space if the disk or quota is full; the same command goes on after the last complete file",
-            ) from None
+            where = f" ({error.filename})" if error.filename else ""
+            fix = "free space if the disk or quota is full; the same command goes on after the last complete file"
+            if error.errno in NOT_ALLOWED:
+                fix = "have the file system or its permissions mended; the same command goes on"
+            problem = f"writing {folder.incomplete} failed: {error.strerror or error}{where}"
+            raise CrashError(problem, fix) from None
     if plan.part is None:
         folder.remove()
     return progress

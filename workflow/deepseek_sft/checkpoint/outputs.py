@@ -1,12 +1,14 @@
 """The tensors of a model folder that is written from a base's: their names, dtypes, order and files, and its config."""
 
+from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import BadInputError
-from ..model import release
+from ..model import config_file, release
 from ..model.release import TensorSpec
 from . import fp8_blocks
-from .base_model import BaseModel
+from .base_model import QUANTISATION_FILE, BaseModel
 from .safetensors_files import Shard, lay_out, lay_out_like
 from .sizes import parse_size
 from .sources import Source
@@ -26,7 +28,8 @@ def _spec(base: BaseModel, name: str, dtype: str) -> TensorSpec:
     stored = base.tensors[name].spec
     if dtype == "fp8" and len(stored.shape) == 2 and release.is_quantised(base.config, name):
         return TensorSpec(stored.shape, "F8_E4M3")
-    kept = "BF16" if stored.dtype == "F8_E4M3" else stored.dtype  # router biases are FP32 in the release
+    rounded = stored.dtype == "F8_E4M3" or name.endswith(release.ROUTER_WEIGHT)
+    kept = "BF16" if rounded else stored.dtype  # router biases are FP32 in the release
     return TensorSpec(stored.shape, "F32" if dtype == "fp32" else kept)
 
 
@@ -66,17 +69,52 @@ def copied_sources(base: BaseModel, specs: dict[str, TensorSpec], names: list[st
     return sources
 
 
-def output_config(base: dict[str, Any], dtype: str, mtp: str) -> dict[str, Any]:
-    """The base's ``config.json`` with the output's dtype, quantisation and multi-token-prediction layer."""
-    config = {key: value for key, value in base.items() if key != "quantization_config"}
-    config["torch_dtype"] = TORCH_DTYPES[dtype]
-    if "dtype" in config:
-        config["dtype"] = TORCH_DTYPES[dtype]
-    if mtp == "drop":
-        config["num_nextn_predict_layers"] = 0
+def output_config(base: BaseModel, dtype: str, mtp: str) -> dict[str, Any]:
+    """The base's ``config.json`` with the output's dtype, quantisation and multi-token-prediction layers.
+
+    It is decided together with the tensors: it names as many of those layers as are written, and code only where the
+    base has it. The keys are those that vLLM, transformers 4.57 and 5 read (``config_file.to_serve``).
+
+    Raises:
+        BadInputError: a layer to be copied is incomplete.
+    """
+    served = config_file.to_serve(base.published, base.folder / "config.json")
+    config = {key: value for key, value in served.items() if key != "quantization_config"}
+    layers = base.mtp_layers if mtp == "copy" else 0
+    values = {"torch_dtype": TORCH_DTYPES[dtype], "num_nextn_predict_layers": layers}
+    config |= values | {new: values[old] for new, old in config_file.ALIASES.items() if new in config and old in values}
+    if lacking_code(config, base.folder):
+        del config["auto_map"]
     if dtype == "fp8":
         config["quantization_config"] = fp8_blocks.QUANTIZATION_CONFIG
     return config
+
+
+def identity_of_config(base: BaseModel, config: dict[str, Any], dtype: str, mtp: str) -> dict[str, str]:
+    """What a folder's identity says of its configuration: nothing where earlier versions wrote the same.
+
+    Otherwise such a folder, finished by one of them, is not taken for complete.
+    """
+    earlier = {key: value for key, value in base.published.items() if key != "quantization_config"}
+    earlier["torch_dtype"] = TORCH_DTYPES[dtype]
+    if "dtype" in earlier:
+        earlier["dtype"] = TORCH_DTYPES[dtype]
+    if mtp == "drop":
+        earlier["num_nextn_predict_layers"] = 0
+    if dtype == "fp8":
+        earlier["quantization_config"] = fp8_blocks.QUANTIZATION_CONFIG
+    left_out = [path.name for path in sorted(base.folder.iterdir()) if QUANTISATION_FILE.fullmatch(path.name)]
+    return {"config": files.digest([config, left_out])} if config != earlier or left_out else {}
+
+
+def lacking_code(config: dict[str, Any], folder: Path) -> list[str]:
+    """Files of code that ``auto_map`` names and the folder does not hold."""
+    named = config.get("auto_map")
+    if not isinstance(named, dict):
+        return []
+    classes = [entry for value in named.values() for entry in (value if isinstance(value, list) else [value])]
+    modules = {str(entry).split("--")[-1].split(".")[0] for entry in classes if entry and "--" not in str(entry)}
+    return sorted(f"{module}.py" for module in modules if not (folder / f"{module}.py").is_file())
 
 
 def output_shards(base: BaseModel, specs: dict[str, TensorSpec], largest: int) -> list[Shard]:

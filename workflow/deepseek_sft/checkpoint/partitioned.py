@@ -26,6 +26,7 @@ class Partitioned:
         starts: rank → byte offset of the flat tensor that holds it, int64 [world_size].
         skip: bytes from there to this parameter, the same in every rank (stage 3).
         first: elements before this parameter in the flat tensor of all ranks together (stages 1 and 2).
+        trained: whether an optimizer holds it.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class Partitioned:
     starts: NDArray[np.int64]
     skip: int = 0
     first: int = 0
+    trained: bool = True
 
     @property
     def elements(self) -> int:
@@ -59,6 +61,8 @@ class Partitioned:
 
 
 def in_one_file(tensor: StoredTensor) -> Partitioned:
-    """A parameter that lies whole in one file."""
+    """A parameter that is not trained and lies whole in one file."""
     partition = max(1, tensor.spec.elements)
-    return Partitioned(tensor.spec.shape, tensor.spec.dtype, partition, [tensor.file], np.array([tensor.offset]))
+    return Partitioned(
+        tensor.spec.shape, tensor.spec.dtype, partition, [tensor.file], np.array([tensor.offset]), trained=False
+    )

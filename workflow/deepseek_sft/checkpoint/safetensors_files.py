@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import BadInputError
 from ..model.release import SCALE_SUFFIX, TensorSpec
 
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+FORMATS_KNOWN = ", ".join(ITEM_SIZES)
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 SINGLE_FILE = "model.safetensors"  # of a model without index
 INDEX_NAME = "model.safetensors.index.json"
@@ -53,6 +55,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         BadInputError: missing, cut, or malformed, naming the file and what is wrong in it.
     """
+    files.refuse_pointer(path)
     try:
         with open(path, "rb") as stream:
             size = path.stat().st_size
@@ -85,6 +88,11 @@ def _stored(path: Path, entries: dict[str, Any], data_start: int) -> tuple[dict[
     for name, entry in described:
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
         start, end = entry["data_offsets"]
+        if isinstance(dtype, str) and dtype not in ITEM_SIZES:
+            raise BadInputError(
+                f"{path}: {name} is of dtype {dtype}, which this program does not read (known: {FORMATS_KNOWN})",
+                "use the official release, or a BF16 copy of the model",
+            )
         if any(not isinstance(n, int) or n < 0 for n in shape):
             raise ValueError(f"shape of {name}: {shape}")
         if start != position or end - start != math.prod(shape) * ITEM_SIZES[dtype]:

@@ -8,6 +8,7 @@ frameworks become inert records of their arguments, and every other name is refu
 
 import collections
 import contextlib
+import hashlib
 import io
 import math
 import pickle
@@ -16,6 +17,7 @@ import resource
 import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from .safetensors_files import ITEM_SIZES, StoredTensor
 
 LARGEST_PICKLE = 1 << 30  # bytes; shapes and settings of a 671B checkpoint take about one megabyte
 LARGEST_GROWTH = 4 << 30  # bytes of address space that unpickling may take: a hostile memo index asks for any number
+SAMPLES, SAMPLE_SIZE = 16, 4096  # blocks of each record without CRC-32 that enter the fingerprint
 PAGE = resource.getpagesize()
 
 STORAGES = {
@@ -50,12 +53,33 @@ INERT_NAMES = {
     ("builtins", "slice"),
     ("builtins", "object"),
     ("copyreg", "_reconstructor"),
-    ("collections", "defaultdict"),
-    ("collections", "deque"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("datetime", "datetime"),
+    ("builtins", "bytearray"),
+    ("builtins", "range"),
+    ("builtins", "memoryview"),
+    ("argparse", "Namespace"),
+    ("types", "SimpleNamespace"),
+    ("types", "MappingProxyType"),
+    ("functools", "partial"),  # what it would call is one of these, or refused
+    ("re", "_compile"),
+    ("uuid", "UUID"),
+    ("uuid", "SafeUUID"),
+    ("decimal", "Decimal"),
+    ("fractions", "Fraction"),
+    ("ipaddress", "IPv4Address"),
+    ("ipaddress", "IPv6Address"),
+    ("random", "Random"),
+    ("array", "array"),
+    ("array", "_array_reconstructor"),
+    ("zoneinfo", "ZoneInfo"),
+    ("zoneinfo", "ZoneInfo._unpickle"),
 }
+INERT_STANDARD = {  # standard modules of plain values, whose every class is one
+    "collections": ("Counter", "ChainMap", "UserDict", "UserList", "UserString", "deque", "defaultdict"),
+    "datetime": ("datetime", "date", "time", "timedelta", "timezone", "tzinfo"),
+    "pathlib": ("PosixPath", "Path", "PurePath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
+}
+PLAIN_BUILTINS = ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple", "type")  # named, never called
+LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # how torch.save began before torch 1.6
 
 
 class Inert:
@@ -102,9 +126,31 @@ class Archive:
     pickle: bytes
     directory: list[tuple[str, int, int]]
 
+    def sampled(self) -> bytes:
+        """What stands for the content of records without CRC-32: the pickle and some blocks of each; else nothing."""
+        if any(crc for _, size, crc in self.directory if size) or not self.records:
+            return b""
+        hasher = hashlib.sha256(self.pickle)
+        with open(self.path, "rb") as stream:
+            for start, size in self.records.values():
+                for i in range(SAMPLES):
+                    stream.seek(start + max(0, size - SAMPLE_SIZE) * i // (SAMPLES - 1))
+                    hasher.update(stream.read(min(size, SAMPLE_SIZE)))
+        return hasher.digest()
+
 
 class RefusedError(pickle.UnpicklingError):
     """The file asks for something that a checkpoint does not need."""
+
+
+class UnknownNameError(RefusedError):
+    """It names a class or function that no checkpoint needs."""
+
+
+STRIP = (
+    ". Where it is part of the client_state given to save_checkpoint: load the file with torch if you trust it, "
+    "remove that entry, and save it again"
+)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -135,13 +181,18 @@ class DescriptorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        if module == "builtins":  # protocol 2, which torch writes, has the names of Python 2
+            name = {"long": "int", "unicode": "str", "xrange": "range"}.get(name, name)
         if (module, name) in self.known:
             return self.known[module, name]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
-        if (module, name) in INERT_NAMES or module.split(".")[0] in INERT_PACKAGES:
+        plain = name in INERT_STANDARD.get(module.removesuffix("._local"), ()) or (
+            module == "builtins" and name in PLAIN_BUILTINS
+        )
+        if plain or (module, name) in INERT_NAMES or module.split(".")[0] in INERT_PACKAGES:
             return type(name, (Inert,), {"__module__": module})
-        raise RefusedError(f"it asks for {module}.{name}, which no checkpoint needs")
+        raise UnknownNameError(f"it asks for {module}.{name}, which no checkpoint needs")
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _location, _elements = pid
@@ -164,6 +215,21 @@ class DescriptorUnpickler(pickle.Unpickler):
         if elements and (offset < 0 or (offset + elements) * item > size):
             raise RefusedError(f"a tensor of {elements} elements exceeds its storage {storage.key} of {size} bytes")
         return StoredTensor(self.archive.path, start + offset * item, TensorSpec(tuple(shape), storage.dtype))
+
+
+def _refuse_legacy(path: Path) -> None:
+    """
+    Raises:
+        BadInputError: the file is in the format of torch.save without zip, whose records have no places of their own.
+    """
+    with open(path, "rb") as stream:
+        if stream.read(len(LEGACY_MAGIC)) != LEGACY_MAGIC:
+            return
+    raise BadInputError(
+        f"{path} is in torch.save's old format (a bare pickle, no zip archive), which is not read",
+        "write each file again with torch: torch.save(torch.load(F, weights_only=False), F), where you trust them; "
+        'DeepSpeed writes the new one without "checkpoint_serialization": false',
+    )
 
 
 def _corrupt(path: Path, reason: object) -> NoReturn:
@@ -200,6 +266,15 @@ def _data_start(path: Path, stream: BinaryIO, entry: zipfile.ZipInfo, next_start
     return start
 
 
+def _content(path: Path, stream: BinaryIO, entry: zipfile.ZipInfo, next_start: int) -> bytes:
+    """Bytes of a small record; compared with its CRC-32 if it has one (torch can be told to leave them out)."""
+    stream.seek(_data_start(path, stream, entry, next_start))
+    content = stream.read(entry.file_size)
+    if len(content) != entry.file_size or (entry.CRC and zlib.crc32(content) != entry.CRC):
+        _corrupt(path, f"Bad CRC-32 for file {entry.filename!r}")
+    return content
+
+
 def open_archive(path: Path) -> Archive:
     """Read the directory and the pickle of a file written by ``torch.save``.
 
@@ -210,6 +285,7 @@ def open_archive(path: Path) -> Archive:
     directory: list[tuple[str, int, int]] = []
     content, name = None, ""
     try:
+        _refuse_legacy(path)
         with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
@@ -226,8 +302,8 @@ def open_archive(path: Path) -> Archive:
                 elif match := re.fullmatch(r"([^/]+)/data\.pkl", entry.filename):
                     if entry.file_size > LARGEST_PICKLE:
                         _corrupt(path, f"its pickle has {entry.file_size} bytes")
-                    content, name = archive.read(entry), match[1]
-                elif entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                    content, name = _content(path, stream, entry, next_start), match[1]
+                elif entry.filename.endswith("/byteorder") and _content(path, stream, entry, next_start) != b"little":
                     _corrupt(path, "it was written on a big-endian machine")
     except OSError as error:
         raise BadInputError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -269,7 +345,8 @@ def load(archive: Archive) -> Any:
     except RefusedError as error:
         raise BadInputError(
             f"{archive.path} is refused: {error}",
-            "nothing of it was executed; use a checkpoint written by DeepSpeed, mmengine or xtuner",
+            "nothing of it was executed; use a checkpoint written by DeepSpeed, mmengine or xtuner"
+            + (STRIP if isinstance(error, UnknownNameError) else ""),
         ) from None
     except StageError:  # asked to stop meanwhile
         raise

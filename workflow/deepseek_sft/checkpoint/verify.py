@@ -13,7 +13,7 @@ from typing import Any
 from .. import cli, files
 from ..errors import BadInputError, GateError
 from ..model import release
-from .base_model import BaseModel
+from .base_model import QUANTISATION_FILE, BaseModel
 from .byte_ranges import OpenFiles, allow_open_files
 from .convert import trained_sources
 from .outputs import TORCH_DTYPES, copied_sources, output_config, output_specs
@@ -25,6 +25,7 @@ from .zero import Checkpoint
 FREE_KEYS = ("transformers_version",)
 LARGEST_RELATIVE_CHANGE = 1.0  # without learning rate and steps; an unrelated tensor of equal size changes by 1.41
 BIAS_ROUNDING = 1.01  # a bias is a sum of as many moves as there were steps
+SMALLEST_MOVE = 2.0**-23  # relative; a change of half of it is surely resolved by FP32
 SHOWN = 20  # failing tensors named per check
 
 
@@ -91,11 +92,15 @@ def check_config(config: Any, base: BaseModel, kind: Kind) -> Check:
     if not isinstance(config, dict):
         check.failures.append("config.json is missing or unreadable")
         return check
-    expected = {"num_nextn_predict_layers": 0} | output_config(base.config, kind.dtype, kind.mtp)
+    expected = output_config(base, kind.dtype, kind.mtp)
     for key in sorted({*config, *expected} - {*FREE_KEYS}):
         found = config.get(key, 0 if key == "num_nextn_predict_layers" else None)
         if found != expected.get(key):
             check.failures.append(f"{key} is {found!r}, must be {expected.get(key)!r}")
+    try:
+        release.checked(config, Path("config.json"))
+    except BadInputError as error:
+        check.failures.append(error.problem.removeprefix("config.json: "))
     return check
 
 
@@ -132,6 +137,8 @@ def read_files(model: Path) -> tuple[Check, dict[Path, dict[str, StoredTensor]]]
     places = {name: path.name for path, tensors in found.items() for name in tensors}
     if sum(map(len, found.values())) != len(places):
         check.failures.append("a tensor lies in two files")
+    stray = [path.name for path in sorted(model.iterdir()) if QUANTISATION_FILE.fullmatch(path.name)]
+    check.failures += [f"{name} describes another quantisation; vLLM reads it" for name in stray]
     if not paths:
         check.failures.append("there are no *.safetensors files")
     if (model / INDEX_NAME).exists() or len(paths) > 1:
@@ -196,13 +203,18 @@ def check_values(
             untouched.failures.append(f"{name}: {figures.unequal} values differ")
         if name in copied:
             continue
+        if figures.base_non_finite:
+            change.failures.append(
+                f"{name}: {figures.base_non_finite} values of the base are infinite or not numbers, how far they moved "
+                "cannot be judged"
+            )
         if bias and bias_drift:
-            if figures.largest_excess > bias_drift * BIAS_ROUNDING:
+            if not figures.largest_excess <= bias_drift * BIAS_ROUNDING:
                 change.failures.append(f"{name}: a bias moved by {figures.largest_excess:.3g}")
             continue
-        if bound and figures.largest_excess > bound.drift * 1.001:
+        if bound and not figures.largest_excess <= bound.drift * 1.001:
             change.failures.append(f"{name}: an element moved by {figures.largest_excess:.3g}")
-        if not bound and figures.relative_change > LARGEST_RELATIVE_CHANGE:
+        if not bound and not figures.relative_change <= LARGEST_RELATIVE_CHANGE:
             change.failures.append(f"{name}: relative change {figures.relative_change:.3g}")
     checks = {"finite": finite, "untouched": untouched, "change": change}
     if with_checkpoint:
@@ -215,9 +227,63 @@ def check_values(
         checks["checkpoint"].failures += [
             f"{n}: dequantised, it is off by {m.fp8_error:.3g} of a block's largest value"
             for n, m in trained.items()
-            if m.fp8_error > E4M3_LARGEST_ERROR * 1.001
+            if not m.fp8_error <= E4M3_LARGEST_ERROR * 1.001
         ]
     return checks
+
+
+def check_stepped(
+    measured: dict[str, Measured],
+    trained: dict[str, Source],
+    missing: list[str],
+    base: BaseModel,
+    bound: ChangeBound | None,
+) -> Check:
+    """Every trained tensor's master weights differ from the base: AdamW moves each one at every step.
+
+    They are FP32, so that rounding to BF16 does not hide a step. What may equal the base all the same is named in the
+    check's scope: parameters that no optimizer holds; routed experts that got no token, where weight decay is too small
+    to move them either; and tensors whose every value is so large that FP32 rounds a step of the learning rate away.
+
+    Args:
+        trained: source of every tensor that the checkpoint holds.
+        missing: names of those that it does not hold.
+    """
+    judged = {name: figures for name, figures in measured.items() if figures.stepped is not None}
+    never = [name for name, figures in sorted(judged.items()) if not figures.stepped]
+    frozen = [name for name, source in trained.items() if getattr(source.parameter, "trained", None) is False]
+    frozen += missing
+    decays = bound is not None and bound.decay_per_step >= SMALLEST_MOVE
+    excused = [name for name in never if not decays and may_get_no_gradient(name, base.config)]
+    notes = [f"{len(judged)} tensors of FP32 master weights, all but {len(never)} moved from the base"]
+    if bound is not None and not bound.drift >= SMALLEST_MOVE:
+        excused = never
+        notes.append(f"learning rate and steps move nothing by more than {bound.drift:.3g}")
+    elif excused:
+        notes.append(f"no token was routed to {_named(excused)}")
+    rate = bound.learning_rate if bound else SMALLEST_MOVE / 2
+    large = [name for name in never if name not in excused and rate < judged[name].smallest * SMALLEST_MOVE / 2]
+    if large:
+        notes.append(f"too large for FP32 to resolve one step of {rate:.3g}: {_named(large)}")
+    if frozen:
+        notes.append(f"not trained: {_named(frozen)}")
+    if not judged:
+        notes.append("the master weights are not FP32: not judged")
+    check = Check("; ".join(notes))
+    kept = {*excused, *large}
+    check.failures = [f"{name} equals the base bit for bit: it was never stepped" for name in never if name not in kept]
+    return check
+
+
+def may_get_no_gradient(name: str, config: dict[str, Any]) -> bool:
+    """Whether a run can leave this tensor without any gradient: an expert without tokens, a router without a choice."""
+    if ".mlp.experts." in name:
+        return True
+    return name.endswith(".mlp.gate.weight") and config["num_experts_per_tok"] == 1 and bool(config["norm_topk_prob"])
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def verify(
@@ -228,6 +294,7 @@ def verify(
     full: bool = False,
     workers: int = 8,
     wanted: Kind | None = None,
+    missing_from_base: bool = False,
 ) -> Verification:
     """Run every check; each weight is read once, and once more where it is compared with the checkpoint.
 
@@ -239,6 +306,7 @@ def verify(
         full: compare every element with the checkpoint instead of samples of each tensor.
         workers: files checked at the same time.
         wanted: what kind the model must be; None takes what it says it is.
+        missing_from_base: parameters that the checkpoint does not hold were taken from the base.
 
     Raises:
         BadInputError: the checkpoint does not belong to the base.
@@ -250,10 +318,14 @@ def verify(
     tensors = {name: tensor for held in found.values() for name, tensor in held.items()}
     checks |= check_tensors(base, tensors, kind)
     extra = [name for name in base.weights(kind.mtp == "copy") if name not in base.expected]
+    trained: dict[str, Source] = {}
+    frozen: list[str] = []
+    if checkpoint:
+        trained, _, frozen = trained_sources(checkpoint, base, missing_from_base)
+        extra += frozen
     sources: dict[str, Source] = copied_sources(base, output_specs(base, kind.dtype, kind.mtp), extra)
     copied = set(sources)
-    if checkpoint:
-        sources |= trained_sources(checkpoint, base)[0]
+    sources |= trained
 
     measured: dict[str, Measured] = {}
     hashes: dict[str, str] = {}
@@ -274,6 +346,8 @@ def verify(
             executor.shutdown(wait=False, cancel_futures=True)
             raise
     checks |= check_values(measured, bound, copied, checkpoint is not None)
+    if checkpoint:
+        checks["stepped"] = check_stepped(measured, trained, frozen, base, bound)
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name not in hashes:
             hashes[path.name] = files.fingerprint_file(path, full=True).removeprefix("sha256:")
@@ -287,6 +361,7 @@ def verify(
             "parameters": sum(t.spec.elements for n, t in tensors.items() if not n.endswith(release.SCALE_SUFFIX)),
             "largest_relative_change": changes[largest] if largest else 0.0,
             "most_changed_tensor": largest,
+            "never_stepped_tensors": sum(m.stepped is False for m in measured.values()),
             "unchanged_tensors": sum(m.differing == 0 for m in measured.values()),
             "values_compared_with_checkpoint": sum(m.compared for n, m in measured.items() if n not in copied),
             "largest_fp8_error": max((m.fp8_error for m in measured.values()), default=0.0),

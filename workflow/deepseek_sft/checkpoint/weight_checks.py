@@ -16,6 +16,7 @@ from . import fp8_blocks, number_formats
 from .base_model import BaseModel
 from .byte_ranges import OpenFiles
 from .number_formats import BLOCK, FLOATS, WIDTHS
+from .partitioned import Partitioned
 from .safetensors_files import ITEM_SIZES, StoredTensor
 from .sources import Source
 
@@ -48,11 +49,15 @@ class ChangeBound:
         drift: absolute.
         decay: relative, by weight decay.
         bias_drift: absolute, of the routers' biases, which only the balance rule moves.
+        learning_rate: the highest, about what one step of AdamW moves an element by.
+        decay_per_step: relative, by the weight decay of one step at that rate.
     """
 
     drift: float
     decay: float
     bias_drift: float = 0.0
+    learning_rate: float = 0.0
+    decay_per_step: float = 0.0
 
     @staticmethod
     def of(
@@ -64,7 +69,7 @@ class ChangeBound:
     ) -> "ChangeBound":
         decay = learning_rate * steps * weight_decay
         drift = learning_rate * steps * adamw_ratio(*betas) * (1 + decay)
-        return ChangeBound(drift, decay, balance_bias_speed * steps)
+        return ChangeBound(drift, decay, balance_bias_speed * steps, learning_rate, learning_rate * weight_decay)
 
 
 @dataclass
@@ -72,15 +77,18 @@ class Measured:
     """Figures of one tensor against the base model's.
 
     Attributes:
-        non_finite: infinities and NaNs.
+        non_finite: infinities and NaNs; ``base_non_finite`` those of the base, whose change cannot be judged.
         squared_change, squared_base: sums over elements.
         largest_excess: largest |change| beyond rounding and decay; to compare with ``ChangeBound.drift``.
         differing: elements that differ from the base's.
         compared: elements compared with their source, and ``unequal`` how many of them differ.
         fp8_error: largest |dequantised − source| in parts of the block's largest magnitude.
+        stepped: whether the FP32 master weights differ from the base; None where that was not or cannot be looked at.
+        smallest: of a tensor that was not stepped, the smallest magnitude.
     """
 
     non_finite: int = 0
+    base_non_finite: int = 0
     squared_change: float = 0.0
     squared_base: float = 0.0
     largest_excess: float = 0.0
@@ -88,6 +96,8 @@ class Measured:
     compared: int = 0
     unequal: int = 0
     fp8_error: float = 0.0
+    stepped: bool | None = None
+    smallest: float = math.inf
 
     @property
     def relative_change(self) -> float:
@@ -97,6 +107,11 @@ class Measured:
         return math.sqrt(self.squared_change / self.squared_base) if self.squared_base else math.inf
 
 
+def larger(first: float, second: float) -> float:
+    """The larger of two; NaN if either is, which Python's ``max`` loses."""
+    return first if math.isnan(first) or second <= first else second
+
+
 def measure_block(result: Measured, new: NDArray, old: NDArray, half_ulp: float, decay: float) -> None:
     """Add one block.
 
@@ -104,17 +119,19 @@ def measure_block(result: Measured, new: NDArray, old: NDArray, half_ulp: float,
         new, old: float32 [n], the model's and the base's values.
         half_ulp: largest rounding error of ``new`` in parts of its value.
     """
-    finite = np.isfinite(new)
-    if not finite.all():
+    finite, base_finite = np.isfinite(new), np.isfinite(old)
+    if not (finite.all() and base_finite.all()):
         result.non_finite += int(len(new) - np.count_nonzero(finite))
-        new = np.where(finite, new, old)
+        result.base_non_finite += int(len(old) - np.count_nonzero(base_finite))
+        old = np.where(base_finite, old, 0)
+        new = np.where(finite & base_finite, new, old)
     change = np.abs(new - old)
     result.differing += int(np.count_nonzero(change))
     result.squared_change += float(np.dot(change, change))
     result.squared_base += float(np.dot(old, old))
     change -= half_ulp * np.abs(new)
     change -= decay * np.abs(old)
-    result.largest_excess = max(result.largest_excess, float(change.max(initial=0.0)))
+    result.largest_excess = larger(result.largest_excess, float(change.max(initial=0.0)))
 
 
 def _step(*row_lengths: int) -> int:
@@ -131,9 +148,11 @@ def _factors(opened: OpenFiles, tensor: StoredTensor) -> NDArray[np.float32]:
 def _old_values(opened: OpenFiles, base: Source, start: int, count: int) -> NDArray[np.float32]:
     """The base's values as training starts from them: what is FP8 there is rounded to BF16."""
     values = number_formats.to_float32(base.read(opened, start, count), base.dtype)
-    if base.factors:
-        values = number_formats.bf16_to_float32(number_formats.float32_to_bf16(values))
-    return values
+    return _in_bf16(values) if base.factors else values
+
+
+def _in_bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return number_formats.bf16_to_float32(number_formats.float32_to_bf16(values))
 
 
 def measure_tensor(
@@ -155,6 +174,9 @@ def measure_tensor(
     scales = _factors(opened, factors) if factors else None
     columns = model.spec.shape[-1] if scales is not None else 1
     step = _step(columns, base.row if base else 1)
+    rounding = HALF_ULP.get(dtype, 0.0)
+    if base and base.dtype == "F32" and not base.factors and dtype == "BF16":
+        rounding *= 2  # training begins with the base's FP32 values rounded
     for start in range(0, model.spec.elements, step):
         count = min(step, model.spec.elements - start)
         raw = opened.read(model.file, model.offset + start * item, np.uint8, count * item)
@@ -170,10 +192,11 @@ def measure_tensor(
         if base is None:
             result.non_finite += int(np.count_nonzero(~np.isfinite(new)))
         else:
-            measure_block(result, new, _old_values(opened, base, start, count), HALF_ULP.get(dtype, 0.0), decay)
+            measure_block(result, new, _old_values(opened, base, start, count), rounding, decay)
     if scales is not None:
-        smallest = E4M3_SUBNORMAL_HALF_ULP * float(scales.max(initial=0.0))
-        result.largest_excess = max(0.0, result.largest_excess - smallest)
+        finite = scales[np.isfinite(scales)]  # of blocks with another factor every value counts as not finite
+        smallest = E4M3_SUBNORMAL_HALF_ULP * float(finite.max(initial=0.0))
+        result.largest_excess = larger(0.0, result.largest_excess - smallest)
     return result
 
 
@@ -232,9 +255,31 @@ def compare_quantized(
         for band in range(len(held)):
             lines = slice(band * FP8_BLOCK, (band + 1) * FP8_BLOCK)
             error = np.abs(fp8_blocks.dequantize(codes[lines], held[band : band + 1]) - values[lines]).max(axis=0)
-            largest = np.maximum.reduceat(np.where(np.isfinite(error), error, 0), np.arange(0, columns, FP8_BLOCK))
+            judged = np.isfinite(values[lines]).all(axis=0)  # what is not finite is counted as such
+            largest = np.maximum.reduceat(np.where(judged, error, 0), np.arange(0, columns, FP8_BLOCK))
             relative = largest / (number_formats.E4M3_LARGEST * held[band])
-            result.fp8_error = max(result.fp8_error, float(relative.max(initial=0.0)))
+            result.fp8_error = larger(result.fp8_error, float(relative.max(initial=0.0)))
+
+
+def look_for_steps(opened: OpenFiles, name: str, master: Source, base: Source, result: Measured) -> None:
+    """Find out whether any FP32 master weight differs from the base's value that training started from.
+
+    Samples first: in a tensor that was trained they differ; only one that was not is read to its end.
+    """
+    elements = math.prod(master.shape)
+    for full in (False, True):
+        for start, count in sampled_ranges(name, elements, full, base.row):
+            found, old = master.read(opened, start, count).view(np.float32), _old_values(opened, base, start, count)
+            if not (np.array_equal(found, old) or np.array_equal(found, _in_bf16(old))):
+                result.stepped = True
+                return
+            result.smallest = min(result.smallest, float(np.abs(old).min(initial=np.inf)))
+    result.stepped = False
+
+
+def can_be_judged(master: Source) -> bool:
+    """Whether a tensor comes from FP32 weights that an optimizer holds: rounding cannot have undone a step."""
+    return isinstance(master.parameter, Partitioned) and master.parameter.trained and master.dtype == "F32"
 
 
 def measure_file(
@@ -270,6 +315,8 @@ def measure_file(
         source = sources.get(name)
         if source is None or tuple(source.shape) != tensor.spec.shape:
             continue
+        if old is not None and can_be_judged(source) and not name.endswith(CORRECTION_BIAS):
+            look_for_steps(opened, name, source, old, figures[name])
         if factors and source.dtype != "F8_E4M3":
             compare_quantized(opened, name, tensor, factors, source, full, figures[name])
         elif tensor.spec.dtype in ("F32", "BF16", source.dtype):

@@ -28,7 +28,8 @@ class Checkpoint:
         parameters: training name → where its weights lie, in the order of the flat tensors.
         shared: training name → the name in ``parameters`` of the same parameter (tied weights).
         buffers: training name → where it lies (rank 0's file; buffers are the same in all ranks).
-        fingerprint: over names, sizes and CRC-32 of all records of all files.
+        fingerprint: over names, sizes and CRC-32 of all records of all files; over samples of records without CRC.
+        frozen_unsaved: whether parameters that were not trained may have been left out.
         marker: what training wrote when the checkpoint was complete, or None.
     """
 
@@ -41,6 +42,7 @@ class Checkpoint:
     buffers: dict[str, StoredTensor]
     fingerprint: str
     marker: Marker | None
+    frozen_unsaved: bool = False
 
     @property
     def file_count(self) -> int:
@@ -143,4 +145,5 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         buffers=states[0].buffers,
         fingerprint=f"zip:{load.hasher.hexdigest()}",
         marker=marker,
+        frozen_unsaved=states[0].frozen_unsaved,
     )

@@ -69,5 +69,5 @@ def frozen(states: list[ModelState], paths: list[Path]) -> dict[str, Partitioned
                 raise BadInputError(f"{path} lacks its part of the frozen parameter {name}")
         starts = np.array([state.frozen[name].offset for state in states], np.int64)
         dtype = states[0].frozen[name].spec.dtype
-        parameters[name] = Partitioned(shape, dtype, max(1, partition), paths, starts)
+        parameters[name] = Partitioned(shape, dtype, max(1, partition), paths, starts, trained=False)
     return parameters

@@ -49,9 +49,7 @@ class RankFiles:
                 raise BadInputError(f"{path} and {other} are both of rank {rank}", "remove the stale one")
             found[kind][rank] = path
         if not found["optim"]:
-            inside = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*zero_pp_rank_*"))]
-            hint = f"give one of its folders: {', '.join(inside)}" if inside else "give the folder with *_states.pt"
-            raise BadInputError(f"{folder} holds no ZeRO checkpoint (zero_pp_rank_*_optim_states.pt)", hint)
+            raise _no_checkpoint(folder)
         return RankFiles(folder, found["optim"], found["model"])
 
     def check(self, stage: int, world_size: int, said_by: str) -> None:
@@ -93,6 +91,22 @@ class RankFiles:
         return [self.model[rank] for rank in range(world_size)] if stage == 3 else [self.folder / WHOLE_MODEL_FILE]
 
 
+def _no_checkpoint(folder: Path) -> BadInputError:
+    """What a folder without optimizer files is instead."""
+    if (folder / "zero").is_dir() and any((folder / "zero").glob("*/fp32*")):
+        return BadInputError(
+            f"{folder} is a universal checkpoint (ds_to_universal: zero/<parameter>/fp32.pt), which is not read",
+            "give the ZeRO checkpoint that it was made from (zero_pp_rank_*_optim_states.pt), or load it with "
+            'DeepSpeed ("checkpoint": {"load_universal": true}) and save it again',
+        )
+    found = "holds no ZeRO checkpoint (zero_pp_rank_*_optim_states.pt)"
+    if any(folder.glob("*_model_states.pt")):
+        found = "holds model states, but no optimizer states (zero_pp_rank_*_optim_states.pt), where the weights are"
+    inside = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*zero_pp_rank_*"))]
+    hint = f"give one of its folders: {', '.join(inside)}" if inside else "give the folder with *_optim_states.pt"
+    return BadInputError(f"{folder} {found}", hint)
+
+
 class Loader:
     """Unpickles files and hashes name, size and CRC-32 of all their records."""
 
@@ -112,6 +126,7 @@ class Loader:
                 "files were swapped or renamed: restore their names",
             )
         self.hasher.update(f"{path.name}\0{archive.directory}\n".encode())
+        self.hasher.update(archive.sampled())
         return archive
 
     def __call__(self, path: Path) -> Any:
@@ -201,6 +216,7 @@ class ModelState:
         step: steps by DeepSpeed's count, if any.
         skipped: those of them that the optimizer left out (overflows of FP16).
         samples: rows trained on by DeepSpeed's count, if any.
+        frozen_unsaved: whether parameters that were not trained may have been left out (exclude_frozen_parameters).
     """
 
     shapes: Shapes
@@ -212,6 +228,7 @@ class ModelState:
     world_size: int | None
     step: int | None
     skipped: int
+    frozen_unsaved: bool
     samples: int | None = None
 
 
@@ -243,6 +260,7 @@ def read_model_state(archive: torch_pickle.Archive) -> ModelState:
         step=_number(state.get("global_steps")),
         skipped=_number(state.get("skipped_steps")) or 0,
         samples=_number(state.get("global_samples")),
+        frozen_unsaved=state.get("frozen_param_shapes") is None,
     )
 
 

@@ -4,18 +4,20 @@ Source: ``config.json`` and ``model.safetensors.index.json`` of deepseek-ai/Deep
 for 61 layers without the multi-token-prediction layer), ``README_WEIGHTS.md`` for that layer.
 """
 
-import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError, looked_for
+from . import config_file
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 FP8_BLOCK = 128  # side of the square blocks that share one scale in the FP8 release
 SCALE_SUFFIX = "_scale_inv"  # of a quantised tensor's name
+ROUTER_WEIGHT = "mlp.gate.weight"  # BF16 in the releases; transformers from 5.20 on saves it in FP32
 CORRECTION_BIAS = "mlp.gate.e_score_correction_bias"
 
 POSITIVE_INTEGERS = (
@@ -48,54 +50,100 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read and check ``config.json`` of a model folder.
+def published_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder as it lies there.
 
     Raises:
-        BadInputError: no such folder or file, not JSON, another architecture, or a size missing or impossible.
+        BadInputError: no such folder or file, a git-lfs pointer, or not a JSON object.
     """
     path = folder / "config.json"
     if not folder.is_dir():
         raise BadInputError(
             f"model folder {folder} does not exist", f"give the folder that holds config.json ({looked_for(folder)})"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInputError(f"{folder} holds no config.json", "give a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise BadInputError(f"{path} is not a JSON object")
+    if not path.is_file():
+        raise BadInputError(f"{folder} holds no config.json", "give a Hugging Face model folder")
+    return config_file.read_json(path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check ``config.json`` of a model folder; see ``config_file`` for the names that it comes in.
+
+    Raises:
+        BadInputError: as ``published_config`` and ``checked`` say.
+    """
+    return checked(published_config(folder), folder / "config.json")
+
+
+def checked(published: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A configuration in the releases' names, checked.
+
+    Raises:
+        BadInputError: another architecture, a size missing or impossible, or what ``config_file`` refuses.
+    """
+    _check_architecture(published, path)
+    _check_routing(published, path)
+    config = config_file.in_release_names(published, path)
     check_config(config, path)
     return config
 
 
-def check_config(config: dict[str, Any], path: Path) -> None:
-    """Check the keys that the tensor names and shapes depend on.
-
-    Raises:
-        BadInputError: naming the first key that is wrong.
+def require_trainable(config: dict[str, Any], path: Path) -> None:
     """
+    Raises:
+        BadInputError: the model is one that can be converted, but not trained.
+    """
+    if config.get("tie_word_embeddings"):
+        raise BadInputError(
+            f"{path}: tie_word_embeddings is true; models with one matrix for embedding and output are not trained",
+            "DeepSeek-V3 releases have two: take config.json and lm_head.weight from the release",
+        )
+    if not config.get("n_shared_experts"):
+        raise BadInputError(
+            f"{path}: n_shared_experts is {config.get('n_shared_experts')!r}; training asks for one or more"
+        )
+
+
+def _check_architecture(config: dict[str, Any], path: Path) -> None:
     if config.get("architectures") != [ARCHITECTURE] or config.get("model_type") != "deepseek_v3":
         found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
         raise BadInputError(
             f"{path}: {found}; this workflow trains {ARCHITECTURE} (model_type 'deepseek_v3')",
             "use a base model of the DeepSeek-V3 architecture (V3, R1, V3.1, Moonlight)",
         )
-    for key in POSITIVE_INTEGERS:
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BadInputError(f"{path}: {key} must be a positive integer, found {value!r}")
+
+
+def _check_routing(config: dict[str, Any], path: Path) -> None:
     for key, allowed in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
         if config.get(key) != allowed:
             raise BadInputError(
                 f"{path}: {key} must be {allowed!r}, found {config.get(key)!r}",
                 "take config.json from the release: a config written by transformers alone drops these keys",
             )
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Check the keys that the tensor names and shapes depend on.
+
+    Args:
+        config: in the releases' names.
+
+    Raises:
+        BadInputError: naming the first key that is wrong.
+    """
+    _check_architecture(config, path)
+    for key in POSITIVE_INTEGERS:
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BadInputError(f"{path}: {key} must be a positive integer, found {value!r}")
+    _check_routing(config, path)
     rank = config.get("q_lora_rank")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise BadInputError(f"{path}: q_lora_rank must be a positive integer or null, found {rank!r}")
+    for key in ("first_k_dense_replace", "num_nextn_predict_layers"):
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise BadInputError(f"{path}: {key} must be a number of layers, found {value!r}")
     if config.get("attention_bias"):
         raise BadInputError(f"{path}: attention_bias true is not part of the DeepSeek-V3 architecture")
     if config["n_routed_experts"] % config["n_group"]:
@@ -166,6 +214,36 @@ def tensor_specs(config: dict[str, Any]) -> dict[str, TensorSpec]:
     if not config.get("tie_word_embeddings"):
         specs["lm_head.weight"] = TensorSpec((vocabulary, hidden), "BF16")
     return specs
+
+
+def mtp_specs(config: dict[str, Any], layer: int) -> dict[str, TensorSpec]:
+    """Tensors that a multi-token-prediction layer has besides embedding and head, which it shares with the model.
+
+    Source: README_WEIGHTS.md of DeepSeek-V3; what vLLM's deepseek_mtp.py creates.
+    """
+    hidden, prefix = config["hidden_size"], f"model.layers.{layer}"
+    own = {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden), "shared_head.norm": (hidden,)}
+    specs = {f"{prefix}.{name}.weight": TensorSpec(shape, "BF16") for name, shape in own.items()}
+    return layer_specs(config, layer) | specs
+
+
+def mtp_layers(config: dict[str, Any], names: Iterable[str]) -> int:
+    """Number of multi-token-prediction layers among the tensors of a folder.
+
+    Raises:
+        ValueError: naming the layer that is skipped or a tensor that one lacks; no server could load it.
+    """
+    held, first = set(names), config["num_hidden_layers"]
+    found = sorted({int(name.split(".")[2]) for name in held if is_mtp(config, name)})
+    for number, layer in enumerate(found, first):
+        if layer != number:
+            raise ValueError(f"there is a layer {layer}, but no layer {number}")
+        lacking = [name for name in mtp_specs(config, layer) if name not in held]
+        if lacking:
+            raise ValueError(
+                f"layer {layer} lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
+            )
+    return len(found)
 
 
 def is_mtp(config: dict[str, Any], name: str) -> bool:

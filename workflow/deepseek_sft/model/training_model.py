@@ -5,10 +5,11 @@ but for ``mlp.experts.*``, which are fused shards.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import DeepseekV3Config
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
@@ -16,7 +17,7 @@ from transformers.modeling_utils import no_init_weights
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ..errors import BadInputError
-from . import expert_products
+from . import expert_products, implied, release
 from .experts import MixtureOfExperts
 from .loading import load_release
 from .loss import OutputLayer
@@ -66,7 +67,8 @@ def build(
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
             compute what ``config.json`` says.
     """
-    published = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    published = release.read_config(folder)
+    release.require_trainable(published, folder / "config.json")
     config = DeepseekV3Config.from_dict({k: v for k, v in published.items() if k != "quantization_config"})
     config.experts_per_shard = experts_per_shard
     config.grouped_products = _grouped(products, torch.device(device), dtype, config)
@@ -86,31 +88,53 @@ def build(
     return model
 
 
-def check_unchanged(model: TrainingModel, published: dict) -> None:
-    """Check that the model computes with the release's rotary scaling, softmax scale and routing.
+def check_unchanged(model: TrainingModel, published: dict[str, Any]) -> None:
+    """Check that the model computes with the release's rotary embedding, softmax scale and routing.
 
     Raises:
-        BadInputError: naming the first key that the built model would not honour.
+        BadInputError: naming everything that the built model would not honour.
     """
-    wanted, got = published.get("rope_scaling"), model.config.rope_scaling
-    got = got and {key: value for key, value in got.items() if key != "rope_type"}
-    wanted = wanted and {key: value for key, value in wanted.items() if key != "rope_type"}
-    _same("rope_scaling", wanted, got)
-    _same("rope_theta", published.get("rope_theta", 10000), model.config.rope_theta)
-    _same("max_position_embeddings", published["max_position_embeddings"], model.config.max_position_embeddings)
-    scale = (published["qk_nope_head_dim"] + published["qk_rope_head_dim"]) ** -0.5
-    if wanted and wanted.get("mscale_all_dim"):
-        scale *= native.yarn_get_mscale(wanted["factor"], wanted["mscale_all_dim"]) ** 2
-    for layer in model.model.layers:
-        if abs(layer.self_attn.scaling - scale) > 1e-6 * scale:
-            raise BadInputError(f"softmax scale would be {layer.self_attn.scaling}, the base's config gives {scale}")
-    if model.model.rotary_emb.inv_freq.dtype != torch.float32:
-        raise BadInputError("rotary frequencies would not be fp32")
-    for router in model.routers():
-        _same("routed_scaling_factor", published["routed_scaling_factor"], router.routed_scaling_factor)
-        _same("norm_topk_prob", published["norm_topk_prob"], router.norm_topk_prob)
+    different = differences(model, published)
+    if different:
+        raise BadInputError(
+            "; ".join(different[:5]),
+            "the model must be trained as it will be served; check config.json against the release",
+        )
+
+
+def differences(model: TrainingModel, published: dict[str, Any]) -> list[str]:
+    """Where the model in memory would not compute with the numbers that ``config.json`` implies.
+
+    Args:
+        published: in the releases' names (``release.read_config``).
+    """
+    wanted, found = implied.numbers(published), []
+
+    def compare(what: str, got: Any, want: Any) -> None:
+        if implied.differ(got, want):
+            found.append(f"{what} would be {got} in training, the base's config.json says {want}")
+
+    rotary = model.model.rotary_emb
+    frequencies = rotary.inv_freq.detach().cpu()
+    if frequencies.dtype != torch.float32:
+        found.append(f"rotary frequencies would be {frequencies.dtype}, not fp32")
+    values = frequencies.double().numpy()
+    if values.shape != wanted.frequencies.shape:
+        found.append(f"rotary frequencies would be {len(values)}, config.json asks for {len(wanted.frequencies)}")
+    else:
+        for index in np.flatnonzero([implied.differ(*pair) for pair in zip(values, wanted.frequencies, strict=True)])[
+            :1
+        ]:
+            compare(f"rotary frequency {index}", values[index], wanted.frequencies[index])
+    compare("the factor of the rotary angles' cosines", rotary.attention_scaling, wanted.attention_factor)
+    for index, layer in enumerate(model.model.layers):
+        compare(f"layer {index}: the softmax scale", layer.self_attn.scaling, wanted.softmax_scale)
+    for index, router in enumerate(model.routers()):
+        compare(f"router {index}: routed_scaling_factor", router.routed_scaling_factor, wanted.routed_scaling_factor)
+        compare(f"router {index}: norm_topk_prob", router.norm_topk_prob, wanted.normalised)
         if router.e_score_correction_bias.dtype != torch.float32:
-            raise BadInputError("the router's correction bias would not be fp32")
+            found.append(f"router {index}: the correction bias is {router.e_score_correction_bias.dtype}")
+    return found
 
 
 def _grouped(products: str, device: torch.device, dtype: torch.dtype, config: DeepseekV3Config) -> bool:
@@ -118,14 +142,6 @@ def _grouped(products: str, device: torch.device, dtype: torch.dtype, config: De
         return expert_products.choose(products, device, dtype, config.hidden_size, config.moe_intermediate_size)
     except ValueError as error:
         raise BadInputError(f"train.expert_products grouped: {error}", "set it to auto or loop") from None
-
-
-def _same(key: str, wanted: object, got: object) -> None:
-    if wanted != got:
-        raise BadInputError(
-            f"{key} would be {got} in training, the base's config.json says {wanted}",
-            "the model must be trained as it will be served; check config.json against the release",
-        )
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ def profile_lines(plan: Plan) -> list[str]:
     Valid YAML, each with its reason as a comment. Memory that a node does not have is not asked for.
     """
     cluster, lines = plan.cluster, []
-    if cluster.host_bytes is not None and total(plan.host) > cluster.host_bytes and node_has(plan):
+    if cluster.host_bytes is not None and not total(plan.host) <= cluster.host_bytes and node_has(plan):
         known = "" if cluster.node_bytes else ", if the nodes have it"
         lines.append(f"mem_mb: {plan.host_mb}   # planned {total(plan.host) / MB:,.0f} MB and {MARGIN - 1:.0%}{known}")
     save = plan.duration.checkpoint_s + (plan.duration.step.slowest if plan.duration.step else 0)
-    if cluster.signal_lead_s is not None and save > cluster.signal_lead_s:
+    if cluster.signal_lead_s is not None and not save <= cluster.signal_lead_s:
         lead = -(-int(duration.lead_s(plan.duration)) // 60) * 60
         words = re.sub(r"(--signal[= ]\S*@)\d+", rf"\g<1>{lead}", cluster.slurm_extra)
         quoted = words.replace("\\", "\\\\").replace('"', '\\"')

@@ -173,4 +173,4 @@ def count(config: dict[str, Any]) -> Model:
             buffers += spec.elements
         elif part != "routed experts":
             shapes[spec.elements] += 1
-    return Model(config, parameters, tensors, buffers, fp8, shapes, "quantization_config" in config)
+    return Model(config, parameters, tensors, buffers, fp8, shapes, config.get("quantization_config") is not None)

@@ -37,7 +37,7 @@ def ways_out(plan: Plan) -> list[str]:
     """What makes a plan fit, one way a line: settings, nodes, the profile's lines for memory; then the disk."""
     found = remedies(plan)
     lines = [f"{'or' if number else 'nearest that fits'}: {one}" for number, one in enumerate(found)]
-    short = any(limit.share > 1 for limit in plan.limits if limit.name.startswith("host"))
+    short = any(not limit.share <= 1 for limit in plan.limits if limit.name.startswith("host"))
     if short and not any("mem_mb" in one.settings for one in found):
         lines += [
             f"or more memory: profile, set-resources: train: {line}" for line in profile_lines(plan) if "mem_mb" in line

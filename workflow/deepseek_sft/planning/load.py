@@ -23,12 +23,15 @@ def model_of(config: dict[str, Any]) -> Model:
     As long as the base is not there, ``plan.model`` stands for it.
 
     Raises:
-        BadInputError: no base folder, no ``config.json`` in it, or another architecture.
+        BadInputError: no base folder, no ``config.json`` in it, or one of a model that is not trained here.
     """
     small, base, named = config["model"]["tiny"], config["model"]["base"], config["plan"].get("model")
     if small is None:
         there = base and Path(base, "config.json").is_file()
-        return count(release.read_config(SHAPES / named if named and not there else Path(base)))
+        folder = SHAPES / named if named and not there else Path(base)
+        found = release.read_config(folder)
+        release.require_trainable(found, folder / "config.json")
+        return count(found)
     shape = tiny.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
     return count(tiny.config_of(shape))
 

@@ -37,7 +37,9 @@ class Limit:
 
     @property
     def verdict(self) -> str:
-        return MISFIT if self.share > 1 else TIGHT if self.share > TIGHT_SHARE else FITS
+        if not self.share <= 1:
+            return MISFIT
+        return FITS if self.share <= TIGHT_SHARE else TIGHT
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Plan:
     @property
     def exceeded(self) -> str:
         """Every limit that is exceeded, the worst first, in words; empty where none is."""
-        over = [limit for limit in self.limits if limit.share > 1]
+        over = [limit for limit in self.limits if not limit.share <= 1]
         return "; ".join(
             f"{limit.name} {show(limit.need, 'B')} of {show(limit.have or 0, 'B')} ({limit.share:.0%})"
             for limit in over

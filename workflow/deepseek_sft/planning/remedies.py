@@ -118,7 +118,7 @@ def _same_batch(plan: Plan, changed: dict[str, Any]) -> dict[str, Any]:
 def _more_memory(plan: Plan) -> Iterator[Remedy]:
     """More of the nodes' memory for the job, where they have it."""
     cluster = plan.cluster
-    if cluster.host_bytes and total(plan.host) > cluster.host_bytes and planning.node_has(plan):
+    if cluster.host_bytes and not total(plan.host) <= cluster.host_bytes and planning.node_has(plan):
         larger = dataclasses.replace(cluster, host_bytes=float(plan.host_mb * MB))
         other = planning.make(plan.model, plan.training, plan.samples, larger, plan.served_dtype)
         if suffices(other):

@@ -78,7 +78,7 @@ def main() -> None:
     rounds = ROUNDS[options.backend]
     speed = bus_bandwidth(tensor, rounds)
     facts = {"correct": correct, "gb_per_second": speed, "ranks": dist.get_world_size()}
-    if options.floor is not None and speed < options.floor and facts["ranks"] > options.ranks_per_node:
+    if options.floor is not None and not speed >= options.floor and facts["ranks"] > options.ranks_per_node:
         facts["pairs"] = pairs(tensor, options.ranks_per_node, rounds)
     dist.barrier()
     dist.destroy_process_group()

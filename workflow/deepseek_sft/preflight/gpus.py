@@ -82,7 +82,7 @@ def _own(rows: list[dict[str, str]], visible: str | None) -> list[dict[str, str]
 
 def _troubles(row: dict[str, str], needs: Needs) -> list[str]:
     found = []
-    if _number(row["ecc.errors.uncorrected.volatile.total"]) > 0:
+    if not _number(row["ecc.errors.uncorrected.volatile.total"]) <= 0:
         found.append(f"{row['ecc.errors.uncorrected.volatile.total']} uncorrected ECC errors since the last reset")
     for field, text in (
         ("remapped_rows.pending", "memory rows wait to be remapped: reset the GPU"),
@@ -90,10 +90,10 @@ def _troubles(row: dict[str, str], needs: Needs) -> list[str]:
     ):
         if row[field].lower() in ("yes", "1"):
             found.append(text)
-    if _number(row["memory.used"]) * MIB > MOST_USED:
+    if not _number(row["memory.used"]) * MIB <= MOST_USED:
         found.append(f"{row['memory.used']} MiB are in use already")
     memory = _number(row["memory.total"]) * MIB
-    if needs.rank is not None and memory < needs.rank:
+    if needs.rank is not None and not memory >= needs.rank:
         found.append(f"has {byte_size(memory)}, the plan needs {byte_size(needs.rank)}")
     return found
 

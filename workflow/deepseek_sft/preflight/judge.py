@@ -127,7 +127,7 @@ def _clocks(heard: list[dict[str, Any]], limit: float) -> list[Problem]:
     return [
         Problem(host, "clock", f"its clock is {middle - offset:+.3f} s off (± {uncertain:.3f}), allowed is {limit:g}")
         for host, (offset, uncertain) in offsets.items()
-        if abs(offset - middle) - uncertain > limit
+        if not abs(offset - middle) - uncertain <= limit
     ]
 
 
@@ -150,7 +150,7 @@ def under_load(
     if not speeds:
         return found, None
     least = min(speeds.values())
-    if floor is None or least >= floor:
+    if floor is None or all(speed >= floor for speed in speeds.values()):
         return found, least
     slow = _slow_by_pairs(hosts, heard, floor) or _slow_by_ring(heard, floor)
     found += [
@@ -168,7 +168,7 @@ def _slow_by_pairs(hosts: list[str], heard: list[dict[str, Any]], floor: float) 
     slow = {}
     for report in heard:
         pairs = {hosts[int(peer)]: speed for peer, speed in report["load"].get("pairs", {}).items()}
-        if pairs and max(pairs.values()) < floor:
+        if pairs and not any(speed >= floor for speed in pairs.values()):
             slow[report["host"]] = ", ".join(f"{speed:.2f} GB/s with {peer}" for peer, speed in pairs.items())
     return slow
 
@@ -176,7 +176,7 @@ def _slow_by_pairs(hosts: list[str], heard: list[dict[str, Any]], floor: float) 
 def _slow_by_ring(heard: list[dict[str, Any]], floor: float) -> dict[str, str]:
     """Nodes slow in both directions of a ring; of a single slow link both ends."""
     to = {report["host"]: report["load"] for report in heard if "to" in report["load"]}
-    slow = {host: load for host, load in to.items() if load["gb_per_second"] < floor}
+    slow = {host: load for host, load in to.items() if not load["gb_per_second"] >= floor}
     if not slow:
         return {}
     receivers = {load["to"] for load in slow.values()}

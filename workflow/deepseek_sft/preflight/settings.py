@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def read(path: Path) -> Settings:
         raise BadInputError(f"{path}: all_reduce_backend must be one of {', '.join(BACKENDS)}")
     for key in names - {"skip", "all_reduce_backend"}:
         value = values.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        if value is not None and not (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        ):
             raise BadInputError(f"{path}: {key} must be a number of at least 0, found {value!r}")
     return Settings(**(values | {"skip": tuple(skip)}))
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.base_model import QUANTISATION_FILE
 from ..checkpoint.safetensors_files import INDEX_NAME, read_header
 from ..errors import BadInputError, looked_for
+from ..model import release
 from .settings import ServeSettings
 
 THINK_TOKENS = ("<think>", "</think>")
@@ -31,11 +33,34 @@ def _problems(model: Path, settings: ServeSettings) -> Iterator[str]:
     if problem:
         yield problem
         return
+    if config.get("model_type") == "deepseek_v3":
+        yield from _configuration(model, config)
     longest = config.get("max_position_embeddings")
     if isinstance(longest, int) and settings.max_model_len > longest:
         yield f"config.json: max_position_embeddings is {longest}, below serve.max_model_len {settings.max_model_len}"
     yield from _weights(model)
     yield from _tokenizer(model, config, settings)
+
+
+def _configuration(model: Path, config: dict[str, Any]) -> Iterator[str]:
+    """What vLLM would read otherwise than training did, or end with once it loads the weights."""
+    try:
+        config = release.checked(config, Path("config.json"))
+    except BadInputError as error:
+        yield error.problem
+        return
+    index, _ = _json(model / INDEX_NAME)
+    try:
+        held = release.mtp_layers(config, index.get("weight_map", {}))
+    except ValueError as error:
+        yield f"the multi-token-prediction layer is not whole: {error}"
+        return
+    named = config.get("num_nextn_predict_layers") or 0
+    if held > named:
+        yield f"config.json: num_nextn_predict_layers is {named}, but the weights hold {held} such layers"
+    for path in sorted(model.iterdir()):
+        if QUANTISATION_FILE.fullmatch(path.name):
+            yield f"{path.name} describes another quantisation; vLLM reads it"
 
 
 def _weights(model: Path) -> Iterator[str]:

@@ -86,7 +86,7 @@ class FirstLossHook(Hook):
             return
         if outputs.trained_tokens == 0:
             raise GateError("the first step trains on no token", f"read {first_batch.NAME} in {runner.cfg.run}")
-        if self.first_loss_max is not None and outputs.loss > self.first_loss_max:
+        if self.first_loss_max is not None and not outputs.loss <= self.first_loss_max:
             message = f"the first loss is {outputs.loss:.4f}, above train.first_loss_max {self.first_loss_max}"
             if dist.get_rank() == 0:
                 run_folder.write_gate(Path(runner.cfg.run), "first_loss", message, outputs.loss)

@@ -22,8 +22,9 @@ from ...checkpoint.safetensors_files import INDEX_NAME, StoredTensor, read_heade
 from ...checkpoint.sources import Source
 from ...cli import say
 from ...errors import GateError
+from ...model import config_file, release
 from ...model.release import SCALE_SUFFIX
-from ...model.training_model import TrainingModel
+from ...model.training_model import TrainingModel, differences
 
 NAME = "start_checks.json"
 PARAMETERS, ELEMENTS = 200, 256  # sampled on each rank: parameters, and elements of each
@@ -38,7 +39,7 @@ NOT_COMPUTED_WITH = {
     "moe_layer_freq",
     "num_nextn_predict_layers",
     "quantization_config",
-    "rope_scaling",  # checked by the model's builder, key by key
+    "rope_scaling",  # its numbers are compared
     "scoring_func",  # checked when config.json is read
     "seq_aux",
     "aux_loss_alpha",
@@ -47,6 +48,7 @@ NOT_COMPUTED_WITH = {
     "transformers_version",
     "use_cache",
 }
+COMPUTED_WITH = (*release.POSITIVE_INTEGERS, *config_file.COMPUTED)
 ROUTER = {
     "num_experts_per_tok": "top_k",
     "n_group": "n_group",
@@ -100,7 +102,7 @@ def check(model: TrainingModel, base: Path, run: Path, dtype: str, fresh: bool) 
     Raises:
         GateError: on all ranks alike, naming every difference and the ranks that see it.
     """
-    problems = compare_config(model, json.loads((base / "config.json").read_text(encoding="utf-8")), dtype)
+    problems = compare_config(model, release.published_config(base), dtype)
     elements = checksum = 0
     if fresh:
         different, elements, checksum = compare_weights(model, base, dist.get_rank())
@@ -134,21 +136,28 @@ def together(outcomes: list[Outcome]) -> list[str]:
 
 
 def compare_config(model: TrainingModel, published: dict[str, Any], dtype: str) -> list[str]:
-    """What of ``config.json`` the built model would compute otherwise."""
-    config = model.config
-    problems = [
+    """What of ``config.json`` the built model would compute otherwise.
+
+    Keys are compared with the model's, and the numbers that they imply with those in memory: a key that both lack, or
+    that a library calls otherwise, would else count as equal.
+
+    Args:
+        published: ``config.json`` as it lies in the base, in old or new names.
+    """
+    config, published = model.config, release.checked(published, Path("config.json"))
+    problems = differences(model, published)
+    problems += [
         f"{key} is {getattr(config, key)!r} in the model, {value!r} in the base's config.json"
         for key, value in published.items()
         if key not in NOT_COMPUTED_WITH and hasattr(config, key) and getattr(config, key) != value
     ]
+    problems += [f"the model's configuration has no {key}" for key in COMPUTED_WITH if not hasattr(config, key)]
     for layer, router in enumerate(model.routers()):
         problems += [
             f"router {layer}: {name} is {getattr(router, name)!r}, the base's config.json says {published[key]!r}"
             for key, name in ROUTER.items()
-            if key in published and getattr(router, name) != published[key]
+            if getattr(router, name) != published[key]
         ]
-        if router.e_score_correction_bias.dtype != torch.float32:
-            problems.append(f"router {layer}: the correction bias is {router.e_score_correction_bias.dtype}")
     wanted = getattr(torch, dtype)
     problems += [f"{name} is {p.dtype}, not {wanted}" for name, p in model.named_parameters() if p.dtype != wanted]
     return problems
@@ -184,6 +193,8 @@ def compare_weights(model: TrainingModel, base: Path, rank: int) -> tuple[list[s
         got = values[start : start + count].detach().float().cpu().numpy()
         shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
         wanted = np.concatenate([_read(opened, tensors, *part) for part in _parts(name, shape, first + start, count)])
+        if parameters[name].dtype == torch.bfloat16:  # what the base holds in FP32 is rounded when it is loaded
+            wanted = number_formats.bf16_to_float32(number_formats.float32_to_bf16(wanted))
         if not np.array_equal(got, wanted):
             index = first + start + int(np.flatnonzero(got != wanted)[0])
             problems.append(f"{name}: element {index} differs from the base")
