@@ -76,7 +76,7 @@ def rendered(messages: list[dict], template: str = "deepseek-r1") -> list[int]:
 
 def run(server: FakeServer, tmp_path: Path, model_dir: Path, base_dir: Path | None = None, **settings):
     server.context, server.render = 256, server.render if settings.pop("own_rendering", False) else rendered
-    options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 5, "benchmark": False}
+    options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 60, "benchmark": False}
     options |= {"template": "deepseek-r1", "prompts": str(tmp_path / "held_out.jsonl")} | settings
     where = smoke.Server(
         f"http://127.0.0.1:{server.server_port}",
