@@ -104,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
                 content, finish = None, "length"
             if self.has("reasoning_separate"):
                 reasoning, content = None, REASONING + ANSWER
+            if self.has("thinks_when_asked") and not body.get("chat_template_kwargs", {}).get("thinking"):
+                reasoning = None
             if self.has("mumbles"):
                 content = "the the the " * 30
             if self.has("stream_begins_like_it"):

@@ -271,6 +271,12 @@ def test_record_is_kept_when_the_server_dies_while_losses_are_measured(tmp_path,
     assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 3
 
 
+def test_prompt_with_half_a_character_is_refused_with_its_line(tmp_path):
+    (tmp_path / "held_out.jsonl").write_text('{"messages": [{"role": "user", "content": "a \\ud83d b"}]}')
+    with pytest.raises(BadInputError, match=r"line 1: a text holds half a character"):
+        read_prompts(tmp_path / "held_out.jsonl")
+
+
 def test_gate_that_cannot_be_judged_fails(tmp_path, model_dir):
     write(tmp_path / "held_out.jsonl", [{"id": "bare", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}])
     with fake_server() as server, pytest.raises(GateError) as raised:

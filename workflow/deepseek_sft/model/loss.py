@@ -57,9 +57,7 @@ def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tenso
 class OutputLayer(nn.Linear):
     """``lm_head`` that can also return the loss of given tokens, summed or of each."""
 
-    def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, summed: bool = True
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, summed: bool = True) -> torch.Tensor:
         """hidden [tokens, size], labels [tokens] → sum of their cross-entropy, fp32; without labels: logits.
 
         Not ``summed``: the cross-entropy of each, fp32 [tokens], without gradient.

@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
+from ..training import loss_rows
 from . import (
     calibration,
     collect,

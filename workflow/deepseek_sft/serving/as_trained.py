@@ -101,11 +101,14 @@ def judged_as(trained: str, model: ModelFolder | None, served: str) -> str:
     return max(known, key=COARSENESS.index)
 
 
-def compare(trained: Trained, served: list[list[float]], judged: str) -> tuple[dict[str, Any], list[str]]:
+def compare(
+    trained: Trained, served: list[list[float]], judged: str, factor: float = 1.0
+) -> tuple[dict[str, Any], list[str]]:
     """Figures of the comparison, and what is wrong.
 
     Args:
         served: log-probabilities of every token but the first of each row.
+        factor: by which the bounds are multiplied.
     """
     pairs = [
         [(-logprob, loss) for logprob, loss in zip(row, losses, strict=True)]
@@ -124,12 +127,13 @@ def compare(trained: Trained, served: list[list[float]], judged: str) -> tuple[d
         "largest_difference": max(map(abs, differences)),
         "judged_as": judged,
     }
-    bound, wrong = BOUNDS[judged], []
-    if not abs(figures["mean_difference"]) <= bound.mean:
-        wrong.append(f"the mean loss differs by {figures['mean_difference']:+.5f}, expected at most {bound.mean}")
-    if not figures["mean_absolute_difference"] <= bound.absolute:
+    mean, absolute = factor * BOUNDS[judged].mean, factor * BOUNDS[judged].absolute
+    wrong = []
+    if not abs(figures["mean_difference"]) <= mean:
+        wrong.append(f"the mean loss differs by {figures['mean_difference']:+.5f}, expected at most {mean:g}")
+    if not figures["mean_absolute_difference"] <= absolute:
         found = figures["mean_absolute_difference"]
-        wrong.append(f"single tokens differ by {found:.5f} in the mean, expected at most {bound.absolute}")
+        wrong.append(f"single tokens differ by {found:.5f} in the mean, expected at most {absolute:g}")
     return {name: round(v, 6) if isinstance(v, float) else v for name, v in figures.items()}, wrong
 
 

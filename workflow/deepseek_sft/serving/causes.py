@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterable
 
 AGAIN = "make the model folder again: snakemake --profile <profile> --forcerun convert_checkpoint"
-NETWORK = "set serve.network_interface to the interface between the nodes; serve.environment NCCL_DEBUG: INFO tells more"
+NETWORK = (
+    "set serve.network_interface to the interface between the nodes; serve.environment NCCL_DEBUG: INFO tells more"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,11 @@ apply.
 """
 
 import dataclasses
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..data.messages import split_reasoning
 from ..data.templates import TEMPLATES
 from . import fields, speech
@@ -70,7 +70,7 @@ class Context:
     @property
     def in_any_order(self) -> list[Prompt]:
         """The prompts by a hash of their content: what single requests are made with does not hang on their order."""
-        return sorted(self.prompts, key=lambda p: hashlib.sha256(repr((p.messages, p.reference, p.id)).encode()).digest())
+        return sorted(self.prompts, key=lambda p: files.digest([p.messages, p.reference, p.answer], 64))
 
     @property
     def prompt(self) -> Prompt:

@@ -66,9 +66,7 @@ def find_cause(reports: list[dict[str, Any]]) -> tuple[str, Cause, str] | None:
     """
     if any(KILLED.search(report["exit"]) for report in reports):
         return None
-    return named_in(
-        (report["node"], line) for report in reports for line in [*report["exceptions"], *report["lines"]]
-    )
+    return named_in((report["node"], line) for report in reports for line in [*report["exceptions"], *report["lines"]])
 
 
 def _killed(report: dict[str, Any]) -> bool:

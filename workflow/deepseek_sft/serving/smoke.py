@@ -306,7 +306,9 @@ class _Test:
         """The check ``weights_as_trained``: the server against the engine that trained its weights."""
         context, trained = self.context, self.server.trained
         if trained is None:
-            why = "training left no losses with this model (it ended under an older version, or was not this workflow's)"
+            why = (
+                "training left no losses with these weights: it went on, ended under an older version, or was another's"
+            )
             self.report.skip("weights_as_trained", f"{as_trained.NOT_MEASURED}: {why}")
             return
 
@@ -316,7 +318,7 @@ class _Test:
             asked = trained.cut(context.max_model_len - 1)  # one token must be left to ask for
             served = losses.served_logprobs(context.api, asked.tokens, context.settings.concurrency)
             judged = as_trained.judged_as(trained.dtype, context.model, context.dtype)
-            figures, wrong = as_trained.compare(asked, served, judged)
+            figures, wrong = as_trained.compare(asked, served, judged, context.settings.trained_difference_factor)
             self.report.figures["weights_as_trained"] = figures
             return as_trained.verdict(figures, wrong)
 

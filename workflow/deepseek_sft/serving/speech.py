@@ -26,8 +26,8 @@ def problem(text: str) -> str:
 def _loop(text: str) -> tuple[int, str]:
     """Length and phrase of the longest end of a text that is one phrase, repeated; 0 where there is none.
 
-    By the prefix function of Knuth, Morris and Pratt on the text reversed: a prefix of length n whose longest border has
-    length b repeats its first n - b characters.
+    By the prefix function of Knuth, Morris and Pratt on the text reversed: a prefix of length n whose longest border
+    has length b repeats its first n - b characters.
     """
     backwards = text[::-1]
     borders, longest, phrase = [0] * len(backwards), 0, 0

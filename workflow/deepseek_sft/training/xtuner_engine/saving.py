@@ -46,9 +46,7 @@ class CheckpointHook(Hook):
         runner.watchdog.enter("save", step)
         started = time.monotonic()
         cfg = runner.cfg
-        found = final_losses.measure(
-            runner.model.model, Path(cfg.train_dataloader.dataset.path), cfg.model.dtype, step
-        )
+        found = final_losses.measure(runner.model.model, Path(cfg.train_dataloader.dataset.path), cfg.model.dtype, step)
         if dist.get_rank() == 0:
             checkpoints.amend(checkpoints.folder_of(Path(cfg.run), step), {loss_rows.KEY: found})
             tokens = sum(len(row["losses"]) for row in found["rows"])
