@@ -137,7 +137,7 @@ def moved(by: float, alternating: bool) -> as_trained.Trained:
 
 @pytest.mark.parametrize(
     ("times", "alternating", "words"),
-    [(1.2, False, "the mean loss differs"), (1.2, True, "single tokens differ"), (float("inf"), True, "differ")],
+    [(1.2, False, "the mean loss differs"), (1.2, True, "single tokens differ"), (float("inf"), True, "of the tokens")],
 )
 def test_server_that_computes_something_else_fails_that_check_alone(tmp_path, times, alternating, words):
     bound = as_trained.BOUNDS["bfloat16"]

@@ -35,7 +35,7 @@ def measure(engine: Any, tokens: Path, dtype: str, step: int) -> dict[str, Any]:
     """
     dataset = TokenDataset(tokens)
     box = [loss_rows.choose(dataset) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, device=engine.device if engine.device.type == "cuda" else None)
+    dist.broadcast_object_list(box, device=engine.device)
     samples = box[0]
     groups, group = get_data_parallel_world_size(), get_data_parallel_rank()
     own: dict[int, list[float]] = {}
