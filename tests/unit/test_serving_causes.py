@@ -1,4 +1,4 @@
-"""Causes that vLLM 0.32, Ray and torch name in their logs: each gets its fix, and an exit code that tells whether to retry."""
+"""Causes that vLLM 0.32, Ray and torch name in their logs: each gets its fix and an exit code."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def failure(tmp_path, *lines: str) -> failures.NodeFailure:
         (WEIGHTS, "ValueError: Following weights were not initialized from checkpoint: {'model.layers.42.x'}"),
         (
             WEIGHTS,
-            "ValueError: There is no module or parameter named 'model.x' in DeepseekV3ForCausalLM. The available",
+            "ValueError: There is no module or parameter named 'model.x' in DeepseekV3ForCausalLM. The",
         ),
         (WEIGHTS, "AssertionError: Attempted to load weight (torch.Size([515])) into parameter (torch.Size([512]))"),
         (WEIGHTS, "RuntimeError: start (0) + length (576) exceeds dimension size (512)."),
@@ -67,7 +67,7 @@ def failure(tmp_path, *lines: str) -> failures.NodeFailure:
         (QUANTISATION, "ValueError: Quantization method specified in the model config (fp8) does not match the (awq)."),
         (
             GPUS,
-            "ValueError: The number of required GPUs exceeds the total number of available GPUs in the placement group.",
+            "ValueError: The number of required GPUs exceeds the total number of available GPUs in the",
         ),
         (
             GPUS,
@@ -122,7 +122,7 @@ def test_how_a_node_noticed_anothers_end_is_not_the_cause():
     "line",
     [
         "INFO non-default args: {'trust_remote_code': True, 'tensor_parallel_size': 8}",
-        "INFO Initializing a V1 LLM engine (v0.32.0) with config: model='/m', trust_remote_code=False, quantization=fp8",
+        "INFO Initializing a V1 LLM engine (v0.32.0) with config: trust_remote_code=False, quantization=fp8",
         "WARNING fd limit errors like `OSError: [Errno 24] Too many open files` may come",
         "Some weights of X were not initialized from the model checkpoint at /m and are newly initialized",
     ],

@@ -151,7 +151,7 @@ def verdict(figures: dict[str, Any], wrong: list[str]) -> str:
     """
     text = (
         f"loss {figures['trained']:.4f} in training, {figures['served']:.4f} served; single tokens differ by "
-        f"{figures['mean_absolute_difference']:.5f} in the mean, {figures['share_far']:.4f} of them by more than {FAR}; "
+        f"{figures['mean_absolute_difference']:.5f} in the mean, {figures['share_far']:.4f} by more than {FAR}; "
         f"{figures['tokens']} tokens of {figures['rows']} rows, the longest of {figures['longest']}, judged as "
         f"{figures['judged_as']}"
     )
