@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
         return flaw in self.server.flaws
 
     def answer(self, value: object, status: int = 200) -> None:
-        body = json.dumps(value).encode()
+        body = json.dumps(self.server.change(value)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -104,6 +104,12 @@ class Handler(BaseHTTPRequestHandler):
                 content, finish = None, "length"
             if self.has("reasoning_separate"):
                 reasoning, content = None, REASONING + ANSWER
+            if self.has("thinks_when_asked") and not body.get("chat_template_kwargs", {}).get("thinking"):
+                reasoning = None
+            if self.has("mumbles"):
+                content = "the the the " * 30
+            if self.has("stream_begins_like_it"):
+                content = " ".join(map(str, range(100)))
             if self.has("no_template_tokens"):
                 content += "<｜end▁of▁sentence｜>"
             if self.has("finish_reason"):
@@ -142,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, reasoning: str | None, content: str | None, finish: str) -> None:
         if self.has("streaming"):
             content = "Something else."
+        if self.has("stream_begins_like_it"):
+            content = content[:-20]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
@@ -152,10 +160,18 @@ class Handler(BaseHTTPRequestHandler):
             field = self.server.reasoning_field
             deltas = [{field: reasoning[:half]}, {"content": content}, {field: reasoning[half:]}]
         pieces = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
-        pieces.append({"choices": [{"delta": {}, "finish_reason": finish}]})
+        if self.has("stream_drips"):
+            while not self.server.stopped.wait(0.02):
+                self.wfile.write(b" ")
+        if self.has("stream_error"):
+            pieces.append({"error": {"message": "EngineCore encountered an issue", "code": 500}})
+        if self.has("stream_other_end"):
+            finish = "length"
+        if not self.has("stream_without_end"):
+            pieces.append({"choices": [{"delta": {}, "finish_reason": finish}]})
         pieces.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 12}})
-        for piece in pieces:
-            self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+        for piece in map(self.server.change, pieces):
+            self.wfile.write(f"data: {json.dumps(piece, ensure_ascii=not self.server.raw)}\n\n".encode())
         if not self.has("stream_end"):
             self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
@@ -176,6 +192,8 @@ class FakeServer(ThreadingHTTPServer):
         self.seconds = 0.02  # of one answer
         self.stopped = threading.Event()
         self.flaws = flaws
+        self.raw = False  # streams texts as UTF-8, as vLLM does, instead of JSON's escapes
+        self.change = lambda value: value  # of an answer, or of a streamed piece, before it is sent
         self.reasoning_field = reasoning_field
         self.requests: list[dict] = []
         self.lock = threading.Lock()

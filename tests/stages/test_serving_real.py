@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scripted_model
 
 from deepseek_sft import receipts
+from deepseek_sft.training import loss_rows
 
 pytestmark = pytest.mark.stage("serve-cpu")
 
@@ -47,26 +49,37 @@ SAMPLES = [
 class Server:
     """The running server and its folders: ``model`` is served, ``base`` is the random model it was made from."""
 
-    def __init__(self, folder: Path, scripts: Path, python: Path):
-        self.folder, self.scripts, self.python = folder, scripts, python
+    def __init__(self, folder: Path, scripts: Path, python: Path, training: Path):
+        self.folder, self.scripts, self.python, self.training = folder, scripts, python, training
         self.model, self.base = folder / "model", folder / "base"
         for model in (self.model, self.base):
             make = ["prepare_model.py", "--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
             subprocess.run([sys.executable, scripts / make[0], *make[1:]], check=True, capture_output=True)
         scripted_model.script(self.model)
-        self.verified = folder / "verify_model.json"
-        receipts.write(
-            self.verified,
-            "verify_model",
-            inputs={"base": {"path": str(self.base), "fingerprint": ""}},
-            settings={},
-            result={"model": str(self.model)},
-            figures={},
-        )
+        self.verified = self.receipt("verify_model", self.model)
         self.prompts = folder / "held_out.jsonl"
         self.prompts.write_text("".join(json.dumps(sample) + "\n" for sample in SAMPLES))
         self.run_dir = folder / "serve" / "job-1"
         self.log = folder / "server.log"
+
+    def receipt(self, name: str, trained: Path) -> Path:
+        """A receipt of verify_model for the served model, with the losses that training leaves with ``trained``."""
+        random = np.random.default_rng(0)
+        rows = [random.integers(100, 100_000, length).tolist() for length in (254, 200, 90, 40, 17, 9, 5, 2)]
+        (self.folder / "rows.json").write_text(json.dumps(rows))
+        probe, record = Path(__file__).with_name("trained_losses_probe.py"), self.folder / f"{name}-losses.json"
+        words = [self.training, probe, trained, "bfloat16", self.folder / "rows.json", record]
+        subprocess.run(list(map(str, words)), check=True, capture_output=True)
+        path = self.folder / f"{name}.json"
+        receipts.write(
+            path,
+            "verify_model",
+            inputs={"base": {"path": str(self.base), "fingerprint": ""}},
+            settings={},
+            result={"model": str(self.model)},
+            figures={loss_rows.KEY: json.loads(record.read_text())},
+        )
+        return path
 
     def start(self) -> subprocess.Popen:
         (self.folder / "settings.json").write_text(json.dumps(SETTINGS))
@@ -105,7 +118,8 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, project: Path, environment) -> Iterator[Server]:
     """A lasting deployment for all tests of this module."""
-    server = Server(tmp_path_factory.mktemp("serve"), project / "workflow" / "scripts", environment("serve-cpu"))
+    scripts = project / "workflow" / "scripts"
+    server = Server(tmp_path_factory.mktemp("serve"), scripts, environment("serve-cpu"), environment("train"))
     running = server.start()
     try:
         yield server
@@ -130,6 +144,18 @@ def test_no_check_is_skipped_and_all_pass(passed):
 
 def test_served_logprobs_equal_transformers(passed):
     assert "bfloat16" in passed["figures"]["checks"]["logprobs"]["detail"]
+
+
+def test_served_losses_are_those_that_training_computes_with_the_same_weights(passed):
+    figures = passed["figures"]["weights_as_trained"]
+    assert (figures["rows"], figures["tokens"], figures["judged_as"]) == (8, 609, "bfloat16")
+
+
+def test_losses_of_other_weights_fail_that_check_alone(server):
+    other = server.receipt("other_weights", server.base)
+    done = server.smoke_test("not_trained", "--model-receipt", other, "--no-benchmark")
+    assert done.returncode == 3, done.stderr
+    assert re.findall(r"^  FAILED (\w+)", done.stderr, re.MULTILINE) == ["weights_as_trained"]
 
 
 def test_prompts_of_several_turns_are_rendered_as_in_training(passed):

@@ -116,6 +116,7 @@ def test_a_run_saves_by_minutes_ends_by_hours_and_goes_on_with_more_of_them(trai
     figures = run.receipt["figures"]
     assert 1 < figures["steps"] < figures["planned_steps"] == 100_000
     assert figures["wall_seconds"] >= 8
+    assert figures["trained_losses"]["step"] == figures["steps"]
     assert len(list(run.run_folder.glob("step_*/committed.json"))) >= 3
     assert "finished already" in run.run(1, **settings, max_hours=8 / 3600)
     run.run(1, **settings, max_hours=(figures["wall_seconds"] + 3) / 3600)

@@ -60,6 +60,10 @@ def test_the_chunked_loss_is_that_of_transformers(figures):
     assert figures["loss"] < 1e-5
 
 
+def test_the_loss_of_each_token_is_that_of_transformers(figures):
+    assert figures["token_losses"] < 1e-5
+
+
 def test_every_gradient_is_that_of_transformers(figures):
     assert max(figures["gradients"].values()) < 1e-5, max(figures["gradients"].items(), key=lambda item: item[1])
 

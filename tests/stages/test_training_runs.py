@@ -55,6 +55,15 @@ def test_loss_does_not_depend_on_how_a_step_is_spread(spread):
     assert others == pytest.approx([first] * len(others), rel=1e-6)
 
 
+def test_losses_left_with_the_final_weights_do_not_depend_on_how_they_are_spread(spread):
+    """Every way computes them with its own weights, which differ in rounding alone."""
+    first, *others = [run.receipt["figures"]["trained_losses"]["rows"] for run in spread.values()]
+    for other in others:
+        assert [row["tokens"] for row in other] == [row["tokens"] for row in first]
+        for one, two in zip(first, other, strict=True):
+            assert two["losses"] == pytest.approx(one["losses"], abs=1e-3), one["id"]
+
+
 @pytest.mark.parametrize("way", ["sequence split", "rows and micro batches"])
 def test_every_gradient_is_the_same_however_a_step_is_spread(spread, way, environment):
     folders = [str(spread[name].run_folder / "step_1") for name in ("one rank", way)]
@@ -100,6 +109,8 @@ def test_a_run_that_is_killed_stopped_and_terminated_ends_with_the_losses_of_an_
         assert run.receipt["figures"][key] == uninterrupted.receipt["figures"][key]
     kept = sorted(path.name for path in run.run_folder.glob("step_*"))
     assert kept == ["step_18", "step_20"]
+    markers = [json.loads((run.run_folder / name / "committed.json").read_text()) for name in kept]
+    assert ["trained_losses" in marker for marker in markers] == [False, True]
 
 
 def test_training_lowers_the_loss(uninterrupted):
@@ -117,6 +128,14 @@ def test_the_marker_says_what_conversion_needs(uninterrupted):
     assert marker["experts"] == {"layout": "w1w3_w2", "experts_per_shard": 4}
     assert marker["files"] == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "committed.json"}
     assert len(marker["files"]) == 4
+
+
+def test_the_last_marker_and_the_receipt_hold_the_losses_of_eight_rows_under_the_final_weights(uninterrupted):
+    folder = Path(uninterrupted.receipt["result"]["checkpoint"])
+    left = json.loads((folder / "committed.json").read_text())["trained_losses"]
+    assert left == uninterrupted.receipt["figures"]["trained_losses"]
+    assert (left["step"], left["dtype"], len(left["rows"])) == (STEPS, "float32", 8)
+    assert all(len(row["losses"]) == len(row["tokens"]) - 1 == row["of"] - 1 for row in left["rows"])
 
 
 def test_a_finished_run_is_recognised_and_its_receipt_written_again(uninterrupted):

@@ -67,6 +67,9 @@ def probe_model(base: Path) -> dict:
     mean = model.lm_head(hidden[learned], targets[learned]) / learned.sum()
     mean.backward()
     figures["loss"] = difference(mean, wanted)
+    with torch.no_grad():
+        each = F.cross_entropy(native(input_ids).logits[learned], targets[learned], reduction="none")
+    figures["token_losses"] = difference(model.lm_head(hidden[learned], targets[learned], summed=False), each)
     figures["gradients"] = released_gradients(model, lambda name: release_names(name, 4), native)
     figures["inv_freq"] = difference(model.model.rotary_emb.inv_freq, native.model.rotary_emb.inv_freq)
 

@@ -76,7 +76,7 @@ def rendered(messages: list[dict], template: str = "deepseek-r1") -> list[int]:
 
 def run(server: FakeServer, tmp_path: Path, model_dir: Path, base_dir: Path | None = None, **settings):
     server.context, server.render = 256, server.render if settings.pop("own_rendering", False) else rendered
-    options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 5, "benchmark": False}
+    options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 60, "benchmark": False}
     options |= {"template": "deepseek-r1", "prompts": str(tmp_path / "held_out.jsonl")} | settings
     where = smoke.Server(
         f"http://127.0.0.1:{server.server_port}",
@@ -269,6 +269,12 @@ def test_record_is_kept_when_the_server_dies_while_losses_are_measured(tmp_path,
     with fake_server() as server, pytest.raises(CrashError):
         run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
     assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 3
+
+
+def test_prompt_with_half_a_character_is_refused_with_its_line(tmp_path):
+    (tmp_path / "held_out.jsonl").write_text('{"messages": [{"role": "user", "content": "a \\ud83d b"}]}')
+    with pytest.raises(BadInputError, match=r"line 1: a text holds half a character"):
+        read_prompts(tmp_path / "held_out.jsonl")
 
 
 def test_gate_that_cannot_be_judged_fails(tmp_path, model_dir):

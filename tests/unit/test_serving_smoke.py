@@ -54,11 +54,13 @@ def test_healthy_server_passes_every_check(tmp_path, prompts):
     with fake_server() as server:
         report = run(server, tmp_path, prompts=str(prompts), benchmark_concurrency=(1, 4))
     assert all(entry["passed"] for entry in report.checks.values())
-    assert set(report.skipped) == {"logprobs", "held_out_loss", "loss_drop", "prompt_as_trained"}
+    assert set(report.skipped) == {
+        *("logprobs", "held_out_loss", "loss_drop", "prompt_as_trained", "weights_as_trained")
+    }
     figures = report.figures
     assert (figures["prompts"], figures["format_rate"], figures["exact_match_rate"]) == (2, 1.0, 0.5)
     assert figures["tokens_per_second"] > 0
-    assert figures["example"]["prompt"] == "What is 2 + 3?"
+    assert figures["example"]["prompt"] in [prompt["messages"][0]["content"] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,11 @@ def test_healthy_server_passes_every_check(tmp_path, prompts):
         ("model_name", {"model_name", "over_long_prompt", "context_limit"}),
         ("unknown_model", {"unknown_model"}),
         ("chat", {"chat", "reasoning_separate", "finish_reason"}),
+        ("mumbles", {"answers_are_text"}),
+        ("stream_without_end", {"streaming"}),
+        ("stream_other_end", {"streaming"}),
+        ("stream_error", {"streaming"}),
+        ("stream_begins_like_it", {"streaming"}),
         ("reasoning_separate", {"reasoning_separate"}),
         ("no_template_tokens", {"no_template_tokens"}),
         ("finish_reason", {"finish_reason"}),
@@ -89,6 +96,49 @@ def test_each_misbehaviour_fails_its_check_by_name(tmp_path, flaw, checks):
     with fake_server(flaw) as server, pytest.raises(GateError) as raised:
         run(server, tmp_path, benchmark=False)
     assert failed_checks(raised.value) == checks
+
+
+PLAIN = {"id": "plain", "messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}
+THINKING = {
+    "id": "thinking",
+    "messages": [
+        {"role": "user", "content": "Say five"},
+        {"role": "assistant", "content": "<think>\nSay it.\n</think>\n\nThe answer is 5"},
+    ],
+}
+
+
+@pytest.mark.parametrize("samples", [[PLAIN, THINKING], [THINKING, PLAIN]])
+def test_reasoning_is_judged_on_a_prompt_that_asks_for_it_whatever_the_order(tmp_path, samples):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    settings = {"prompts": str(path), "template": "deepseek-v3.1", "benchmark": False}
+    with fake_server("thinks_when_asked") as server:
+        report = run(server, tmp_path, **settings)
+    assert report.checks["reasoning_separate"]["passed"]
+    with fake_server("thinks_when_asked", "reasoning_separate") as server, pytest.raises(GateError) as raised:
+        run(server, tmp_path, **settings)
+    assert failed_checks(raised.value) == {"reasoning_separate"}
+
+
+def test_reasoning_is_not_judged_where_no_prompt_asks_for_it(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text(json.dumps(PLAIN))
+    with fake_server("thinks_when_asked") as server:
+        report = run(server, tmp_path, prompts=str(path), template="deepseek-v3.1", benchmark=False)
+    assert report.skipped["reasoning_separate"] == "no prompt asks for reasoning"
+
+
+def test_verdict_does_not_depend_on_the_order_of_the_samples(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    endless = {"id": "e7", "messages": [{"role": "user", "content": "endless"}], "answer": "5"}
+    verdicts = []
+    for samples in ([*PROMPTS, endless], [endless, *PROMPTS]):
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        with fake_server() as server, pytest.raises(GateError) as raised:
+            run(server, tmp_path, prompts=str(path), min_format_rate=0.9, benchmark=False, concurrency=2)
+        verdicts.append(failed_checks(raised.value))
+    assert verdicts[0] == verdicts[1]
 
 
 def test_slow_server_fails_with_the_deadline_named(tmp_path):

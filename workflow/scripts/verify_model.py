@@ -12,6 +12,7 @@ Exit code 3 and the names of all failing tensors and files if a check fails; the
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import _bootstrap  # noqa: F401
 
@@ -19,6 +20,7 @@ from deepseek_sft import cli, files, receipts
 from deepseek_sft.checkpoint import base_model, memory, outputs, verify, zero
 from deepseek_sft.checkpoint.weight_checks import ChangeBound
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.training import loss_rows
 
 
 def arguments() -> argparse.Namespace:
@@ -92,8 +94,16 @@ def main() -> None:
         inputs=inputs,
         settings=settings,
         result={"model": str(args.model)},
-        figures=result.figures | {"checks": checks, "peak_rss_mib": round(memory.peak_resident() / 2**20, 1)},
+        figures=result.figures
+        | {"checks": checks, "peak_rss_mib": round(memory.peak_resident() / 2**20, 1)}
+        | trained_losses(checkpoint),
     )
+
+
+def trained_losses(checkpoint: zero.Checkpoint | None) -> dict[str, Any]:
+    """What training left for the smoke test with the weights that this model was compared with."""
+    marker = checkpoint.marker if checkpoint else None
+    return {loss_rows.KEY: marker.trained_losses} if marker and marker.trained_losses else {}
 
 
 if __name__ == "__main__":

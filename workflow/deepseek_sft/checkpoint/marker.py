@@ -1,7 +1,8 @@
 """``committed.json``: what training writes into a checkpoint folder once every rank's files are complete.
 
 Format: ``{"format": 1, "run_id", "step", "world_size", "zero_stage": 3, "parameter_prefix": "llm.",
-"experts": {"layout": "w1w3_w2" | "release", "experts_per_shard": N}, "files": {name: bytes}, "dtype"}``.
+"experts": {"layout": "w1w3_w2" | "release", "experts_per_shard": N}, "files": {name: bytes}, "dtype"}``; a run's last
+one also has ``trained_losses`` (``training/loss_rows.py``), which the smoke test compares the served model with.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
+from ..training import loss_rows
 
 NAME = "committed.json"
 FORMAT = 1
@@ -27,6 +29,7 @@ class Marker:
     expert_layout: str
     experts_per_shard: int
     files: dict[str, int]
+    trained_losses: dict[str, Any] | None = None
 
     def check(self, folder: Path, world_size: int) -> None:
         """Compare with what lies in the folder.
@@ -75,6 +78,7 @@ def read_marker(folder: Path) -> Marker | None:
             expert_layout=str(experts["layout"]),
             experts_per_shard=int(experts["experts_per_shard"]),
             files={str(name): int(size) for name, size in content["files"].items()},
+            trained_losses=content.get(loss_rows.KEY),
         )
         if content["zero_stage"] != 3 or marker.expert_layout not in EXPERT_LAYOUTS:
             raise BadInputError(f"{path}: ZeRO stage {content['zero_stage']}, experts {marker.expert_layout!r}")

@@ -149,6 +149,14 @@ class TokenDataset:
         parts = [np.diff(batch.column(1).offsets.to_numpy()) for batch in self._batches]
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
+    def names_and_lengths(self) -> Iterator[tuple[str, Ids]]:
+        """Name of every row, and the lengths of the samples in it; tokens are not read."""
+        for batch in self._batches:
+            names, lists = batch.column(0), batch.column(3)
+            offsets, lengths = lists.offsets.to_numpy(), lists.values.to_numpy()
+            for row in range(batch.num_rows):
+                yield names[row].as_py(), lengths[offsets[row] : offsets[row + 1]]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenDataset, (self.path,)
 

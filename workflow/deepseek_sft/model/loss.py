@@ -42,15 +42,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_gradient.mul_(gradient), weight_gradient.mul_(gradient).to(ctx.dtype), None
 
 
-class OutputLayer(nn.Linear):
-    """``lm_head`` that can also return the summed loss of given tokens."""
+@torch.no_grad()
+def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """hidden [tokens, size], labels [tokens] → cross-entropy of each, fp32 [tokens], computed as in training."""
+    rows = max(1, MAX_LOGITS[hidden.device.type] // weight.shape[0])
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    for start in range(0, hidden.shape[0], rows):
+        part, target = hidden[start : start + rows], labels[start : start + rows]
+        logarithms = torch.log_softmax(part @ weight.T, dim=-1, dtype=torch.float32)
+        losses[start : start + rows] = -logarithms.gather(1, target[:, None])[:, 0]
+    return losses
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+
+class OutputLayer(nn.Linear):
+    """``lm_head`` that can also return the loss of given tokens, summed or of each."""
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, summed: bool = True) -> torch.Tensor:
         """hidden [tokens, size], labels [tokens] → sum of their cross-entropy, fp32; without labels: logits.
+
+        Not ``summed``: the cross-entropy of each, fp32 [tokens], without gradient.
 
         With no tokens the loss is 0 and its gradients are zeros: the layer must be called all the same, since its
         weights are gathered by all ranks together.
         """
         if labels is None:
             return F.linear(hidden, self.weight)
+        if not summed:
+            return token_losses(hidden, self.weight, labels)
         return _ChunkedCrossEntropy.apply(hidden, self.weight, labels)

@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
+from ..training import loss_rows
 from . import (
     calibration,
     collect,
@@ -42,7 +43,7 @@ PURPOSE = {
     "verify_model": "Converted model against base and checkpoint",
     "smoke_test": "Served model tested over its API",
 }
-NOT_IN_TABLES = ("example", "skipped", "samples", "benchmark")  # figures shown in a form of their own
+NOT_IN_TABLES = ("example", "skipped", "samples", "benchmark", loss_rows.KEY)  # figures shown in a form of their own
 MOST_COLUMNS = 15  # of a figure drawn as a table of its own
 
 

@@ -4,17 +4,19 @@ import dataclasses
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from . import deadlines, fields
+from .fields import CheckFailed as CheckFailed  # part of what a client needs
+
 GET_TIMEOUT_S = 10
 LONGEST_TRANSCRIBED = 60_000  # characters of one request or answer
-
-
-class CheckFailed(Exception):
-    """A check's promise does not hold; the text says what was seen."""
+MOST_RECEIVED = 1 << 28  # bytes of one answer: log-probabilities of 160,000 tokens are a twentieth of it
+MOST_STREAMED = 1 << 26  # bytes
 
 
 class CheckSkipped(Exception):
@@ -67,13 +69,12 @@ class Api:
         self.timeout_s = timeout_s
         self.check = ""  # name of the running check, for the transcript
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None)
         # trust_env=False: a site's proxy variables must not carry requests to a compute node.
         self._client = httpx.Client(
             base_url=url.rstrip("/").removesuffix("/v1"),
             headers=headers,
             timeout=timeout_s,
-            limits=limits,
+            transport=deadlines.transport(),
             trust_env=False,
         )
         self._transcript = open(transcript, "w", encoding="utf-8") if transcript else None  # noqa: SIM115
@@ -97,11 +98,14 @@ class Api:
         begin = time.monotonic()
         status, received = None, bytearray()
         try:
-            with self._client.stream(method, path, json=body, timeout=timeout_s) as response:
+            with (
+                deadlines.within(timeout_s),
+                self._client.stream(method, path, json=body, timeout=timeout_s) as response,
+            ):
                 status = response.status_code
                 for part in response.iter_bytes():
                     received += part
-                    _within(begin, timeout_s)
+                    _limit(len(received), MOST_RECEIVED)
         except httpx.HTTPError as error:
             self._note(path, body, status, received.decode("utf-8", "replace"), begin, repr(error))
             raise
@@ -122,21 +126,18 @@ class Api:
         begin = time.monotonic()
         response = self.post("/v1/chat/completions", self.chat_body(messages, max_tokens, **options))
         value = parsed(response)
-        try:
-            choice, usage = value["choices"][0], value.get("usage") or {}
-            message = choice["message"]
-            ids = value.get("prompt_token_ids"), choice.get("token_ids")
-            return Reply(
-                reasoning=reasoning_of(message),
-                answer=message.get("content") or "",
-                finish_reason=choice.get("finish_reason"),
-                prompt_tokens=usage.get("prompt_tokens", 0),
-                completion_tokens=usage.get("completion_tokens", 0),
-                token_ids=ids if all(ids) else None,
-                seconds=time.monotonic() - begin,
-            )
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CheckFailed(f"not a chat completion ({error!r}): {response.text[:300]}") from None
+        choice = fields.objects(value, "choices")[0]
+        message, usage = fields.mapping(choice, "message"), fields.mapping(value, "usage")
+        ids = fields.ids(value, "prompt_token_ids"), fields.ids(choice, "token_ids")
+        return Reply(
+            reasoning=reasoning_of(message),
+            answer=fields.text(message, "content"),
+            finish_reason=fields.text(choice, "finish_reason") or None,
+            prompt_tokens=fields.count(usage, "prompt_tokens"),
+            completion_tokens=fields.count(usage, "completion_tokens"),
+            token_ids=ids if all(ids) else None,
+            seconds=time.monotonic() - begin,
+        )
 
     def stream(self, messages: list[dict[str, str]], max_tokens: int, **options: Any) -> Reply:
         """Ask for a streamed answer and put it together; raises like ``chat``."""
@@ -145,21 +146,26 @@ class Api:
         begin = time.monotonic()
         reply, raw, status, problem = Reply(), [], None, ""
         try:
-            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            with (
+                deadlines.within(self.timeout_s),
+                self._client.stream("POST", "/v1/chat/completions", json=body) as response,
+            ):
                 status = response.status_code
-                if status != 200:
-                    raw.append(response.read().decode("utf-8", "replace"))
-                    raise CheckFailed(f"status {status}: {raw[0][:300]}")
-                for line in response.iter_lines():
-                    _within(begin, self.timeout_s)
+                for line in _lines(response):
+                    raw.append(line)
+                    if status != 200:
+                        continue
+                    if line.startswith("event:") and line[6:].strip() == "error":
+                        raise CheckFailed("the stream carries an error event")
                     if not line.startswith("data:"):
                         continue
                     data = line[5:].strip()
-                    raw.append(data)
                     if data == "[DONE]":
                         reply = dataclasses.replace(reply, done=True)
                         break
                     reply = _extended(reply, data, time.monotonic() - begin)
+                if status != 200:
+                    raise CheckFailed(f"status {status}: {' '.join(raw)[:300]}")
         except (httpx.HTTPError, CheckFailed) as error:
             problem = repr(error)
             raise
@@ -190,10 +196,22 @@ class Api:
             self._transcript.flush()
 
 
-def _within(begin: float, timeout_s: float) -> None:
-    """Raise when a request takes too long in all; httpx itself limits only the silence between two pieces."""
-    if time.monotonic() - begin > timeout_s:
-        raise httpx.ReadTimeout(f"not complete within {timeout_s:g} s")
+def _limit(received: int, most: int) -> None:
+    if received > most:
+        raise httpx.ReadError(f"the answer has more than {most >> 20} MiB")
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """Lines of an event stream as they come. They end with LF alone: U+2028 and its like may stand inside JSON."""
+    received, rest = 0, b""
+    for part in response.iter_bytes():
+        received += len(part)
+        _limit(received, MOST_STREAMED)
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace").rstrip("\r")
+    if rest:
+        yield rest.decode("utf-8", "replace")
 
 
 def parsed(response: httpx.Response) -> dict[str, Any]:
@@ -202,36 +220,51 @@ def parsed(response: httpx.Response) -> dict[str, Any]:
         raise CheckFailed(f"status {response.status_code}: {response.text[:300]}")
     try:
         value = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise CheckFailed(f"not a JSON object: {response.text[:300]}")
+    return _no_error(value)
+
+
+def _no_error(value: dict[str, Any]) -> dict[str, Any]:
+    """An answer or a streamed piece that is no error: vLLM's engine may fail after the status 200 is sent."""
+    if value.get("error") is not None or value.get("object") == "error":
+        raise CheckFailed(f"the server reports an error: {fields.shown(value.get('error', value))}")
     return value
 
 
 def reasoning_of(message: dict[str, Any]) -> str:
     """Reasoning of a message or a streamed piece, under either of its names."""
-    return message.get("reasoning") or message.get("reasoning_content") or ""
+    return fields.text(message, "reasoning") or fields.text(message, "reasoning_content")
 
 
 def _extended(reply: Reply, data: str, seconds: float) -> Reply:
     """``reply`` with one more streamed piece."""
     try:
         piece = json.loads(data)
-        usage = piece.get("usage") or {}
-        delta = piece["choices"][0]["delta"] if piece.get("choices") else {}
-        finish = piece["choices"][0].get("finish_reason") if piece.get("choices") else None
-        reasoning, answer = reasoning_of(delta), delta.get("content") or ""
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckFailed(f"not a piece of a streamed chat completion ({error!r}): {data[:300]}") from None
+    except (ValueError, RecursionError):
+        piece = None
+    if not isinstance(piece, dict):
+        raise CheckFailed(f"not a piece of a streamed chat completion: {data[:300]}")
+    reasoning = answer = finish = ""
+    if _no_error(piece).get("choices") != []:  # the last piece, of the counts, has none
+        choice = fields.objects(piece, "choices")[0]
+        delta = fields.mapping(choice, "delta")
+        reasoning, answer = reasoning_of(delta), fields.text(delta, "content")
+        finish = fields.text(choice, "finish_reason")
+    tokens = reply.prompt_tokens, reply.completion_tokens
+    if piece.get("usage") is not None:
+        usage = fields.mapping(piece, "usage")
+        tokens = fields.count(usage, "prompt_tokens"), fields.count(usage, "completion_tokens")
     first = reply.first_token_s
     return dataclasses.replace(
         reply,
         reasoning=reply.reasoning + reasoning,
         answer=reply.answer + answer,
         finish_reason=finish or reply.finish_reason,
-        prompt_tokens=usage.get("prompt_tokens", reply.prompt_tokens),
-        completion_tokens=usage.get("completion_tokens", reply.completion_tokens),
+        prompt_tokens=tokens[0],
+        completion_tokens=tokens[1],
         first_token_s=seconds if first is None and (reasoning or answer) else first,
         pieces=reply.pieces + bool(reasoning or answer),
         in_order=reply.in_order and not (reasoning and reply.answer),

@@ -188,6 +188,8 @@ def by_hand(api: Api, load: Load) -> dict[str, Any]:
     seconds = time.monotonic() - begin
     if any(reply.first_token_s is None for reply in replies):
         raise CheckFailed(f"a measured answer carried no text, {load.concurrency} at a time")
+    if any(not reply.done or reply.finish_reason is None or not reply.completion_tokens for reply in replies):
+        raise CheckFailed(f"a measured answer was cut or not counted, {load.concurrency} at a time")
     first = sorted(reply.first_token_s for reply in replies)
     each = [(reply.seconds - reply.first_token_s) / max(1, reply.completion_tokens - 1) for reply in replies]
     return {

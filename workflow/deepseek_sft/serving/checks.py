@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..data.messages import split_reasoning
 from ..data.templates import TEMPLATES
+from . import fields, speech
 from .api import Api, CheckFailed, CheckSkipped, Reply, parsed
 from .comparison import ModelFolder
 from .held_out import Prompt, final_answer, leaked_tokens
@@ -23,6 +25,9 @@ DEFAULT_PROMPTS = (
 )
 # Batched kernels need not be deterministic to the last bit; long answers may part after many equal characters.
 SAME_CHARACTERS = 200
+# A reasoning model may lose itself in a loop now and then; one that does so more often is broken.
+BROKEN_SHARE = 0.1
+NAMED = 10  # prompts that a message names
 FILLER = range(100, 1000)  # ids of ordinary tokens in every tokenizer, for prompts of an exact length
 
 
@@ -39,7 +44,7 @@ class Context:
         base: folder of the model that training started from; None where it is not at hand.
         expected_len: context the server was started with; None if unknown.
         max_model_len: longest context the server reports.
-        example: the first prompt's reply, once the check ``chat`` has it.
+        example: the reply to the prompt that single requests are made with, once the check ``chat`` has it.
         replies: everything the model has said, with the prompt it answers.
     """
 
@@ -62,15 +67,32 @@ class Context:
         room = self.max_model_len // 2 or self.settings.max_tokens
         return min(self.settings.max_tokens, room)
 
+    @property
+    def in_any_order(self) -> list[Prompt]:
+        """The prompts by a hash of their content: what single requests are made with does not hang on their order."""
+        return sorted(self.prompts, key=lambda p: files.digest([p.messages, p.reference, p.answer], 64))
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt that single requests are made with."""
+        return self.in_any_order[0]
+
     def options(self, prompt: Prompt) -> dict[str, Any]:
         """What a request says to the chat template: V3.1's opens the reasoning only where ``thinking`` asks for it."""
-        template = TEMPLATES.get(self.settings.template or "")
-        if template is None or not template.prompt_decides_thinking:
+        if not self._prompt_decides:
             return {}
-        thinks = bool(self.reasoning_parser)
-        if prompt.reference is not None:
-            thinks = bool(split_reasoning(prompt.reference)[0])
-        return {"chat_template_kwargs": {"thinking": thinks}}
+        return {"chat_template_kwargs": {"thinking": self.asks_to_think(prompt)}}
+
+    def asks_to_think(self, prompt: Prompt) -> bool:
+        """Whether a request for this prompt asks for reasoning."""
+        if self._prompt_decides and prompt.reference is not None:
+            return bool(split_reasoning(prompt.reference)[0])
+        return bool(self.reasoning_parser)
+
+    @property
+    def _prompt_decides(self) -> bool:
+        template = TEMPLATES.get(self.settings.template or "")
+        return template is not None and template.prompt_decides_thinking
 
     def ask(self, prompt: Prompt) -> Reply:
         """A prompt's reply in one piece, remembered."""
@@ -79,7 +101,7 @@ class Context:
         return reply
 
     def need_example(self) -> Reply:
-        """The first prompt's reply; without one a check on it cannot be made."""
+        """The reply of the check ``chat``; without one a check on it cannot be made."""
         if self.example is None:
             raise CheckFailed("not possible: the check `chat` got no reply")
         return self.example
@@ -95,11 +117,13 @@ def health(context: Context) -> str:
 
 def model_name(context: Context) -> str:
     """The server offers the model under the name that was asked for."""
-    models = parsed(context.api.get("/v1/models")).get("data") or []
-    names = [entry.get("id") for entry in models]
+    models = fields.objects(parsed(context.api.get("/v1/models")), "data")
+    names = [fields.text(entry, "id") for entry in models]
     if context.api.model not in names:
         raise CheckFailed(f"served: {names}, expected {context.api.model}")
-    context.max_model_len = models[names.index(context.api.model)].get("max_model_len") or 0
+    served = models[names.index(context.api.model)]
+    if served.get("max_model_len") is not None:  # a server that does not tell it fails the checks that need it
+        context.max_model_len = fields.count(served, "max_model_len")
     if context.expected_len and context.max_model_len != context.expected_len:
         raise CheckFailed(f"context {context.max_model_len} tokens, configured are {context.expected_len}")
     return f"{context.api.model}, context {context.max_model_len} tokens"
@@ -107,7 +131,7 @@ def model_name(context: Context) -> str:
 
 def unknown_model(context: Context) -> str:
     """A model it does not have is refused with 404."""
-    body = context.api.chat_body(context.prompts[0].messages, 1) | {"model": f"{context.api.model}-does-not-exist"}
+    body = context.api.chat_body(context.prompt.messages, 1) | {"model": f"{context.api.model}-does-not-exist"}
     status = context.api.post("/v1/chat/completions", body).status_code
     if status != 404:
         raise CheckFailed(f"answered {status}, expected 404")
@@ -116,7 +140,7 @@ def unknown_model(context: Context) -> str:
 
 def chat(context: Context) -> str:
     """A chat request gets an answer that is not empty."""
-    reply = context.example = context.ask(context.prompts[0])
+    reply = context.example = context.ask(context.prompt)
     if not final_answer(reply, context.reasoning_parser).strip():
         seen = f"{len(reply.reasoning)} characters of reasoning" if reply.reasoning else "nothing else either"
         raise CheckFailed(f"empty answer (finish reason {reply.finish_reason}, {seen})")
@@ -124,13 +148,34 @@ def chat(context: Context) -> str:
 
 
 def reasoning_separate(context: Context) -> str:
-    """Reasoning and answer come in fields of their own."""
+    """Reasoning and answer come in fields of their own, where a prompt asks for reasoning."""
     if not context.reasoning_parser:
         raise CheckSkipped("the server has no reasoning parser")
-    reply = context.need_example()
+    thinking = [prompt for prompt in context.in_any_order if context.asks_to_think(prompt)]
+    if not thinking:
+        raise CheckSkipped("no prompt asks for reasoning")
+    reply = context.need_example() if thinking[0] == context.prompt else context.ask(thinking[0])
     if not reply.reasoning.strip() or not reply.answer.strip():
-        raise CheckFailed(f"reasoning has {len(reply.reasoning)} characters, answer {len(reply.answer)}")
+        raise CheckFailed(
+            f"reasoning has {len(reply.reasoning)} characters, answer {len(reply.answer)} (prompt {thinking[0].id})"
+        )
     return f"reasoning {len(reply.reasoning)} characters, answer {len(reply.answer)}"
+
+
+def answers_are_text(context: Context) -> str:
+    """Reasoning and answers consist of words, and are not the same words over and over."""
+    context.need_example()
+    found: dict[str, str] = {}
+    for prompt, reply in context.replies:
+        for text in (reply.reasoning, reply.answer):
+            if problem := speech.problem(text):
+                found.setdefault(prompt.id, problem)
+    asked = {prompt.id for prompt, _ in context.replies}
+    if len(found) > BROKEN_SHARE * len(asked):
+        name, problem = next(iter(found.items()))
+        raise CheckFailed(f"{len(found)} of {len(asked)} prompts got broken text, such as {name}: {problem}")
+    broken = f", broken text for {len(found)}: {', '.join(list(found)[:NAMED])}" if found else ""
+    return f"answers to {len(asked)} prompts{broken}"
 
 
 def no_template_tokens(context: Context) -> str:
@@ -164,28 +209,34 @@ def finish_reason(context: Context) -> str:
 def repeatable(context: Context) -> str:
     """The same greedy request gets the same answer."""
     first = context.need_example()
-    return _same(first, context.ask(context.prompts[0]), "the second answer")
+    return _same(first, context.ask(context.prompt), "the second answer")
 
 
 def streaming(context: Context) -> str:
-    """A streamed answer is the same text in pieces, reasoning before answer, closed by ``[DONE]``."""
-    prompt = context.prompts[0]
+    """A streamed answer is the same text in pieces, reasoning before answer, with its end told and ``[DONE]``."""
+    prompt = context.prompt
     reply = context.api.stream(prompt.messages, context.max_tokens, **context.options(prompt))
     context.replies.append((prompt, reply))
     if not reply.done:
         raise CheckFailed("the stream ended without [DONE]")
+    if reply.finish_reason is None:
+        raise CheckFailed("the stream ended without a finish_reason")
     if reply.first_token_s is None:
         raise CheckFailed("the stream carried no text")
     if not reply.in_order:
         raise CheckFailed("reasoning came after the answer had begun")
-    same = _same(context.need_example(), reply, "the streamed answer")
+    plain = context.need_example()
+    if reply.finish_reason != plain.finish_reason:
+        raise CheckFailed(f"finish reason is {reply.finish_reason}, without streaming {plain.finish_reason}")
+    same = _same(plain, reply, "the streamed answer")
     return f"{same}, {reply.pieces} pieces, first text after {reply.first_token_s:.3f} s"
 
 
 def concurrency(context: Context) -> str:
     """Many requests at the same time are all answered, each with an answer of its own."""
     count = context.settings.concurrency
-    prompts = [context.prompts[i % len(context.prompts)] for i in range(count)]
+    some = context.in_any_order
+    prompts = [some[i % len(some)] for i in range(count)]
     failures = []
     with ThreadPoolExecutor(count) as pool:
         for future in [pool.submit(context.ask, prompt) for prompt in prompts]:
@@ -207,7 +258,7 @@ def context_limit(context: Context) -> str:
         raise CheckFailed("not possible: the server reports no max_model_len")
     longest = context.max_model_len - 1  # one token is left for the answer
     full = parsed(context.api.post("/v1/completions", _filled(context, longest)))
-    used = (full.get("usage") or {}).get("total_tokens")
+    used = fields.count(fields.mapping(full, "usage"), "total_tokens")
     if used != context.max_model_len:
         raise CheckFailed(f"a prompt of {longest} tokens and one of answer made {used} tokens: the prompt was cut")
     response = context.api.post("/v1/completions", _filled(context, longest + 1))
@@ -243,7 +294,7 @@ def prompt_as_trained(context: Context) -> str:
     told = {prompt.id: (prompt, reply.token_ids[0]) for prompt, reply in context.replies if reply.token_ids}
     if not told:
         raise CheckSkipped("the server returned no token ids (vLLM does since 0.10.2)")
-    for prompt, given in told.values():
+    for prompt, given in (told[prompt.id] for prompt in context.prompts if prompt.id in told):
         allowed = expected_prompt(prompt, context.model.path, context.settings.template)
         if any(given == ids[: len(given)] and len(given) >= shortest for ids, shortest in allowed):
             continue
@@ -262,6 +313,8 @@ def _same(first: Reply, second: Reply, what: str) -> str:
     if one == two:
         return f"equal, {len(one) - 1} characters"
     equal = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    if equal == min(len(one), len(two)):
+        raise CheckFailed(f"{what} has {len(two) - 1} characters, the beginning of the first or more: {len(one) - 1}")
     if equal < SAME_CHARACTERS:
         near = slice(max(0, equal - 20), equal + 20)
         raise CheckFailed(f"{what} differs at character {equal}: {one[near]!r} against {two[near]!r}")

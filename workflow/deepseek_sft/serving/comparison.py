@@ -57,11 +57,23 @@ class ModelFolder:
         return ""
 
     def dtype(self, served: str) -> str:
-        """Dtype the server computes in: what it was told, or with ``auto`` that of config.json."""
+        """Dtype the server computes in: what it was told, or with ``auto`` that of config.json, FP32 in 16 bits."""
         if served != "auto":
-            return served
+            return {"float": "float32", "half": "float16"}.get(served, served)
         config = self._json("config.json")
-        return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        return "bfloat16" if stored == "float32" else stored  # as vLLM does on devices that compute in BF16
+
+    def format(self, served: str) -> str:
+        """``fp8`` for a model in the release's FP8 format, else the dtype that the server computes in."""
+        quantisation = self._json("config.json").get("quantization_config")
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        return str(method) if method else self.dtype(served)
+
+    def vocabulary(self) -> int | None:
+        """Number of tokens that the model knows; None where config.json does not say."""
+        size = self._json("config.json").get("vocab_size")
+        return size if isinstance(size, int) and size > 1 else None
 
     def eos_token_ids(self) -> list[int]:
         """Tokens that end an answer, as servers read them; empty where the folder names none."""

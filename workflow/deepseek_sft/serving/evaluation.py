@@ -22,7 +22,7 @@ from ..data.messages import split_reasoning
 from .api import CheckFailed, CheckSkipped, Reply
 from .checks import Context
 from .held_out import Prompt, final_answer, matches, well_formed
-from .losses import Measurement
+from .losses import Measurement, check_sane
 
 PROGRESS_EVERY_S = 10
 NAMED = 10  # samples that a failed check names
@@ -173,8 +173,9 @@ def held_out_exact_match(context: Context, evaluation: Evaluation) -> str:
 
 
 def held_out_loss(context: Context, evaluation: Evaluation) -> str:
-    """The served model's loss on the references, below its bound where one is set."""
+    """The served model's loss on the references is one that a trained model can have, and below its bound."""
     tuned, bound = evaluation.tuned, context.settings.max_loss
+    check_sane(tuned.loss, context.model.vocabulary() if context.model else None)
     text = f"{tuned.loss:.4f} over {tuned.tokens} tokens of {len(tuned.samples)} samples"
     if bound is not None and not tuned.loss <= bound:
         raise CheckFailed(f"{text}, expected at most {bound}")

@@ -1,10 +1,10 @@
-"""How a deployment ends before its time, and what the causes are that its logs name."""
+"""How a deployment ends before its time."""
 
-import dataclasses
 import re
 from typing import Any
 
 from ..errors import BadInputError, CrashError
+from .causes import Cause, named_in
 
 KILLED = re.compile(r"killed by|is gone")
 LOST = re.compile(r"has gone")
@@ -15,86 +15,6 @@ MEMORY_HINT = (
     "if nobody ended it, the kernel or Slurm did for lack of memory: compare the job's memory with `mem_mb` of this "
     "rule in the profile, and look at /dev/shm (what lies there counts as memory)"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Cause:
-    """A cause that a log names.
-
-    Attributes:
-        pattern: finds it in an exception or one of the last lines.
-        problem: what it means.
-        fix: what to change.
-        permanent: whether the same start would fail again.
-    """
-
-    pattern: re.Pattern[str]
-    problem: str
-    fix: str
-    permanent: bool = True
-
-
-CAUSES = (
-    Cause(
-        re.compile(r"^(?:vllm|ray)(?: \w+)?: error: ", re.MULTILINE),
-        "vLLM does not accept its command line",
-        "see serve.engine_args; `vllm serve --help=all` lists the options of the installed version",
-    ),
-    Cause(
-        re.compile(r"OutOfMemoryError|CUDA out of memory|Free memory on device .* is less than"),
-        "out of GPU memory",
-        "use more GPUs (serve.tensor_parallel_size, serve.pipeline_parallel_size and the profile's nodes), set "
-        "serve.engine_args gpu-memory-utilization lower if something else runs there, or lower serve.max_model_len",
-    ),
-    Cause(
-        re.compile(r"No available memory for the cache|larger than the (?:available KV|maximum number of tokens)"),
-        "out of memory for the KV cache",
-        "lower serve.max_model_len, raise serve.engine_args gpu-memory-utilization (or kv-cache-memory-bytes where it "
-        "is set), or use more GPUs",
-    ),
-    Cause(
-        re.compile(r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|^MemoryError", re.MULTILINE),
-        "out of host memory",
-        "raise `mem_mb` of this rule in the profile",
-    ),
-    Cause(
-        re.compile(r"No space left on device"),
-        "a file system of the node is full",
-        "look at /dev/shm and /tmp of that node",
-    ),
-    Cause(
-        re.compile(r"[Aa]ddress already in use|EADDRINUSE"),
-        "a port was taken by another program between its choice and its use",
-        "start again; with serve.port set, choose another one or 0 for a free one",
-        permanent=False,
-    ),
-    Cause(
-        re.compile(r"could not locate think start/end tokens"),
-        "the tokenizer lacks the tokens that serve.reasoning_parser looks for",
-        "set serve.reasoning_parser to the parser of this model, or null",
-    ),
-    Cause(
-        re.compile(r"SafetensorError|Cannot find any model weights|e_score_correction_bias|size mismatch for"),
-        "the weights do not fit the model's config.json",
-        "make the model folder again: snakemake --profile <profile> --forcerun convert_checkpoint",
-    ),
-    Cause(
-        re.compile(r"is not supported by MLA"),
-        "the model's attention dimensions are not those of the release, which vLLM's MLA needs",
-        "set serve.environment VLLM_MLA_DISABLE: 1",
-    ),
-    Cause(
-        re.compile(r"No module named 'ray'|No such file or directory: 'ray'|Please install Ray"),
-        "Ray is not installed in the serving environment",
-        "set serve.backend: native, or install ray there",
-    ),
-    Cause(
-        re.compile(r"NCCL error|ncclSystemError|ncclRemoteError|ncclInternalError"),
-        "NCCL failed to connect the GPUs",
-        "set serve.network_interface to the interface between the nodes; serve.environment NCCL_DEBUG: INFO tells more",
-        permanent=False,
-    ),
-)  # fmt: skip
 
 
 def lack_of_memory(killed: int) -> str:
@@ -146,12 +66,7 @@ def find_cause(reports: list[dict[str, Any]]) -> tuple[str, Cause, str] | None:
     """
     if any(KILLED.search(report["exit"]) for report in reports):
         return None
-    for report in reports:
-        for line in [*report["exceptions"], *report["lines"]]:
-            for cause in CAUSES:
-                if cause.pattern.search(line):
-                    return report["node"], cause, line.strip()[:300]
-    return None
+    return named_in((report["node"], line) for report in reports for line in [*report["exceptions"], *report["lines"]])
 
 
 def _killed(report: dict[str, Any]) -> bool:

@@ -96,6 +96,10 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
         value: Any = json.loads(line)
     except ValueError as error:
         raise BadInputError(f"{where}: not JSON: {error}") from None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"{where}: a text holds half a character, which no request can carry: {error}") from None
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
         raise BadInputError(f'{where}: expected {{"id", "messages": [...], "answer"}}')

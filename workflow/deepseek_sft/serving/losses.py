@@ -16,10 +16,16 @@ from typing import Any
 
 from .. import files
 from ..errors import BadInputError
+from . import fields
 from .api import Api, CheckFailed, parsed
 from .held_out_tokens import Sequence, digest
 
 SCHEMA = 1
+UNUSABLE = "no usable log-probabilities"
+ROUNDING = 1e-3  # nats by which rounding may lift a probability above 1
+CLAMPED = -1000.0  # nats: vLLM writes -9999 for a probability of 0; logits of a working model differ by some 100
+# Tokens from which on equal log-probabilities are no chance (a model that knows a short text by heart has 0 for all).
+ALIKE = 64
 REQUESTS_AT_ONCE = 4  # each is a prefill that writes out logits of its tokens; more would wait for each other
 
 
@@ -99,8 +105,44 @@ def served_logprobs(api: Api, sequences: list[list[int]], concurrency: int) -> l
 
 def _prompt_logprobs(completion: dict[str, Any], sequence: list[int]) -> list[float]:
     """Log-probability of every token of ``sequence`` but the first, which has nothing before it."""
-    try:
-        entries = completion["choices"][0]["prompt_logprobs"][1:]
-        return [entry[str(token)]["logprob"] for token, entry in zip(sequence[1:], entries, strict=True)]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise CheckFailed(f"the server's log-probabilities do not fit the prompt ({error!r})") from None
+    choice = fields.objects(completion, "choices")[0]
+    entries = choice.get("prompt_logprobs")
+    if not isinstance(entries, list) or len(entries) != len(sequence):
+        found = f"{len(entries)} entries" if isinstance(entries, list) else fields.shown(entries)
+        raise CheckFailed(f"{UNUSABLE}: they do not fit the prompt of {len(sequence)} tokens: {found}")
+    found = []
+    for token, entry in zip(sequence[1:], entries[1:], strict=True):
+        try:
+            found.append(fields.number(fields.mapping(entry, str(token)), "logprob"))
+        except CheckFailed as failure:
+            raise CheckFailed(f"{UNUSABLE}: they do not fit the prompt: {failure}") from None
+    _check_possible(found)
+    return found
+
+
+def _check_possible(values: list[float]) -> None:
+    """Refuse what no softmax gives, and what stands in for it."""
+    for value in values:
+        if not math.isfinite(value):
+            raise CheckFailed(f"{UNUSABLE}: {value} is not finite")
+        if value > ROUNDING:
+            raise CheckFailed(f"{UNUSABLE}: {value:g} is above 0, which no probability has")
+        if value <= CLAMPED:
+            raise CheckFailed(f"{UNUSABLE}: {value:g} stands for the probability 0, which a softmax never gives")
+    if len(values) >= ALIKE and len(set(values)) == 1:
+        raise CheckFailed(f"{UNUSABLE}: all {len(values)} tokens of a sequence have {values[0]:g}")
+
+
+def check_sane(loss: float, vocabulary: int | None) -> None:
+    """Refuse a loss that only a broken model has: one that guesses evenly over its vocabulary knows more.
+
+    Raises:
+        CheckFailed: says so.
+    """
+    if not loss >= -ROUNDING:
+        raise CheckFailed(f"the loss is {loss:.4f}, and none is below 0")
+    if vocabulary and not loss < math.log(vocabulary):
+        raise CheckFailed(
+            f"the loss is {loss:.4f}, and guessing evenly over {vocabulary:,} tokens has {math.log(vocabulary):.4f}: "
+            "the served weights are not a trained model"
+        )

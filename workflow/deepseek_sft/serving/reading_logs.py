@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
-# Behind the prefixes of vLLM's log: the line that ends a traceback, or tells which process died.
+# Behind the prefixes of vLLM's log: the line that ends a traceback, or tells which process died. Pydantic's says only
+# whose settings are wrong, and the next one what is.
 EXCEPTION = re.compile(
     r"^(?:\([^\n]*?\) )*(?:ERROR [^\n]*?\] )?"
-    r"([A-Za-z_][\w.]*(?:Error|Exception)\b[^\n]*|[A-Z]\w+[^\n]* died unexpectedly[^\n]*)",
+    r"([A-Za-z_][\w.]*(?:Error|Exception)\b[^\n]*|[A-Z]\w+[^\n]* died unexpectedly[^\n]*"
+    r"|  (?:Value error|Assertion failed|Input should be)[^\n]*)",
     re.MULTILINE,
 )
 # Ray's word on a worker that is gone, wherever it ran; the head's log has it.

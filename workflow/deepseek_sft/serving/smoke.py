@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 
+from .. import files
 from ..cli import say
 from ..errors import CrashError, GateError
-from . import benchmark, checks, comparison, evaluation, losses
+from . import as_trained, benchmark, checks, comparison, evaluation, losses
 from .api import Api, CheckFailed, CheckSkipped
 from .before import base_answers, base_job, base_measurement
 from .checks import Context
@@ -20,6 +21,7 @@ from .held_out_tokens import Sequence, sequences, settled
 from .losses import Measurement
 from .smoke_settings import SmokeSettings
 
+MOST_NEEDED = 3  # tokens of context: two of a row, and one to ask for
 COMPARED_ANSWERS = 4  # of the model's own, compared with transformers besides the references
 
 
@@ -36,6 +38,7 @@ class Server:
         model_dir: folder of the served model; None skips what needs it.
         base_dir: folder of the model that training started from; None where it is not at hand.
         api_key: sent with every request, if not empty.
+        trained: losses that training left with these weights; None where there are none.
     """
 
     url: str
@@ -46,6 +49,7 @@ class Server:
     model_dir: Path | None = None
     base_dir: Path | None = None
     api_key: str = ""
+    trained: as_trained.Trained | None = None
 
 
 @dataclasses.dataclass
@@ -54,7 +58,7 @@ class Report:
 
     Attributes:
         checks: name → {"passed", "detail"}.
-        skipped: name → why it was not run.
+        skipped: name → why it was not run; "not measured: …" where that is a lack.
         figures: measured values.
     """
 
@@ -153,6 +157,7 @@ class _Test:
             report.skip("held_out_format", "no held-out samples are configured")
         if self.evaluation:
             check("held_out_exact_match", evaluation.held_out_exact_match, context, self.evaluation)
+        check("answers_are_text", checks.answers_are_text, context)
         check("no_template_tokens", checks.no_template_tokens, context)
         check("prompt_as_trained", checks.prompt_as_trained, context)
         try:
@@ -160,6 +165,7 @@ class _Test:
         finally:  # the answers are kept also if measuring losses is too much for the server
             if self.evaluation:
                 self.evaluation.write(self.record)
+        self._as_trained()
         self._fail_gates_not_judged()
         if self.evaluation:
             report.figures["samples"] = self.evaluation.shown()
@@ -170,7 +176,7 @@ class _Test:
         check("health_after", checks.health, context)
         if context.example:
             texts = {"reasoning": context.example.reasoning, "answer": context.example.answer}
-            report.figures["example"] = {"prompt": context.prompts[0].question, **texts}
+            report.figures["example"] = {"prompt": context.prompt.question, **texts}
 
     def _fail_gates_not_judged(self) -> None:
         """A gate that somebody has set and that cannot be judged is not passed."""
@@ -288,8 +294,9 @@ class _Test:
     def _own_sequences(self) -> list[list[int]]:
         """Prompts and the model's own answers to them, as token ids; none where the server does not tell them."""
         told = [reply.token_ids for _, reply in self.context.replies if reply.token_ids]
-        unique = dict.fromkeys((*prompt, *answer) for prompt, answer in told)
-        return [list(ids) for ids in unique][:COMPARED_ANSWERS]
+        unique = {(*prompt, *answer) for prompt, answer in told}
+        # By their hash: the answers of concurrent requests come in any order.
+        return [list(ids) for ids in sorted(unique, key=files.digest)[:COMPARED_ANSWERS]]
 
     def _against_transformers(self, own: list[list[int]], samples: list[Sequence], served: list[list[float]]) -> None:
         context = self.context
@@ -307,6 +314,28 @@ class _Test:
             return comparison.agreement(served, computed[0]["logprobs"], dtype)
 
         self._check("logprobs", compared)
+
+    def _as_trained(self) -> None:
+        """The check ``weights_as_trained``: the server against the engine that trained its weights."""
+        context, trained = self.context, self.server.trained
+        if trained is None:
+            why = (
+                "training left no losses with these weights: it went on, ended under an older version, or was another's"
+            )
+            self.report.skip("weights_as_trained", f"{as_trained.NOT_MEASURED}: {why}")
+            return
+
+        def compared() -> str:
+            if context.max_model_len < MOST_NEEDED:
+                raise CheckFailed(f"not possible: the server reports a context of {context.max_model_len} tokens")
+            asked = trained.cut(context.max_model_len - 1)  # one token must be left to ask for
+            served = losses.served_logprobs(context.api, asked.tokens, context.settings.concurrency)
+            judged = as_trained.judged_as(trained.dtype, context.model, context.dtype)
+            figures, wrong = as_trained.compare(asked, served, judged, context.settings.trained_difference_factor)
+            self.report.figures["weights_as_trained"] = figures
+            return as_trained.verdict(figures, wrong)
+
+        self._check("weights_as_trained", compared)
 
     def _before_and_after(self, why_not: str) -> None:
         self.evaluation.base = self.measured

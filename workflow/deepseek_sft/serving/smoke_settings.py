@@ -26,6 +26,7 @@ class SmokeSettings:
     max_loss: float | None = _setting(None, "largest mean loss of the served model on the held-out references, nats")
     min_loss_drop: float | None = _setting(0.0, "nats by which this loss must lie below the base model's, at more than")
     base_measured: str | None = _setting(None, "held-out measurement of the base model, by measure_held_out.py")
+    trained_difference_factor: float = _setting(1.0, "multiplies the bounds on differences from training's losses")
     concurrency: int = _setting(32, "requests at the same time")
     request_timeout_s: float = _setting(600, "deadline of one request in seconds")
     logprobs_max_parameters: float = _setting(2e8, "models up to this size are compared with transformers")
@@ -45,7 +46,7 @@ def check(smoke: SmokeSettings, where: str) -> None:
         BadInputError: names the setting, its value and what is expected.
     """
     positive = ("max_tokens", "concurrency", "request_timeout_s", "benchmark_input_tokens", "benchmark_output_tokens")
-    for name in positive:
+    for name in (*positive, "trained_difference_factor"):
         if getattr(smoke, name) <= 0:
             raise BadInputError(f"{where}: smoke_test.{name} is {getattr(smoke, name)}, expected more than 0")
     for name in ("min_format_rate", "min_exact_match_rate"):

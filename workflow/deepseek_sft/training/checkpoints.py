@@ -82,6 +82,12 @@ def commit(folder: Path, marker: dict[str, Any], written: dict[str, int], patien
     return Checkpoint(folder, complete)
 
 
+def amend(folder: Path, keys: dict[str, Any]) -> None:
+    """Add keys to the marker of a committed checkpoint, atomically."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    files.write_json(folder / MARKER, marker | keys)
+
+
 @dataclasses.dataclass(frozen=True)
 class NotCommitted:
     """Why a checkpoint folder does not count for a run."""

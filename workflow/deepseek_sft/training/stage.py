@@ -17,7 +17,7 @@ from ..cli import say
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
 from ..model import release
-from . import checkpoints, early_stop, launch, lock, run_folder, schedule, settings
+from . import checkpoints, early_stop, launch, lock, loss_rows, run_folder, schedule, settings
 from .nodes import NodeEnvironment
 from .schedule import Schedule
 from .settings import Settings
@@ -153,7 +153,7 @@ def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
         "peak_memory_gib": progress["peak_memory_gib"],
         "memory_before_model_gib": progress.get("memory_before_model_gib"),
         "kept_by_allocator_gib": progress.get("kept_by_allocator_gib"),
-    }
+    } | ({loss_rows.KEY: last.marker[loss_rows.KEY]} if loss_rows.KEY in last.marker else {})
 
 
 def _is_finished(run: Run, node: NodeEnvironment, stop_file: Path | None) -> bool:

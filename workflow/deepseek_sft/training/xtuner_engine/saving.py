@@ -11,7 +11,8 @@ from mmengine.hooks import Hook
 from ...checkpoint import rank_state
 from ...cli import say
 from ...files import fsync_directory
-from .. import checkpoints, lock
+from .. import checkpoints, lock, loss_rows
+from . import final_losses
 from .loop import StepResult
 from .metrics import GIB, MetricsHook, rank_device
 from .start_checks import bias_checksum
@@ -35,6 +36,22 @@ class CheckpointHook(Hook):
         asked = outputs.stop_requested or outputs.save_due or outputs.time_is_up
         if asked or last or step % self.save_every_steps == 0:
             self.save(runner, step)
+        if last or outputs.time_is_up:
+            self.leave_losses(runner, step)
+
+    def leave_losses(self, runner, step: int) -> None:
+        """Add the losses of a few rows under the final weights to the marker of step ``step``; a collective.
+
+        After the commit: should this fail, the checkpoint is there, and the smoke test says that it was not measured.
+        """
+        runner.watchdog.enter("save", step)
+        started = time.monotonic()
+        cfg = runner.cfg
+        found = final_losses.measure(runner.model.model, Path(cfg.train_dataloader.dataset.path), cfg.model.dtype, step)
+        if dist.get_rank() == 0:
+            checkpoints.amend(checkpoints.folder_of(Path(cfg.run), step), {loss_rows.KEY: found})
+            tokens = sum(len(row["losses"]) for row in found["rows"])
+            say(f"losses of {len(found['rows'])} rows, {tokens} tokens, measured in {time.monotonic() - started:.1f} s")
 
     def save(self, runner, step: int) -> None:
         """Save step ``step`` and commit it; a collective.

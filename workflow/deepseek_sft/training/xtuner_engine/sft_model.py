@@ -57,12 +57,13 @@ class DeepseekSFT(SupervisedFinetune):
     ) -> TrainingModel:
         return llm
 
-    def forward(self, batch: MicroBatch, micro_batches: int = 1) -> torch.Tensor:
+    def forward(self, batch: MicroBatch, micro_batches: int = 1, of_each_token: bool = False) -> torch.Tensor:
         """Summed cross-entropy, fp32 scalar, over the targets in this rank's part of the rows.
 
         Args:
             batch: whole rows, the same on all ranks of the sequence-parallel group.
             micro_batches: forward passes of the step, over which the balance loss is averaged.
+            of_each_token: instead of the sum, the loss of each of these targets, without gradient.
         """
         packing = attention_functions.Packing.of(batch.sample_of) if batch.packed else None
         targets = self._part(batch.targets)
@@ -80,7 +81,7 @@ class DeepseekSFT(SupervisedFinetune):
         if self.balance_bias is not None and self.training:
             self.balance_bias.count()
         learned = targets != NO_LOSS
-        return self.llm.lm_head(hidden[learned], targets[learned])
+        return self.llm.lm_head(hidden[learned], targets[learned], summed=not of_each_token)
 
     @staticmethod
     def _part(tensor: torch.Tensor) -> torch.Tensor:
