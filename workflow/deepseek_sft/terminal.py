@@ -169,6 +169,8 @@ class Terminal:
         event, text = get_event(record), str(record.msg)
         if event == LogEvent.WORKFLOW_STARTED:
             return False
+        if event == LogEvent.SHELLCMD:  # kilobytes of settings; profiles copied long ago ask for them
+            return any(re.fullmatch(r"-[a-zA-Z]*p[a-zA-Z]*|--printshellcmds", word) for word in sys.argv)
         if event == LogEvent.RUN_INFO and self.dry_run:
             self._tables += 1
             return self._tables == 1
