@@ -8,6 +8,7 @@ import yaml
 from unit.data_helpers import TOKENIZER
 
 from deepseek_sft import config as configuration
+from deepseek_sft import known_at_start
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
 from deepseek_sft.serving import gates
@@ -35,7 +36,7 @@ def refused(tmp_path):
         overlay = sections | {"smoke_test": NONE | {"prompts": None} | smoke}
         experiment = Experiment.from_config(configuration.merge(configuration.merge(config, demo), overlay))
         try:
-            experiment.check_gates()
+            known_at_start.check_gates(experiment)
         except BadInputError as error:
             return f"{error}"
         return ""
@@ -111,10 +112,10 @@ def test_large_file_is_read_in_part_and_refuses_nothing_that_it_may_hold(refused
 def test_gates_speak_when_their_stage_is_asked_for(tmp_path):
     config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
     experiment = Experiment.from_config(configuration.merge(config, {"smoke_test": {"max_loss": 1}}))
-    experiment.check_gates({"prepare_data", "plan"})
+    known_at_start.check_gates(experiment, {"prepare_data", "plan"})
     with pytest.raises(BadInputError, match="max_loss"):
-        experiment.check_gates({"smoke_test"})
-    assert "max_loss" in experiment.gate_warnings()[0]
+        known_at_start.check_gates(experiment, {"smoke_test"})
+    assert "max_loss" in known_at_start.gate_warnings(experiment)[0]
 
 
 def test_prediction_layer_that_the_base_lacks_is_not_promised(tmp_path):
@@ -124,10 +125,10 @@ def test_prediction_layer_that_the_base_lacks_is_not_promised(tmp_path):
     experiment = Experiment.from_config(configuration.merge(config, overlay))
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.layers.2.eh_proj.weight": "a"}}))
-    experiment.check_gates({"convert_checkpoint"})
+    known_at_start.check_gates(experiment, {"convert_checkpoint"})
     index.write_text(json.dumps({"weight_map": {"model.layers.1.mlp.weight": "a"}}))
     with pytest.raises(BadInputError, match="no multi-token-prediction layer"):
-        experiment.check_gates({"convert_checkpoint"})
+        known_at_start.check_gates(experiment, {"convert_checkpoint"})
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,12 @@ import yaml
 
 from . import chain, files, place, receipts
 from . import config as configuration
-from .checkpoint.base_model import lacks_prediction_layer
 from .data.sources import split_argument
 from .errors import BadInputError
 from .planning import duration, gate
 from .planning import load as planning
 from .planning.resources import read_resources
 from .planning.settings import Training
-from .serving import gates
 from .slurm import Allocation
 
 CHAIN = chain.STAGES
@@ -291,56 +289,6 @@ class Experiment:
                 "the configuration names files that do not exist\n" + "\n".join(f"  - {p}" for p in problems),
                 "correct the path in the configuration (relative paths start at the project's folder)",
             )
-
-    def unjudged_gates(self, rules: Collection[str] = CHAIN) -> list[gates.Problem]:
-        """What ``rules`` would refuse after the training although it is known now; see ``serving/gates.py``.
-
-        Raises:
-            BadInputError: the smoke test's prompts or the base's measurement cannot be read.
-        """
-        found, smoke, base = [], self.config["smoke_test"], self.config["model"]["base"]
-        named = [path for path in (smoke["prompts"], smoke["base_measured"]) if path]
-        if "smoke_test" in rules and all(Path(path).is_file() for path in named):
-            model = Path(base, "config.json").is_file() if base else True
-            count = (lambda: planning.model_of(self.config).total) if model else None
-            found += gates.problems(self.config, Path(self.tokenizer()), count)
-        copies = "convert_checkpoint" in rules and base and self.config["convert"]["mtp"] == "copy"
-        if copies and lacks_prediction_layer(Path(base)):
-            text = f"convert.mtp: copy is not possible, since {base} holds no multi-token-prediction layer"
-            found.append(gates.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base"))
-        return found
-
-    def gate_warnings(self) -> list[str]:
-        """The same as warnings of a dry run, which may come before the prompts; an error once jobs start."""
-        try:
-            return [f"{problem.text}; {problem.fix}" for problem in self.unjudged_gates()]
-        except BadInputError as error:
-            return [error.problem]
-
-    def check_gates(self, rules: Collection[str] = CHAIN) -> None:
-        """Raises BadInputError where a gate of ``rules`` is set and could not be judged once training is done."""
-        if found := self.unjudged_gates(rules):
-            raise BadInputError(
-                "; ".join(problem.text for problem in found), "; ".join(dict.fromkeys(problem.fix for problem in found))
-            )
-
-    def check_template(self, rules: Collection[str] = CHAIN) -> list[str]:
-        """Compare the template with the base's own, where ``tokenize_data`` is to run and the base is there already.
-
-        Returns:
-            What a person should know.
-
-        Raises:
-            GateError: the prompts differ, and the configuration does not say to go on.
-            BadInputError: ``auto``, and no template fits; a file of the base cannot be read.
-        """
-        data, base = self.config["data"], self.config["model"]["base"]
-        folders = dict.fromkeys(folder for folder in (data["tokenizer"], base) if folder)
-        if "tokenize_data" not in rules or not folders:
-            return []
-        from .data.template_check import check_folders  # reads a tokenizer: only where it is needed
-
-        return check_folders([Path(folder) for folder in folders], data["template"], data["on_template_difference"])
 
     def check_shapes(self, allocations: dict[str, Allocation]) -> None:
         """Raises BadInputError where training's or serving's parallel sizes do not fit the profile's nodes and GPUs."""

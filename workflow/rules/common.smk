@@ -12,7 +12,7 @@ from snakemake.exceptions import WorkflowError
 
 try:
     from deepseek_sft import chain as stages_chain
-    from deepseek_sft import ending, job_names, locks, place, slurm, starting, submission, terminal
+    from deepseek_sft import ending, job_names, known_at_start, locks, place, slurm, starting, submission, terminal
     from deepseek_sft import resources as job_resources
     from deepseek_sft.cluster_jobs import holders
     from deepseek_sft.cluster_jobs import start as cluster_start
@@ -252,8 +252,8 @@ def check_before_start(workflow):
         if rules <= {"status", "stop"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
-        EXPERIMENT.check_gates(rules)
-        for note in EXPERIMENT.check_template(rules):
+        known_at_start.check_gates(EXPERIMENT, rules)
+        for note in known_at_start.check_template(EXPERIMENT, rules):
             TERMINAL.warn(note)
         if jobs := rules & job_resources.submitted(workflow):
             starting.check_slurm_answers(jobs)
@@ -311,6 +311,6 @@ else:
     # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
         TERMINAL.warn(problem)
-    for problem in EXPERIMENT.gate_warnings():
+    for problem in known_at_start.gate_warnings(EXPERIMENT):
         TERMINAL.warn(problem)
     job_resources.around_graph(workflow, before=check_targets, after=check_jobs)
