@@ -45,7 +45,11 @@ class DrillSite:
         self.clone = copy_of(project, folder)
         self.results, self.logs = self.clone / "results/demo", self.clone / "logs/demo"
         self.python = (project / ".envs/workflow").resolve() / "bin/python"
-        overlay = {"envs": {"train": {"python": "tests/drills/python"}}, "train": {"environment": {}}}
+        overlay = {
+            "experiment": "demo",
+            "envs": {"train": {"python": "tests/drills/python"}},
+            "train": {"environment": {}},
+        }
         overlay["train"]["environment"] = {"DRILL_PYTHON": str(self.python)}
         (self.clone / "overlay.yaml").write_text(yaml.safe_dump(overlay))
         self.profile()
