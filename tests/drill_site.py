@@ -45,7 +45,11 @@ class DrillSite:
         self.clone = copy_of(project, folder)
         self.results, self.logs = self.clone / "results/demo", self.clone / "logs/demo"
         self.python = (project / ".envs/workflow").resolve() / "bin/python"
-        overlay = {"envs": {"train": {"python": "tests/drills/python"}}, "train": {"environment": {}}}
+        overlay = {
+            "experiment": "demo",
+            "envs": {"train": {"python": "tests/drills/python"}},
+            "train": {"environment": {}},
+        }
         overlay["train"]["environment"] = {"DRILL_PYTHON": str(self.python)}
         (self.clone / "overlay.yaml").write_text(yaml.safe_dump(overlay))
         self.profile()
@@ -148,6 +152,10 @@ class DrillSite:
     def clean(self) -> None:
         """Forget training, and end what a failed drill has left."""
         self.cluster.exec("bash", "-c", "scancel --me; pkill -KILL -f bin/snakemake; true", check=False)
+        # Slurm drains a node whose processes did not die in time, as on a busy machine.
+        drained = "sinfo --noheader --Node --states=drain --partition=cpu --format=%N"
+        resume = f"for node in $({drained}); do scontrol update nodename=$node state=resume; done; true"
+        self.cluster.exec("bash", "-c", resume, check=False)
         self.wait(lambda: not self.living(), "jobs to end", 120)
         self.forgotten = max([self.forgotten, *(int(job.split()[0]) for job in self.jobs())])
         subprocess.run(["rm", "-rf", self.results / "train", self.results / "receipts/train.json"], check=True)

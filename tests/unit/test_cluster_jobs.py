@@ -354,6 +354,19 @@ def test_a_second_snakemake_on_the_same_rules_is_refused(site: Site, monkeypatch
     start.refuse_twin(Path("logs/mine"), {"train"}, holders.own())
 
 
+def test_a_snakemake_that_is_a_requeued_job_does_not_take_its_own_past_for_a_twin(site: Site, monkeypatch) -> None:
+    site.tool("squeue", "echo RUNNING")
+    own = holders.own() | {"job_id": "900", "restarts": "1"}  # the plugin has removed SLURM_* from the environment
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    site.new_record(holder=dead_holder() | {"host": "node1", "job_id": "900", "restarts": "0"}, locks=lock_of(site))
+    start.refuse_twin(Path("logs/mine"), {"train"}, own)
+    start.free_locks_of_the_dead(Path("logs/mine"), [], own)
+    assert not start._locks()
+    site.new_record(holder=dead_holder() | {"host": "node1", "job_id": "901", "restarts": "0"})
+    with pytest.raises(BadInputError, match="already works on train"):
+        start.refuse_twin(Path("logs/mine"), {"train"}, own)
+
+
 def test_after_an_interruption_no_job_is_left(site: Site, capsys) -> None:
     site.record.note("78", "train", "run-1")
     site.record.note("79", "train", "run-1")

@@ -43,29 +43,36 @@ def keep_restart_count(environment: MutableMapping[str, str] = os.environ) -> No
         environment[RESTARTS] = environment.get("SLURM_RESTART_COUNT", "0")
 
 
-def reason_to_respect(holder: dict[str, Any], patience: float | None = None) -> str | None:
+def reason_to_respect(
+    holder: dict[str, Any], patience: float | None = None, me: dict[str, Any] | None = None
+) -> str | None:
     """Why what ``holder`` left must be respected; None where its process is known to be gone.
+
+    Args:
+        patience: seconds to ask squeue for.
+        me: ``own`` of this process, where SLURM_* has been removed from the environment since.
 
     Raises:
         CrashError: only Slurm could tell, and it has not answered for ``patience`` seconds.
     """
     job, host, pid = holder.get("job_id"), holder.get("host"), holder.get("pid")
-    own_job = os.environ.get("SLURM_JOB_ID")
+    me = me or own()
+    own_job = me["job_id"]
     if job and job != own_job:
         return _reason_of_job(job, patience)
     if host == socket.gethostname():
         return _reason_of_process(holder)
     if job and job == own_job:
         # A job runs once at a time: another host's file of this very job is from before a requeue.
-        restarted = holder.get("restarts") != os.environ.get("SLURM_RESTART_COUNT", "0")
+        restarted = holder.get("restarts") != me["restarts"]
         return None if restarted else f"this job's process {pid} on {host} may still run"
     return f"whether process {pid} on {host} still runs {UNCERTAIN} from here"
 
 
-def surely_lives(holder: dict[str, Any], patience: float | None = None) -> bool:
+def surely_lives(holder: dict[str, Any], patience: float | None = None, me: dict[str, Any] | None = None) -> bool:
     """Whether ``holder`` is known to live; False also where that cannot be told."""
     try:
-        reason = reason_to_respect(holder, patience)
+        reason = reason_to_respect(holder, patience, me)
     except CrashError:
         return False
     return reason is not None and UNCERTAIN not in reason

@@ -35,8 +35,8 @@ def free_locks_of_the_dead(logs: Path, words: list[str], own: dict[str, Any]) ->
         own: ``holders.own`` of this process.
     """
     there = _locks()
-    records = [record for record in all_records(logs) if record.holder.get("pid") != own["pid"] or _dead(record)]
-    dead = [record for record in records if _dead(record)]
+    records = [record for record in all_records(logs) if record.holder.get("pid") != own["pid"] or _dead(record, own)]
+    dead = [record for record in records if _dead(record, own)]
     living = [record for record in records if record not in dead]
     kept = {name for record in living for name in record.locks}
     for record in dead:
@@ -49,12 +49,12 @@ def free_locks_of_the_dead(logs: Path, words: list[str], own: dict[str, Any]) ->
         return
     for record in living:
         if any(there.get(name) == written for name, written in record.locks.items()):
-            say(f"note: {_who(record)} holds this experiment's lock: {_advice(record)}")
+            say(f"note: {_who(record)} holds this experiment's lock: {_advice(record, own)}")
 
 
-def _dead(record: Record) -> bool:
+def _dead(record: Record, own: dict[str, Any]) -> bool:
     try:
-        return holders.reason_to_respect(record.holder, ANSWER_S) is None
+        return holders.reason_to_respect(record.holder, ANSWER_S, own) is None
     except CrashError:
         return False
 
@@ -64,8 +64,8 @@ def _who(record: Record) -> str:
     return f"snakemake, process {record.holder['pid']} on {record.holder['host']}{job} since {record.holder['time']}"
 
 
-def _advice(record: Record) -> str:
-    if holders.surely_lives(record.holder, ANSWER_S):
+def _advice(record: Record, own: dict[str, Any]) -> str:
+    if holders.surely_lives(record.holder, ANSWER_S, own):
         return "wait for it or stop it; do not use --unlock"
     pid, host = record.holder["pid"], record.holder["host"]
     return (
@@ -135,7 +135,7 @@ def begin(workflow: Any, experiment: str, logs: Path, results: Path, own: dict[s
         if "train" in rules:
             say_how_time_limits_end(workflow.executor_settings)
     for other in all_records(logs):
-        if _dead(other):
+        if _dead(other, own):
             other.remove()
     record.path.parent.mkdir(parents=True, exist_ok=True)
     record.remove()  # of an earlier process with the same number
@@ -157,7 +157,7 @@ def refuse_twin(logs: Path, rules: set[str], own: dict[str, Any]) -> None:
     """
     for record in all_records(logs):
         same = (rules & set(record.rules)) - BESIDE
-        if same and record.holder != own and holders.surely_lives(record.holder, ANSWER_S):
+        if same and record.holder != own and holders.surely_lives(record.holder, ANSWER_S, own):
             raise BadInputError(f"{_who(record)} already works on {', '.join(sorted(same))}", "wait for it or stop it")
 
 
