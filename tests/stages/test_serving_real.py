@@ -69,7 +69,10 @@ class Server:
         (self.folder / "rows.json").write_text(json.dumps(rows))
         probe, record = Path(__file__).with_name("trained_losses_probe.py"), self.folder / f"{name}-losses.json"
         words = [self.training, probe, trained, "bfloat16", self.folder / "rows.json", record]
-        subprocess.run(list(map(str, words)), check=True, capture_output=True)
+        library = str(self.scripts.parent)
+        environment = os.environ | {"PYTHONPATH": library, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+        done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
         path = self.folder / f"{name}.json"
         receipts.write(
             path,
