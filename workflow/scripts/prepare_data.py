@@ -11,6 +11,7 @@ formats and rules.
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
+import _single_threaded  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.data.fields import MEANINGS, Vocabulary

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import _bootstrap  # noqa: F401
+import _single_threaded  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.data import template_check

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CrashError
@@ -17,6 +18,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 3  # chunks in flight per worker; bounds the memory
+HARMLESS = ("jemalloc_bg_thd",)  # pyarrow's allocator, which takes its locks along when it is forked
 
 
 def chunked(
@@ -45,10 +47,10 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     if workers <= 1:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")  # forking after the tokenizer's threads started can deadlock
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
     pending: deque[Future[Result]] = deque()
     try:
+        pool.submit(os.getpid).result()  # forked now, before reading the items starts any thread
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) >= workers * AHEAD:
@@ -59,6 +61,16 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         raise CrashError("a worker process died", "most often memory ran out: use fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Fork where that is safe: workers then have the tokenizer that this process has read, which takes seconds each.
+
+    A fork keeps one thread, and whatever lock another one held stays locked: with threads, processes start anew.
+    """
+    threads = [Path(path, "comm").read_text(encoding="utf-8").strip() for path in Path("/proc/self/task").iterdir()]
+    alone = threading.active_count() == 1 and len([name for name in threads if name not in HARMLESS]) == 1
+    return multiprocessing.get_context("fork" if alone else "spawn")
 
 
 def _start_worker() -> None:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from array import array
@@ -63,6 +64,8 @@ def tokenize(
         BadInputError: unreadable input, an unfit tokenizer, or no sample.
         GateError: the template is not that of the base.
     """
+    if workers > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads; and without these it can fork
     settings, verdict = settle_template(tokenizer, settings, on_template_difference)
     encoder = load_encoder(tokenizer, settings.template)
     building = outputs.tokens.with_name(f".{outputs.tokens.name}.building")
