@@ -51,7 +51,8 @@ class Site:
         prompts.write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}))
         self.envs: dict[str, object] = {}
         # The prompts have no references: a bound on their loss could not be judged, and would fail.
-        self.smoke_test = {"prompts": str(prompts), "max_tokens": 16, "benchmark": False, "max_loss": None}
+        nothing = {"max_loss": None, "min_loss_drop": None}
+        self.smoke_test = nothing | {"prompts": str(prompts), "max_tokens": 16, "benchmark": False}
 
     def pretend_tested(self) -> None:
         """Write a smoke test's receipt where there is none, so that the target `serve` starts at once."""
