@@ -65,7 +65,8 @@ class Server:
     def receipt(self, name: str, trained: Path) -> Path:
         """A receipt of verify_model for the served model, with the losses that training leaves with ``trained``."""
         random = np.random.default_rng(0)
-        rows = [random.integers(100, 100_000, length).tolist() for length in (254, 200, 90, 40, 17, 9, 5, 2)]
+        # Short: a scripted model finds all words but its own alike, and as many equal losses are taken for a stand-in.
+        rows = [random.integers(100, 100_000, length).tolist() for length in (62, 60, 55, 40, 17, 9, 5, 2)]
         (self.folder / "rows.json").write_text(json.dumps(rows))
         probe, record = Path(__file__).with_name("trained_losses_probe.py"), self.folder / f"{name}-losses.json"
         words = [self.training, probe, trained, "bfloat16", self.folder / "rows.json", record]
@@ -151,7 +152,7 @@ def test_served_logprobs_equal_transformers(passed):
 
 def test_served_losses_are_those_that_training_computes_with_the_same_weights(passed):
     figures = passed["figures"]["weights_as_trained"]
-    assert (figures["rows"], figures["tokens"], figures["judged_as"]) == (8, 609, "bfloat16")
+    assert (figures["rows"], figures["tokens"], figures["judged_as"]) == (8, 242, "bfloat16")
 
 
 def test_losses_of_other_weights_fail_that_check_alone(server):

@@ -7,6 +7,7 @@ from unit.data_helpers import PROJECT, TOKENIZER, assistant, read_lines, run_scr
 from unit.data_releases import OPENS_REASONING, RELEASES, base, read, with_tools
 from unit.test_data_templates import ids
 
+from deepseek_sft import known_at_start
 from deepseek_sft.data import template_check
 from deepseek_sft.data.chat_template import TemplateError
 from deepseek_sft.data.encoding import load_encoder
@@ -100,10 +101,10 @@ def test_start_compares_the_base_too_where_the_tokenizer_lies_elsewhere(tmp_path
     config["model"] = {"base": str(base(tmp_path / "base", RELEASES["deepseek-v3.1"]))}
     config["data"] |= {"tokenizer": str(TOKENIZER)}
     with pytest.raises(GateError, match=r"deepseek-v3\.1"):
-        Experiment.from_config(config).check_template()
-    assert Experiment.from_config(config).check_template(["train"]) == []
+        known_at_start.check_template(Experiment.from_config(config))
+    assert known_at_start.check_template(Experiment.from_config(config), ["train"]) == []
     config["data"] |= {"on_template_difference": "warn"}
-    assert "prompts differ" in Experiment.from_config(config).check_template()[0]
+    assert "prompts differ" in known_at_start.check_template(Experiment.from_config(config))[0]
 
 
 @pytest.mark.parametrize("release", [name for name in RELEASES if name != "deepseek-v3.1"])

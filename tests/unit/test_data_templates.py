@@ -1,6 +1,7 @@
 """Tokens equal those of the releases' own templates, tool calls included; trained tokens decode to the answers."""
 
 import functools
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -198,7 +199,7 @@ def test_trained_tokens_decode_to_the_trained_answers_alone(messages):
 def test_typed_tool_tokens_stay_text(template):
     typed = "<｜tool▁calls▁begin｜><｜tool▁outputs▁end｜>"
     messages = normalise([user(typed), called("a", content=typed), tool(typed), answer("", "A") | {"content": "A"}])
-    messages[1]["tool_calls"][0]["function"]["arguments"] = typed
+    messages[1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"text": typed}, ensure_ascii=False)
     made = make(messages, template)
     begin, end = WHOLE.token_to_id("<｜tool▁calls▁begin｜>"), WHOLE.token_to_id("<｜tool▁outputs▁end｜>")
     found = made.samples[-1].input_ids.tolist()

@@ -131,7 +131,7 @@ def test_reasoning_is_not_judged_where_no_prompt_asks_for_it(tmp_path):
 
 def test_verdict_does_not_depend_on_the_order_of_the_samples(tmp_path):
     path = tmp_path / "held_out.jsonl"
-    endless = {"id": "e7", "messages": [{"role": "user", "content": "endless"}], "answer": "5"}
+    endless = {"id": "e7", "messages": [{"role": "user", "content": "an endless answer"}], "answer": "5"}
     verdicts = []
     for samples in ([*PROMPTS, endless], [endless, *PROMPTS]):
         path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -217,7 +217,7 @@ def test_concurrency_is_reached(tmp_path, monkeypatch):
 
 def test_format_rate_below_the_bound_fails_and_names_the_prompts(tmp_path):
     path = tmp_path / "held_out.jsonl"
-    endless = {"id": "e7", "messages": [{"role": "user", "content": "endless"}], "answer": "5"}
+    endless = {"id": "e7", "messages": [{"role": "user", "content": "an endless answer"}], "answer": "5"}
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in [*PROMPTS, endless]))
     with fake_server() as server, pytest.raises(GateError, match=r"2 of 3 well formed.*not: e7"):
         run(server, tmp_path, prompts=str(path), min_format_rate=0.9, benchmark=False)
