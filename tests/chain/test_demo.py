@@ -253,8 +253,8 @@ def test_more_nodes_than_the_cluster_has_stop_before_any_job(demo):
     )
     output = done.stdout + done.stderr
     assert done.returncode != 0
-    assert "rule train asks for nodes: 9, but partition train has 4" in output
-    assert "nodes: 4" in output
+    assert "9 nodes, but partition train has 4" in output
+    assert "write nodes: 4 or less" in output
     assert "external jobid" not in output
 
 
