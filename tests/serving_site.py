@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import finished_chain
 import pytest
 import scripted_model
 import yaml
@@ -38,21 +39,26 @@ class Site:
         make += ["--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
         subprocess.run(make, check=True, capture_output=True)
         scripted_model.script(model)
-        verified = {"model": str(model)}
-        receipts.write(
-            self.results / "receipts/verify_model.json",
-            "verify_model",
-            inputs={},
-            settings={},
-            result=verified,
-            figures={},
-        )
+        for rule in finished_chain.STAGES[: finished_chain.STAGES.index("smoke_test")]:
+            self._pretend_done(rule)
         prompts = folder / "held_out.jsonl"
         prompts.write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}))
         self.envs: dict[str, object] = {}
         # The prompts have no references: a bound on their loss could not be judged, and would fail.
         nothing = {"max_loss": None, "min_loss_drop": None}
         self.smoke_test = nothing | {"prompts": str(prompts), "max_tokens": 16, "benchmark": False}
+
+    def _pretend_done(self, rule: str) -> None:
+        """Write the receipt of a stage before the smoke test: a chain with gaps would be filled first."""
+        made = {}
+        for name, place in finished_chain.RESULTS[rule].items():
+            path = self.results / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.write_text("{}\n")
+            made[name] = str(path.parent if name in finished_chain.FOLDERS else path)
+        receipt = self.results / f"receipts/{rule}.json"
+        receipts.write(receipt, rule, inputs={}, settings={}, result=made, figures={})
 
     def pretend_tested(self) -> None:
         """Write a smoke test's receipt where there is none, so that the target `serve` starts at once."""
