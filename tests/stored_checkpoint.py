@@ -8,10 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from training_inputs import make_inputs
 
-from deepseek_sft import receipts
-from deepseek_sft.data import tokens
 from deepseek_sft.model import tiny
 
 STORED = Path(__file__).resolve().parent / "fixtures" / "checkpoint_format_1"
@@ -47,24 +45,7 @@ SHAPE = tiny.TinyShape(
 
 def write_inputs(folder: Path) -> Path:
     """Base, tokens and their receipts, as the stored run had them."""
-    tiny.write_tiny(folder / "base", SHAPE, 0, 8_000_000)
-    target = folder / "tokens"
-    target.mkdir()
-    random = np.random.default_rng(0)
-    writer = tokens.TokenWriter(target)
-    lengths = [int(random.integers(6, 24)) for _ in range(ROWS)]
-    for number, length in enumerate(lengths):
-        ids = random.integers(2, 60, length).astype(np.int32)
-        labels = ids.copy()
-        labels[: 1 + int(random.integers(0, length - 2))] = -100
-        writer.add(f"row-{number}", ids, labels, np.array([length], np.int32))
-    shards = writer.close()
-    statistics = {"rows": ROWS, "samples": ROWS, "tokens": sum(lengths), "longest": max(lengths)}
-    tokens.write_index(target, {"shards": shards, "vocab_size": VOCABULARY} | statistics)
-    for rule, name, result in (("prepare_model", "base", "base"), ("tokenize_data", "tokens", "tokens")):
-        place = {result: str(folder / name)}
-        receipts.write(folder / f"{rule}.json", rule, inputs={}, settings={}, result=place, figures={})
-    return folder
+    return make_inputs(folder, ROWS, SHAPE, longest=24)
 
 
 def place(work: Path) -> Path:

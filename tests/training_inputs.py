@@ -21,15 +21,17 @@ VOCABULARY = 1024
 DEADLINE = 240.0
 
 
-def make_inputs(folder: Path, rows: int = 30) -> Path:
+SHAPE = tiny.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64)
+
+
+def make_inputs(folder: Path, rows: int = 30, shape: tiny.TinyShape = SHAPE, longest: int = 40) -> Path:
     """Write base, tokens and their receipts below ``folder``."""
-    shape = tiny.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64)
     tiny.write_tiny(folder / "base", shape, 0, 8_000_000)
     target = folder / "tokens"
     target.mkdir()
     random = np.random.default_rng(0)
     writer = tokens.TokenWriter(target)
-    lengths = [int(random.integers(6, 40)) for _ in range(rows)]
+    lengths = [int(random.integers(6, longest)) for _ in range(rows)]
     for number, length in enumerate(lengths):
         # Few values, so that there is something to learn; prompts of uneven length carry no loss.
         ids = random.integers(2, 60, length).astype(np.int32)
@@ -38,7 +40,7 @@ def make_inputs(folder: Path, rows: int = 30) -> Path:
         writer.add(f"row-{number}", ids, labels, np.array([length], np.int32))
     shards = writer.close()
     statistics = {"rows": rows, "samples": rows, "tokens": sum(lengths), "longest": max(lengths)}
-    tokens.write_index(target, {"shards": shards, "vocab_size": VOCABULARY} | statistics)
+    tokens.write_index(target, {"shards": shards, "vocab_size": shape.vocab_size} | statistics)
     for rule, name, result in (("prepare_model", "base", "base"), ("tokenize_data", "tokens", "tokens")):
         place = {result: str(folder / name)}
         receipts.write(folder / f"{rule}.json", rule, inputs={}, settings={}, result=place, figures={})
