@@ -1,5 +1,7 @@
 # make demo · make status · make test · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
 PYTHON ?= python3
+# Test files run side by side: most of them wait for clusters and trainers more than they compute.
+WORKERS ?= 2
 DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
@@ -35,7 +37,7 @@ envs:
 
 test: envs
 	@cluster/install
-	@$(DEV)/python -m pytest
+	@$(DEV)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 40
 
 test-swap:
 	@$(PYTHON) workflow/scripts/build_env.py dev
