@@ -182,7 +182,7 @@ class Experiment:
         For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
         """
         config = self.config
-        used = [*Training.train_keys(), "ranks_per_node"]
+        used = [*Training.train_keys(), "ranks_per_node", "hang_minutes"]
         steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
         shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
         others = {
@@ -204,7 +204,8 @@ class Experiment:
             node_mb: memory of a node as Slurm says it; None where it does not.
 
         Raises:
-            GateError: the plan does not fit, and the configuration does not say to go on.
+            GateError: the plan does not fit, or a time-out would end what is healthy by it, and the configuration does
+                not say to go on.
             BadInputError: it cannot be made.
         """
         receipt = Path(self.results, "receipts", "tokenize_data.json")
@@ -212,6 +213,7 @@ class Experiment:
         plan = planning.from_config(self.config, read_resources(resources), tokens, node_mb)
         gate.check_possible(plan)
         gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
+        gate.check_limits(plan, self.config["train"]["hang_minutes"], self.config["plan"]["on_misfit"])
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
