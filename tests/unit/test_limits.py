@@ -128,7 +128,7 @@ def test_a_flight_recorder_that_hangs_does_not_keep_the_rank(tmp_path, monkeypat
 def test_preflight_s_limits_grow_with_the_ranks_and_stay_within_its_job(ranks):
     found = limits.under_load(ranks)
     assert found.loading >= 300 + ranks
-    assert found.joining < found.loading <= found.total
+    assert found.joining > found.loading, "other nodes may still import torch"
     if ranks <= 256:
         assert found.total + 600 < 3600, "preflight's own job has an hour, timeout_s of it for the nodes by themselves"
 

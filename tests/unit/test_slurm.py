@@ -34,12 +34,14 @@ CONTEXT = {
     "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN"},
     "ranks_per_node": None,
     "preflight": True,
+    "spare_nodes": 0,
 }
 SERVED = CONTEXT | {"python": ".envs/serve-cuda/bin/python", "environment": {}}
 SERVING = dataclasses.replace(CLUSTER, cpus_per_task=96, mem_mb=500000, runtime=240, extra="--exclusive", account="")
 CPU_NODE = Allocation(cpus_per_task=2, mem_mb=9000, runtime=30, partition="serve")
 CASES = {
     "train.slurm": ("train", CLUSTER, CONTEXT | {"activate": "module load cuda/12.6"}),
+    "train.spares": ("train", dataclasses.replace(CLUSTER, nodes=34), CONTEXT | {"spare_nodes": 2}),
     "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2, "preflight": False}),
     "preflight.slurm": ("preflight", CLUSTER, CONTEXT),
     "smoke_test.slurm": ("smoke_test", CLUSTER, CONTEXT | {"python": ".envs/serve-cuda/bin/python"}),

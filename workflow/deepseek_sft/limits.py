@@ -89,7 +89,7 @@ class UnderLoad:
 
     Attributes:
         loading: until every rank has imported torch: hundreds of cold starts from one shared folder.
-        joining: after that, until all ranks have found each other, which takes the slowest node's imports.
+        joining: after that, until all ranks have found each other, which waits for the slowest node's imports.
         measuring: after that, until the end.
     """
 
@@ -104,7 +104,8 @@ class UnderLoad:
 
 def under_load(ranks: int) -> UnderLoad:
     """Preflight's limits for so many ranks: imports and connections grow with them."""
-    return UnderLoad(loading=300.0 + 2 * ranks, joining=120.0 + ranks, measuring=240.0 + ranks)
+    loading = 300.0 + 2 * ranks
+    return UnderLoad(loading, joining=loading + 60.0, measuring=240.0 + ranks)
 
 
 def problems(

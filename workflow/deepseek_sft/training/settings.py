@@ -25,6 +25,7 @@ STEERING = (
     "spike_factor",
     "on_spike",
     "hang_minutes",
+    "slow_rank_percent",
 )
 # Not part of the run id: the same run goes on when they change.
 OPERATIONAL = (*STEERING, "gpu_tflops", "max_hours")
@@ -85,6 +86,7 @@ class Settings:
     gpu_tflops: float | None
     attention: str
     run_name: str
+    slow_rank_percent: float | None = None
 
     @property
     def max_seconds(self) -> float | None:
@@ -135,7 +137,7 @@ def read(path: str | Path) -> Settings:
     for key in ("epochs", "learning_rate", "max_grad_norm"):
         if not _is_number(values[key]) or values[key] <= 0:
             raise BadInputError(f"{path}: {key} must be above 0, found {values[key]!r}")
-    for key in ("max_hours", "save_every_minutes", "first_loss_max", "spike_factor", "gpu_tflops"):
+    for key in ("max_hours", "save_every_minutes", "first_loss_max", "spike_factor", "gpu_tflops", "slow_rank_percent"):
         if values[key] is not None and (not _is_number(values[key]) or values[key] <= 0):
             raise BadInputError(f"{path}: {key} must be above 0 or null, found {values[key]!r}")
     limits = values["hang_minutes"]
