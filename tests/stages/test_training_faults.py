@@ -170,3 +170,33 @@ def test_what_a_person_reads_before_spending_gpu_hours_is_there(trainer):
     for load, busiest, dead in zip(record["load"], line["busiest_expert_load"], line["dead_experts"], strict=True):
         assert sum(load) / len(load) == pytest.approx(1, abs=1e-3)
         assert (max(load), load.count(0)) == (pytest.approx(busiest, abs=1e-3), dead)
+
+
+SLOW_RANK = """
+import os
+if os.environ.get("RANK") == "1" and "LOCAL_RANK" in os.environ:
+    import time
+    import torch
+    product = torch.nn.Linear.forward
+    def slower(self, tokens):
+        time.sleep(0.002)
+        return product(self, tokens)
+    torch.nn.Linear.forward = slower
+"""
+
+
+def test_a_slow_rank_is_named_in_log_and_file_and_every_line_holds_what_each_rank_computed(trainer, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_RANK)
+    run = trainer()
+    path = {"PYTHONPATH": str(tmp_path)}
+    text = run.run(2, environment=path, micro_batch_size=4, max_steps=22, save_every_steps=100, slow_rank_percent=100)
+    (warning,) = [line for line in text.splitlines() if "slower than the median rank" in line]
+    assert "rank 1 (device 1 of " in warning
+    assert "for 20 steps" in warning
+    (entry,) = json.loads((run.work / "train" / "slow_nodes.json").read_text()).values()
+    assert (entry["rank"], entry["step"]) == (1, 20)
+    for line in run.metrics():
+        healthy, slow = line["compute_seconds"]
+        assert 0 < healthy < line["seconds"]
+        assert slow > 2 * healthy
+        assert line["seconds_forward"] + line["seconds_backward"] > healthy, "waiting for the slow one is not computing"

@@ -72,6 +72,11 @@ class Judge:
         return found
 
 
+def allowed_percent(stated: float | None, accelerator: str) -> float | None:
+    """Above the median from which a rank is slow; None judges nothing."""
+    return stated if stated is not None else GPU_PERCENT if accelerator == "cuda" else None
+
+
 def describe(slow: Slow, host: str, ranks_per_node: int) -> str:
     """One sentence: rank, node, device, figures."""
     return (
