@@ -83,7 +83,17 @@ def test_healthy_nodes_pass_and_their_figures_are_in_receipt_and_table(job: Job)
     figures = json.loads(job.receipt.read_text())["figures"]
     assert set(figures["table"]) == {"node1", "node2", "node3", "node4"}
     assert figures["all_reduce_gb_per_second"] > 0
-    for check in ("host_memory", "disk", "software", "ports", "clock", "cpus", "gemm", "memory_bandwidth", "all_reduce"):
+    for check in (
+        "host_memory",
+        "disk",
+        "software",
+        "ports",
+        "clock",
+        "cpus",
+        "gemm",
+        "memory_bandwidth",
+        "all_reduce",
+    ):
         assert figures["checks"][check]["passed"] is True
     assert [line.split()[0] for line in job.table] == ["node", "node1", "node2", "node3", "node4"]
 
@@ -195,7 +205,9 @@ def test_the_best_of_more_nodes_train_and_the_others_are_given_back(job: Job, pr
     subprocess.run([*render, *words], cwd=project, check=True)
     script, small = job.results / "train" / "train.sbatch", "mount -o remount,size=2m /tmp"
     with broken(job.cluster, "node2", small, "mount -o remount,size=50% /tmp"):
-        done = job.cluster.exec("sbatch", "--wait", "--parsable", "--partition=cpu", str(script), check=False, timeout=200)
+        done = job.cluster.exec(
+            "sbatch", "--wait", "--parsable", "--partition=cpu", str(script), check=False, timeout=200
+        )
     number = done.stdout.split()[0]
     log = (job.folder / "logs" / "train" / f"{number}-1.log").read_text()
     assert "node2 does not train: local_disk: " in log

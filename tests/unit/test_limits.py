@@ -137,4 +137,3 @@ def test_train_py_refuses_a_stated_limit_against_its_plan():
     found = limits.problems(limits.Planned(step=1200), {"step": 30}, None, True)
     assert "train.hang_minutes.step: 30 minutes, but the plan's slowest step takes 20.0" in found[0][0]
     assert "at least 40" in found[0][1]
-

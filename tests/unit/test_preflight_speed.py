@@ -1,4 +1,4 @@
-"""Promises about speed: the slow device or node is named with figures, a healthy one is not, and the best nodes train."""
+"""Promises about speed: the slow device or node is named with figures, a healthy one is not; the best nodes train."""
 
 import json
 import subprocess
@@ -135,7 +135,7 @@ def run_stages(tmp_path, program: str, limit: limits.UnderLoad):
 
 
 def test_a_slow_import_does_not_use_up_the_time_of_the_measurement(tmp_path):
-    program = "time.sleep(1.5); print('{\"stage\": \"loaded\"}'); print('{\"stage\": \"joined\"}'); time.sleep(0.2)"
+    program = 'time.sleep(1.5); print(\'{"stage": "loaded"}\'); print(\'{"stage": "joined"}\'); time.sleep(0.2)'
     assert run_stages(tmp_path, program, limits.UnderLoad(60, 60, 30)) is None
 
 
@@ -144,7 +144,7 @@ def test_a_slow_import_does_not_use_up_the_time_of_the_measurement(tmp_path):
     [
         ("time.sleep(60)", (1, 60, 60), "did not import torch within 1 s"),
         ("print('\"loaded\"'); time.sleep(60)", (60, 1, 60), "did not meet all other ranks within 1 s"),
-        ("print('\"loaded\" \"joined\"'); time.sleep(60)", (60, 60, 1), "did not end within 1 s"),
+        ('print(\'"loaded" "joined"\'); time.sleep(60)', (60, 60, 1), "did not end within 1 s"),
     ],
 )
 def test_the_stage_that_takes_too_long_is_named(tmp_path, program, limit, what):

@@ -213,7 +213,10 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
             "`skip`, or write all_reduce_min_gb_per_second: null"
         )
     if train["spare_nodes"] and not preflight["in_training"]:
-        yield "train.spare_nodes: preflight chooses among the nodes; write preflight: {in_training: true}, or spare_nodes: 0"
+        yield (
+            "train.spare_nodes: preflight chooses among the nodes; write preflight: {in_training: true}, or "
+            "spare_nodes: 0"
+        )
     if train["min_learning_rate"] > train["learning_rate"]:
         yield "train.min_learning_rate: is above learning_rate"
     plan = config["plan"]

@@ -139,9 +139,9 @@ def problems(
     if lead is not None and lead < healthy and not ends_within:
         found.append(
             (
-                f"profile, set-resources: train: slurm_extra: --signal comes {lead:.0f} s before the job's end, but the "
-                f"plan's slowest step takes {planned.step:.0f} s and a checkpoint {planned.save:.0f} s: the save would "
-                "be cut off",
+                f"profile, set-resources: train: slurm_extra: --signal comes {lead:.0f} s before the job's end, but "
+                f"the plan's slowest step takes {planned.step:.0f} s and a checkpoint {planned.save:.0f} s: the save "
+                "would be cut off",
                 f'slurm_extra: "{with_lead(slurm_extra, planned)}"',
             )
         )

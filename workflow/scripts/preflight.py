@@ -6,7 +6,8 @@
 
 Each node checks its memory, /dev/shm, limits, disks, GPUs, InfiniBand ports, code, packages and files; that the
 rendezvous port of training is free and reachable from every node; that the results folder is one and the same. Then all
-nodes multiply matrices, copy memory, and sum inside each node and over the network together. The first node writes the table <results>/preflight/table.txt and the receipt.
+nodes multiply matrices, copy memory, and sum inside each node and over the network together. The first node writes the
+table <results>/preflight/table.txt and the receipt.
 
 Exit codes (first node): 0 all nodes are fit, 2 bad input, 3 a node is not (each named, with the --exclude to use),
 5 crash.
@@ -35,7 +36,9 @@ def main() -> None:
     parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
     parser.add_argument("--rule", choices=("preflight", "train_preflight"), default="preflight", help="whose it is")
-    parser.add_argument("--train-nodes", type=int, help="nodes to train on, fewer than the job has: the others are spare")
+    parser.add_argument(
+        "--train-nodes", type=int, help="nodes to train on, fewer than the job has: the others are spare"
+    )
     parser.add_argument("--chosen", type=Path, help="file for the names of the nodes to train on, one a line")
     options = parser.parse_args()
     if (options.train_nodes is None) != (options.chosen is None):

@@ -1,8 +1,8 @@
 """What happens to a plan that does not fit."""
 
+from .. import limits
 from ..cli import say
 from ..errors import BadInputError, GateError
-from .. import limits
 from . import alternatives, duration
 from .advice import profile_lines
 from .plan import MISFIT, Plan

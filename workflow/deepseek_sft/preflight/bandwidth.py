@@ -95,9 +95,7 @@ def over_torch(
     return [Finding("all_reduce", False, f"rank {rank} {what}: {last}", "broken")], {"failed_at": time.time()}
 
 
-def _wait(
-    running: list[subprocess.Popen], outputs: list[Path], limit: limits.UnderLoad
-) -> tuple[int, str] | None:
+def _wait(running: list[subprocess.Popen], outputs: list[Path], limit: limits.UnderLoad) -> tuple[int, str] | None:
     """Local rank of the first process that failed, and how; then all are ended.
 
     The limit of each stage begins when the last of this node's ranks has come to it: imports are not measured.
@@ -149,7 +147,10 @@ def _read(told: list[dict[str, Any]], backend: str, megabytes: float) -> tuple[l
         return findings, facts
     speed = facts["gb_per_second"]
     if not facts["correct"]:
-        return [*findings, Finding("all_reduce", False, f"the sum of {backend}'s all-reduce is wrong", "wrong sum")], facts
+        return [
+            *findings,
+            Finding("all_reduce", False, f"the sum of {backend}'s all-reduce is wrong", "wrong sum"),
+        ], facts
     detail = f"{speed:.2f} GB/s bus bandwidth, {backend}, {megabytes:g} MB over {facts['ranks']} ranks"
     return [*findings, Finding("all_reduce", True, detail, f"{speed:.2f} GB/s")], facts
 

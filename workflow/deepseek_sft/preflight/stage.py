@@ -143,9 +143,7 @@ def _load(place: Place, settings: Settings, decision: dict[str, Any]) -> dict[st
         findings = [finding]
     else:
         main = place.node.main_host if ranks[0] == 0 else address_of(hosts[0])
-        node = dataclasses.replace(
-            place.node, nodes=len(hosts), node_rank=own, main_host=main, hosts=tuple(hosts)
-        )
+        node = dataclasses.replace(place.node, nodes=len(hosts), node_rank=own, main_host=main, hosts=tuple(hosts))
         floor = settings.all_reduce_min_gb_per_second
         findings, facts = bandwidth.over_torch(node, backend, port, megabytes, floor, measures)
     return {
