@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,35 @@ def test_arguments_of_an_allocation_make_the_same_one():
 
 def test_jobs_by_hand_are_named_after_experiment_and_stage():
     assert "#SBATCH --job-name=r1-5_train\n" in slurm.render("train", CLUSTER, CONTEXT | {"experiment": "r1.5"})
+
+
+STUBS = {
+    "squeue": 'case "$*" in *%x*) echo "gpu|32|node9";; *) echo "RUNNING $(cat comment)";; esac',
+    "scontrol": 'if [ "$1" = show ]; then tr , "\\n" <<< "$3"; else echo "$*" >> asked; fi',
+    "sinfo": 'seq -f node%g 1 "$(cat nodes)"',
+    "srun": "exit 5",  # training crashed
+}
+
+
+@pytest.mark.parametrize(("nodes", "left_out"), [(34, True), (33, False)])
+def test_a_requeued_job_leaves_slow_nodes_out_where_there_are_enough_others(nodes, left_out, tmp_path):
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    folder = tmp_path / "results/r1/train"
+    folder.mkdir(parents=True)
+    (folder / "slow_nodes.json").write_text('{"node7": {"text": "slow"}}')
+    (tmp_path / "nodes").write_text(str(nodes))
+    (tmp_path / "comment").write_text("rule_train r1 abc")
+    context = CONTEXT | {"project": str(tmp_path), "python": sys.executable, "preflight": False}
+    (tmp_path / "script").write_text(slurm.render("train", CLUSTER, context))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
+    command = ["bash", "script", "--in-workflow", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ["requeue 42", *(["update JobId=42 ExcNodeList=node9,node7"] if left_out else [])]
+    assert ("node7 would be left out as slow, but partition gpu has only 31 other nodes" in done.stdout) != left_out
 
 
 if __name__ == "__main__":
