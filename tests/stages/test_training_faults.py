@@ -91,7 +91,7 @@ if os.environ.get("RANK") == "1" and "LOCAL_RANK" in os.environ:
     import torch
     product = torch.nn.Linear.forward
     def slower(self, tokens):
-        time.sleep(0.002)
+        time.sleep(0.01)
         return product(self, tokens)
     torch.nn.Linear.forward = slower
 """
@@ -103,7 +103,7 @@ def long_run(trainer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("slow")
     (folder / "sitecustomize.py").write_text(SLOW_RANK)
     run = trainer()
-    policy = {"spike_factor": 1e-9, "on_spike": "skip", "slow_rank_percent": 100}
+    policy = {"spike_factor": 1e-9, "on_spike": "skip", "slow_rank_percent": 30}
     production = {"strategy": "zero3_offload", "dtype": "bfloat16"}
     settings = {"micro_batch_size": 4, "max_steps": 23, "save_every_steps": 20} | policy | production
     return run, run.run(2, environment={"PYTHONPATH": str(folder)}, **settings)
@@ -132,7 +132,7 @@ def test_every_line_holds_what_each_rank_computed_without_waiting_for_the_slow_o
     for line in long_run[0].metrics():
         healthy, slow = line["compute_seconds"]
         assert 0 < healthy < line["seconds"]
-        assert slow > 2 * healthy
+        assert slow > 1.3 * healthy
 
 
 def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted_until_none_is_good(trainer):
@@ -207,3 +207,15 @@ def test_what_a_person_reads_before_spending_gpu_hours_is_there(trainer):
     for load, busiest, dead in zip(record["load"], line["busiest_expert_load"], line["dead_experts"], strict=True):
         assert sum(load) / len(load) == pytest.approx(1, abs=1e-3)
         assert (max(load), load.count(0)) == (pytest.approx(busiest, abs=1e-3), dead)
+
+
+def test_the_clock_samples_every_kind_of_layer_and_groups_get_the_run_s_time_out(environment):
+    command = [str(environment("train")), str(STAGES / "compute_clock_probe.py")]
+    path = {"PYTHONPATH": str(STAGES.parents[1] / "workflow")}
+    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["timed"], told["kinds"]) == (64, 8)
+    assert told["rows"] == 64 * 10, "tokens times layers"
+    assert told["seconds"] > 0
+    assert told["after"] == [0, 0]
+    assert told["timeout_hours"] == 5, "torch's own are 10 minutes for NCCL and 30 for gloo"

@@ -73,14 +73,14 @@ def prepare(base_receipt: Path, tokens_receipt: Path, settings_file: Path, outpu
 
 
 def planned(plan_receipt: Path | None) -> limits.Planned:
-    """What the plan takes the slowest step, save and start for; nothing without a plan.
-
-    Raises:
-        BadInputError: the receipt cannot be read, or what it names has gone.
-    """
+    """What the plan takes the slowest step, save and start for; nothing, which is said, without a readable plan."""
     if plan_receipt is None:
         return limits.Planned()
-    return limits.Planned.of_figures(receipts.read(plan_receipt, plan_receipt.stem)["figures"])
+    try:
+        return limits.Planned.of_figures(receipts.read(plan_receipt, plan_receipt.stem)["figures"])
+    except BadInputError as error:
+        say(f"warning: {error.problem}; time limits are the least ones, whatever the plan said")
+        return limits.Planned()
 
 
 def train(

@@ -78,6 +78,8 @@ class Watchdog:
         """A phase came to its end after ``seconds``; where its limit is derived, the next ones are judged by it."""
         if phase not in self._measured:
             return
+        with self._changed:
+            self._since = time.monotonic()  # a shorter limit must not end what has just come to its end
         self._measured[phase].append(seconds)
         self._seen[phase] += 1
         enough = {"step": time_limits.MEASURED_STEPS, "save": time_limits.MEASURED_SAVES}[phase]

@@ -28,8 +28,9 @@ class ComputeClock:
         self._started: dict[int, Any] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         found = [module for module in model.modules() if type(module) is nn.Linear]
-        stride = -(-len(found) // most) or 1
-        self.timed = found[::stride]
+        count = min(most, len(found))
+        # Evenly, and not every so-many-th, which would be the same projection in each layer.
+        self.timed = [found[index * len(found) // count] for index in range(count)]
         for module in self.timed:
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end, prepend=True)
