@@ -5,8 +5,10 @@ import sys
 import types
 
 import pytest
+from unit import report_results as made
+from unit.report_page import section
 
-from deepseek_sft.report import status
+from deepseek_sft.report import build, drawing, status
 from deepseek_sft.training import device_health, slow_nodes
 
 
@@ -58,6 +60,15 @@ def test_status_and_next_start_tell_of_a_noted_node_and_how_to_take_it_again(tmp
     assert "train leaves node2 out: rank 13 (device 5 of node2) has computed 20 % slower" in told[0]
     assert "slow_nodes.json" in told[0]
     assert [name for name, _ in status._slow_rows(tmp_path)] == ["slow", "slow"]
+
+
+def test_the_report_names_slow_nodes_beside_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "svg", lambda figure, name, description: "<svg></svg>")
+    results = made.write_results(tmp_path)
+    assert "slow nodes" not in section(build.build(results, None).html, "train")
+    slow_nodes.note(results / "train", slow_nodes.Slow(13, 20.0, 20, 120), "node2", 8)
+    shown = section(build.build(results, None).html, "train")
+    assert "rank 13 (device 5 of node2) has computed 20 % slower than the median rank for 20 steps" in shown
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"node2": 3}'])

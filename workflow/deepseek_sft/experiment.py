@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from . import chain, files, place, receipts
+from . import chain, files, limits, place, receipts
 from . import config as configuration
 from .data.sources import split_argument
 from .errors import BadInputError
@@ -304,11 +304,26 @@ class Experiment:
                     f"train.sequence_parallel_size: {size} does not divide the {gpus} GPUs of a node "
                     f"(profile, set-resources: train: gres: {train.gres}); allowed: {allowed}"
                 )
+        if preflight := allocations.get("preflight"):
+            problems += self._preflight_problems(preflight)
         for rule in ("smoke_test", "serve"):
             if serve := allocations.get(rule):
                 problems += self._serving_problems(rule, serve)
         if problems:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _preflight_problems(self, allocation: Allocation) -> list[str]:
+        """Why preflight's own job would be ended while healthy nodes still import torch and measure."""
+        ranks = allocation.nodes * (allocation.gpus_per_node() or 1)
+        found = limits.under_load(ranks)
+        needed = found.loading + found.measuring
+        if self.config["accelerator"] == "cpu" or needed <= 60 * allocation.runtime:
+            return []
+        return [
+            f"preflight: its job has {allocation.runtime} minutes, but {ranks} ranks may take {found.loading / 60:.0f} to "
+            f"import torch from a shared folder and {found.measuring / 60:.0f} to measure\n"
+            f"    fix: set-resources: preflight: runtime: {-(-needed // 60):.0f} in the profile"
+        ]
 
     def _serving_problems(self, rule: str, allocation: Allocation) -> list[str]:
         """Why the shape of ``serve`` cannot run in the allocation of a rule, with ways out that the nodes have."""
