@@ -238,6 +238,6 @@ def test_a_preflight_job_that_ends_before_its_measurement_is_refused_with_the_mi
 
 
 def test_spare_nodes_need_preflight_to_choose_them():
-    with pytest.raises(BadInputError, match="train.spare_nodes: preflight chooses among the nodes"):
+    with pytest.raises(BadInputError, match="spare_nodes: preflight chooses among the nodes"):
         demo(train={"spare_nodes": 2}, preflight={"in_training": False})
     assert changed(train={"spare_nodes": 2, "slow_rank_percent": 5}) == set()

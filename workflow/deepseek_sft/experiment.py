@@ -320,8 +320,8 @@ class Experiment:
         if self.config["accelerator"] == "cpu" or needed <= 60 * allocation.runtime:
             return []
         return [
-            f"preflight: its job has {allocation.runtime} minutes, but {ranks} ranks may take {found.loading / 60:.0f} to "
-            f"import torch from a shared folder and {found.measuring / 60:.0f} to measure\n"
+            f"preflight: its job has {allocation.runtime} minutes, but {ranks} ranks may take "
+            f"{found.loading / 60:.0f} to import torch from a shared folder and {found.measuring / 60:.0f} to measure\n"
             f"    fix: set-resources: preflight: runtime: {-(-needed // 60):.0f} in the profile"
         ]
 
