@@ -124,6 +124,13 @@ def test_half_of_the_cores_is_right_for_half_of_the_gpus(topology):
     assert finding.passed is True
 
 
+def test_the_machine_s_cpus_are_read_as_the_kernel_writes_them(tmp_path):
+    (tmp_path / "effective").write_text("0-3,8,10-11\n")
+    assert affinity._usable([tmp_path / "none", tmp_path / "effective"]) == {0, 1, 2, 3, 8, 10, 11}
+    (tmp_path / "effective").write_text("\n")
+    assert affinity._usable([tmp_path / "effective"]) == set()
+
+
 # ------------------------------------------------------------------------------------------- clocks of the measurement
 
 

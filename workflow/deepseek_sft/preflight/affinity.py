@@ -10,6 +10,8 @@ from .findings import Finding
 HALF = 0.5  # of the cores that belong to the job's GPUs: at or below, a resource line or a binding is wrong
 GPUS = Path("/proc/driver/nvidia/gpus")  # all GPUs of the node, also those of other jobs
 TOPOLOGY = Path("/sys/devices/system/cpu")
+# What a machine, or the container that stands for one, lets its processes use: control groups of version 2 and 1.
+USABLE = (Path("/sys/fs/cgroup/cpuset.cpus.effective"), Path("/sys/fs/cgroup/cpuset/cpuset.effective_cpus"))
 
 
 def affinity(
@@ -27,7 +29,8 @@ def affinity(
         mine: CPUs that this process may run on; by default what the kernel says.
     """
     own = set(os.sched_getaffinity(0) if mine is None else mine)
-    cores = _cores(topology)
+    usable = _usable(USABLE if topology is TOPOLOGY else ())
+    cores = {cpu: place for cpu, place in _cores(topology).items() if not usable or cpu in usable}
     online = len(cores) or os.cpu_count() or len(own)
     detail, value = f"{len(own)} of the node's {online} CPUs", f"{len(own)}/{online}"
     node_cores, own_cores = set(cores.values()), {cores[cpu] for cpu in own if cpu in cores}
@@ -49,6 +52,17 @@ def affinity(
             )
             return Finding("cpus", False, text, value), same
     return Finding("cpus", True, detail, value), same
+
+
+def _usable(files: Iterable[Path]) -> set[int]:
+    """CPUs of the whole machine in the kernel's form, ``0-3,8``; empty where it does not tell."""
+    for file in files:
+        try:
+            parts = [part.split("-") for part in file.read_text().strip().split(",")]
+            return {cpu for part in parts for cpu in range(int(part[0]), int(part[-1]) + 1)}
+        except (OSError, ValueError):  # the other version of control groups, or none
+            continue
+    return set()
 
 
 def _cores(topology: Path) -> dict[int, tuple[int, int]]:
