@@ -129,6 +129,10 @@ def test_a_slow_rank_is_named_and_its_node_noted(long_run):
     assert 20 <= entry["step"] <= 23
 
 
+def test_a_start_says_its_limits(long_run):
+    assert "limits: start 60 min, step 30 min, save 60 min; a collective 70 min" in long_run[1]
+
+
 def test_every_line_holds_what_each_rank_computed_without_waiting_for_the_slow_one(long_run):
     lines = long_run[0].metrics()
     healthy, slow = (sum(line["compute_seconds"][rank] for line in lines) for rank in (0, 1))
