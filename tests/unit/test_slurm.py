@@ -157,6 +157,37 @@ def test_a_requeued_job_leaves_slow_nodes_out_where_there_are_enough_others(node
     assert ("node7 would be left out as slow, but partition gpu has only 31 other nodes" in done.stdout) != left_out
 
 
+CHOOSES = """
+echo "$*" >> started
+while [ $# -gt 0 ]; do
+    if [ "$1" = --chosen ]; then printf 'node1\\nnode3\\n' > "$2"; fi
+    shift
+done
+"""
+
+
+def test_where_slurm_takes_no_nodes_back_what_keeping_them_costs_is_said_and_the_chosen_ones_train(tmp_path):
+    stubs = {
+        "squeue": 'case "$*" in *%D*) echo 4;; esac',
+        "scontrol": 'echo "slurm_update error: Job update not available right now" >&2; exit 1',
+        "srun": CHOOSES,
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "results/r1/train").mkdir(parents=True)
+    context = CONTEXT | {"project": str(tmp_path), "python": sys.executable, "spare_nodes": 2}
+    (tmp_path / "script").write_text(slurm.render("train", Allocation(nodes=4, gres="gpu:8"), context))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node1"}
+    command = ["bash", "script", "--in-workflow", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Slurm takes no nodes back here: 2 nodes stay allocated and idle, 8 GPU hours an hour each" in done.stdout
+    preflight, train = (tmp_path / "started").read_text().split("preflight.py")
+    assert "--nodes=4 --ntasks=4 --ntasks-per-node=1" in preflight
+    assert "--nodes=2 --ntasks=2 --nodelist=node1,node3 --ntasks-per-node=1" in train
+
+
 if __name__ == "__main__":
     for case, arguments in CASES.items():
         (GOLDEN / f"{case}.sbatch").write_text(slurm.render(*arguments))
