@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "on_not_finite": "stop",
     "spike_factor": None,
     "on_spike": "warn",
-    "hang_minutes": {"start": 60, "step": 30, "save": 60},
+    "hang_minutes": None,
     "gpu_tflops": None,
     "attention": "auto",
     "run_name": "",

@@ -6,6 +6,7 @@ Faults are made in the node's own namespaces (mounts, routing, traffic control),
 import contextlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,11 +41,11 @@ class Job:
         content = {"schema": 1, "rule": "plan", "result": {}, "figures": PLAN | changes}
         (self.results / "receipts" / "plan.json").write_text(json.dumps(content))
 
-    def run(self, *nodes: str, **settings) -> subprocess.CompletedProcess:
+    def run(self, *nodes: str, ranks: int = 1, **settings) -> subprocess.CompletedProcess:
         chosen = {"local_disk_gb": 0.1, "shared_memory_gb": 0.1, "all_reduce_backend": "sockets"} | settings
         words = ["--results", str(self.results), "--logs", str(self.folder / "logs"), "--accelerator", "cpu"]
         words += ["--python", str(self.python), "--output", str(self.results / "preflight")]
-        words += ["--settings", json.dumps(chosen), "--operational", json.dumps({"ranks_per_node": 1})]
+        words += ["--settings", json.dumps(chosen), "--operational", json.dumps({"ranks_per_node": ranks})]
         words += ["--nodes", str(len(nodes)), "--mem-mb", "4000"]
         render = [str(self.project / ".envs/workflow/bin/python"), "workflow/scripts/render_sbatch.py", "preflight"]
         subprocess.run([*render, *words], cwd=self.project, check=True)
@@ -82,7 +83,17 @@ def test_healthy_nodes_pass_and_their_figures_are_in_receipt_and_table(job: Job)
     figures = json.loads(job.receipt.read_text())["figures"]
     assert set(figures["table"]) == {"node1", "node2", "node3", "node4"}
     assert figures["all_reduce_gb_per_second"] > 0
-    for check in ("host_memory", "disk", "software", "ports", "clock", "all_reduce"):
+    for check in (
+        "host_memory",
+        "disk",
+        "software",
+        "ports",
+        "clock",
+        "cpus",
+        "gemm",
+        "memory_bandwidth",
+        "all_reduce",
+    ):
         assert figures["checks"][check]["passed"] is True
     assert [line.split()[0] for line in job.table] == ["node", "node1", "node2", "node3", "node4"]
 
@@ -152,3 +163,55 @@ def test_disk_that_is_too_small_for_the_plan_is_nobody_s_fault(job: Job) -> None
     assert done.returncode == 3, done.stderr
     assert "  - all nodes: disk:" in done.stderr
     assert "--exclude" not in done.stderr
+
+
+def test_slow_device_is_named_against_the_median_with_figures(job: Job, project: Path) -> None:
+    source = project / "workflow/deepseek_sft/preflight/device_speed.py"
+    slow = job.cluster.folder / "device_speed.py"
+    product = "    torch.mm(left, right, out=out)\n"
+    assert product in source.read_text()
+    slow.write_text(source.read_text().replace(product, f"{product}    time.sleep(0.05)\n"))
+    with broken(job.cluster, "node2", f"mount --bind {slow} {source}", f"umount {source}"):
+        done = job.run(
+            "node1", "node2", ranks=2, all_reduce_backend="gloo", all_reduce_mb=1, slow_percent=45, skip=["code"]
+        )
+    assert done.returncode == 3, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "  - node2: gemm" in line]
+    for device, line in enumerate(lines):
+        assert re.search(rf"device {device}: \S+ TFLOP/s, 9\d % below the median \S+ of 4", line)
+    assert len(lines) == 2
+    assert "in node" in job.table[0], "the sum inside a node, over NVLink on GPUs"
+
+
+def test_the_best_of_more_nodes_train_and_the_others_are_given_back(job: Job, project: Path) -> None:
+    """Up to the start of train.py, which refuses this base; what it would train on is what the job has then."""
+    folders = {name: job.folder / name for name in ("base", "tokens")}
+    for rule, name in (("prepare_model", "base"), ("tokenize_data", "tokens")):
+        folders[name].mkdir()
+        content = {"schema": 1, "rule": rule, "inputs": {}, "settings": {}, "figures": {}}
+        content["result"] = {name: str(folders[name])}
+        (job.results / "receipts" / f"{rule}.json").write_text(json.dumps(content))
+    plan = {"schema": 1, "rule": "refine_plan", "result": {}, "figures": PLAN}
+    (job.results / "receipts" / "refine_plan.json").write_text(json.dumps(plan))
+    (job.results / "train").mkdir()
+    slow = {"node4": {"text": "rank 3 was slow"}}
+    (job.results / "train" / "slow_nodes.json").write_text(json.dumps(slow))
+    words = ["--results", str(job.results), "--logs", str(job.folder / "logs"), "--accelerator", "cpu"]
+    words += ["--python", str(job.python), "--output", str(job.results / "train"), "--nodes", "5", "--mem-mb", "4000"]
+    words += ["--settings", "{}", "--operational", json.dumps({"ranks_per_node": 1, "spare_nodes": 2})]
+    chosen = {"local_disk_gb": 0.1, "shared_memory_gb": 0.1, "all_reduce_backend": "sockets", "all_reduce_mb": 1}
+    words += ["--preflight", json.dumps(chosen)]
+    render = [str(project / ".envs/workflow/bin/python"), "workflow/scripts/render_sbatch.py", "train"]
+    subprocess.run([*render, *words], cwd=project, check=True)
+    script, small = job.results / "train" / "train.sbatch", "mount -o remount,size=2m /tmp"
+    with broken(job.cluster, "node2", small, "mount -o remount,size=50% /tmp"):
+        done = job.cluster.exec(
+            "sbatch", "--wait", "--parsable", "--partition=cpu", str(script), check=False, timeout=200
+        )
+    number = done.stdout.split()[0]
+    log = (job.folder / "logs" / "train" / f"{number}-1.log").read_text()
+    assert "node2 does not train: local_disk: " in log
+    assert "node4 does not train: rank 3 was slow" in log
+    assert "training on node1,node3,node5; the other nodes are given back" in log
+    assert "NodeList=node[1,3,5]" in job.cluster.exec("scontrol", "show", "job", number).stdout
+    assert done.returncode == 2, log

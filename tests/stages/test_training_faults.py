@@ -84,18 +84,61 @@ def test_the_killed_rank_is_known_also_when_torchrun_ends_the_others_before_they
     assert json.loads((tmp_path / "endings.json").read_text()) == {"0": -15, "1": -9, "2": -15}, done.stderr
 
 
-def test_a_skipped_update_leaves_weights_and_moments_as_they_were(trainer, environment):
-    # After the first 20 steps every gradient counts as a spike.
+SLOW_RANK = """
+import os
+if os.environ.get("RANK") == "1" and "LOCAL_RANK" in os.environ:
+    import time
+    import torch
+    product = torch.nn.Linear.forward
+    def slower(self, tokens):
+        time.sleep(0.01)
+        return product(self, tokens)
+    torch.nn.Linear.forward = slower
+"""
+
+
+@pytest.fixture(scope="module")
+def long_run(trainer, tmp_path_factory):
+    """23 steps on two ranks, and what was said: rank 1 is slow; after the first 20 every gradient counts as a spike."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "sitecustomize.py").write_text(SLOW_RANK)
     run = trainer()
-    policy = {"spike_factor": 1e-9, "on_spike": "skip"}
+    policy = {"spike_factor": 1e-9, "on_spike": "skip", "slow_rank_percent": 30}
     production = {"strategy": "zero3_offload", "dtype": "bfloat16"}
-    run.run(1, micro_batch_size=4, max_steps=23, save_every_steps=20, **policy, **production)
+    settings = {"micro_batch_size": 4, "max_steps": 23, "save_every_steps": 20} | policy | production
+    return run, run.run(2, environment={"PYTHONPATH": str(folder)}, **settings)
+
+
+def test_a_skipped_update_leaves_weights_and_moments_as_they_were(long_run, environment):
+    run, _ = long_run
     assert [line["update"] for line in run.metrics()] == ["applied"] * 20 + ["skipped"] * 3
     assert run.receipt["figures"]["skipped_steps"] == 3
     folders = [str(run.run_folder / name) for name in ("step_20", "step_23")]
     command = [str(environment("train")), str(STAGES / "same_state.py"), *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert set(json.loads(done.stdout.splitlines()[-1]).values()) == {0.0}
+
+
+def test_a_slow_rank_is_named_and_its_node_noted(long_run):
+    run, text = long_run
+    (warning,) = [line for line in text.splitlines() if "slower than the median rank" in line]
+    assert "rank 1 (device 1 of " in warning
+    assert "for 20 steps" in warning
+    (entry,) = json.loads((run.work / "train" / "slow_nodes.json").read_text()).values()
+    assert entry["rank"] == 1
+    assert 20 <= entry["step"] <= 23
+
+
+def test_a_start_says_its_limits(long_run):
+    assert "limits: start 60 min, step 30 min, save 60 min; a collective 70 min" in long_run[1]
+
+
+def test_every_line_holds_what_each_rank_computed_without_waiting_for_the_slow_one(long_run):
+    lines = long_run[0].metrics()
+    healthy, slow = (sum(line["compute_seconds"][rank] for line in lines) for rank in (0, 1))
+    assert all(len(line["compute_seconds"]) == 2 and min(line["compute_seconds"]) > 0 for line in lines)
+    assert slow > 1.3 * healthy
+    assert slow < sum(line["seconds"] for line in lines)
 
 
 def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted_until_none_is_good(trainer):
@@ -170,3 +213,15 @@ def test_what_a_person_reads_before_spending_gpu_hours_is_there(trainer):
     for load, busiest, dead in zip(record["load"], line["busiest_expert_load"], line["dead_experts"], strict=True):
         assert sum(load) / len(load) == pytest.approx(1, abs=1e-3)
         assert (max(load), load.count(0)) == (pytest.approx(busiest, abs=1e-3), dead)
+
+
+def test_the_clock_samples_every_kind_of_layer_and_groups_get_the_run_s_time_out(environment):
+    command = [str(environment("train")), str(STAGES / "compute_clock_probe.py")]
+    path = {"PYTHONPATH": str(STAGES.parents[1] / "workflow")}
+    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["timed"], told["kinds"]) == (64, 8)
+    assert told["rows"] == 64 * 10, "tokens times layers"
+    assert told["seconds"] > 0
+    assert told["after"] == [0, 0]
+    assert told["timeout_hours"] == 5, "torch's own are 10 minutes for NCCL and 30 for gloo"

@@ -229,3 +229,15 @@ def test_published_shape_fits():
 def test_shape_that_cannot_work_is_refused(train, serve, words):
     with pytest.raises(BadInputError, match=words):
         production().check_shapes({"train": train, "smoke_test": serve})
+
+
+def test_a_preflight_job_that_ends_before_its_measurement_is_refused_with_the_minutes_it_needs():
+    production().check_shapes({"preflight": Allocation(nodes=32, gres="gpu:8", runtime=60)})
+    with pytest.raises(BadInputError, match=r"256 ranks may take 14 to import torch[^\n]*\n.*runtime: 22 in"):
+        production().check_shapes({"preflight": Allocation(nodes=32, gres="gpu:8", runtime=10)})
+
+
+def test_spare_nodes_need_preflight_to_choose_them():
+    with pytest.raises(BadInputError, match="spare_nodes: preflight chooses among the nodes"):
+        demo(train={"spare_nodes": 2}, preflight={"in_training": False})
+    assert changed(train={"spare_nodes": 2, "slow_rank_percent": 5}) == set()

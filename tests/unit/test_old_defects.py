@@ -90,6 +90,7 @@ def test_every_program_that_a_script_starts_exists_and_is_given_to_python(name, 
         "environment": {},
         "ranks_per_node": None,
         "preflight": True,
+        "spare_nodes": 0,
     }
     script = slurm.render(name, Allocation(nodes=2, gres="gpu:8"), context)
     assert PROGRAM.search(script)

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,14 @@ CONTEXT = {
     "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN"},
     "ranks_per_node": None,
     "preflight": True,
+    "spare_nodes": 0,
 }
 SERVED = CONTEXT | {"python": ".envs/serve-cuda/bin/python", "environment": {}}
 SERVING = dataclasses.replace(CLUSTER, cpus_per_task=96, mem_mb=500000, runtime=240, extra="--exclusive", account="")
 CPU_NODE = Allocation(cpus_per_task=2, mem_mb=9000, runtime=30, partition="serve")
 CASES = {
     "train.slurm": ("train", CLUSTER, CONTEXT | {"activate": "module load cuda/12.6"}),
+    "train.spares": ("train", dataclasses.replace(CLUSTER, nodes=34), CONTEXT | {"spare_nodes": 2}),
     "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2, "preflight": False}),
     "preflight.slurm": ("preflight", CLUSTER, CONTEXT),
     "smoke_test.slurm": ("smoke_test", CLUSTER, CONTEXT | {"python": ".envs/serve-cuda/bin/python"}),
@@ -123,6 +126,66 @@ def test_arguments_of_an_allocation_make_the_same_one():
 
 def test_jobs_by_hand_are_named_after_experiment_and_stage():
     assert "#SBATCH --job-name=r1-5_train\n" in slurm.render("train", CLUSTER, CONTEXT | {"experiment": "r1.5"})
+
+
+STUBS = {
+    "squeue": 'case "$*" in *%x*) echo "gpu|32|node9";; *) echo "RUNNING $(cat comment)";; esac',
+    "scontrol": 'if [ "$1" = show ]; then tr , "\\n" <<< "$3"; else echo "$*" >> asked; fi',
+    "sinfo": 'seq -f node%g 1 "$(cat nodes)"',
+    "srun": "exit 5",  # training crashed
+}
+
+
+@pytest.mark.parametrize(("nodes", "left_out"), [(34, True), (33, False)])
+def test_a_requeued_job_leaves_slow_nodes_out_where_there_are_enough_others(nodes, left_out, tmp_path):
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    folder = tmp_path / "results/r1/train"
+    folder.mkdir(parents=True)
+    (folder / "slow_nodes.json").write_text('{"node7": {"text": "slow"}}')
+    (tmp_path / "nodes").write_text(str(nodes))
+    (tmp_path / "comment").write_text("rule_train r1 abc")
+    context = CONTEXT | {"project": str(tmp_path), "python": sys.executable, "preflight": False}
+    (tmp_path / "script").write_text(slurm.render("train", CLUSTER, context))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
+    command = ["bash", "script", "--in-workflow", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ["requeue 42", *(["update JobId=42 ExcNodeList=node9,node7"] if left_out else [])]
+    assert ("node7 would be left out as slow, but partition gpu has only 31 other nodes" in done.stdout) != left_out
+
+
+CHOOSES = """
+echo "$*" >> started
+while [ $# -gt 0 ]; do
+    if [ "$1" = --chosen ]; then printf 'node1\\nnode3\\n' > "$2"; fi
+    shift
+done
+"""
+
+
+def test_where_slurm_takes_no_nodes_back_what_keeping_them_costs_is_said_and_the_chosen_ones_train(tmp_path):
+    stubs = {
+        "squeue": 'case "$*" in *%D*) echo 4;; esac',
+        "scontrol": 'echo "slurm_update error: Job update not available right now" >&2; exit 1',
+        "srun": CHOOSES,
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "results/r1/train").mkdir(parents=True)
+    context = CONTEXT | {"project": str(tmp_path), "python": sys.executable, "spare_nodes": 2}
+    (tmp_path / "script").write_text(slurm.render("train", Allocation(nodes=4, gres="gpu:8"), context))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node1"}
+    command = ["bash", "script", "--in-workflow", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Slurm takes no nodes back here: 2 nodes stay allocated and idle, 8 GPU hours an hour each" in done.stdout
+    preflight, train = (tmp_path / "started").read_text().split("preflight.py")
+    assert "--nodes=4 --ntasks=4 --ntasks-per-node=1" in preflight
+    assert "--nodes=2 --ntasks=2 --nodelist=node1,node3 --ntasks-per-node=1" in train
 
 
 if __name__ == "__main__":

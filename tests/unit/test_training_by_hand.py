@@ -52,6 +52,7 @@ def by_hand(tmp_path):
         "environment": {},
         "ranks_per_node": 1,
         "preflight": False,
+        "spare_nodes": 0,
     }
     script = tmp_path / "train.sbatch"
     script.write_text(slurm.render("train", Allocation(), context))

@@ -40,6 +40,7 @@ def test_operational_settings_keep_the_run():
         "hang_minutes": {"start": 1, "step": 1, "save": 1},
         "gpu_tflops": 989,
         "max_hours": 2.0,
+        "slow_rank_percent": 25.0,
     }
     assert others.keys() == set(training_settings.OPERATIONAL)
     assert run_id(**others) == run_id()

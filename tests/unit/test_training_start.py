@@ -285,7 +285,7 @@ def test_the_rendered_configuration_is_python_with_the_settings_in_it(tmp_path, 
 
 
 def test_the_command_starts_every_rank_of_this_node_and_no_rendezvous_server(tmp_path):
-    start = launch.Start(tmp_path, "cuda", {"start": 60, "step": 0.5, "save": 60}, tmp_path / "stop")
+    start = launch.Start(tmp_path, "cuda", {"start": 60, "step": 30.0, "save": 60}, tmp_path / "stop")
     command = launch.command_of(nodes.detect("cuda", 8, SLURM), start)
     text = " ".join(command)
     for part in (

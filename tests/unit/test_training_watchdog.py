@@ -100,3 +100,20 @@ def test_a_hang_is_told_by_the_log_of_the_rank_it_began_with(tmp_path):
     told = launch.explain_failure(tmp_path, node)
     assert "hang: rank 1 on alpha came least far" in told
     assert "stack of rank 1" in told
+
+
+def test_a_hanging_rank_leaves_what_the_flight_recorder_holds_before_it_ends(tmp_path):
+    program = f"""
+import sys, threading, types; sys.path.insert(0, {str(WORKFLOW)!r})
+from deepseek_sft.training import watchdog
+from pathlib import Path
+sys.modules["torch._C._distributed_c10d"] = types.SimpleNamespace(_dump_fr_trace=lambda: b"the last collectives")
+watchdog.GRACE = 0.1
+folder = Path({str(tmp_path)!r})
+watchdog.Watchdog(3, folder, {{"start": 0.3, "step": 60, "save": 60}}, trace=folder / "nccl-trace-rank3")
+threading.Event().wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert (tmp_path / "nccl-trace-rank3").read_bytes() == b"the last collectives"
+    assert "the last collectives are in" in done.stderr

@@ -23,7 +23,7 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
-    "train": {*STEERING, "environment"},
+    "train": {*STEERING, "environment", "spare_nodes"},
     "convert": {"memory", "swap", "workers", "full_check"},
     "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
 }
@@ -211,6 +211,11 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         yield (
             "preflight.all_reduce_min_gb_per_second: cannot be judged, since `skip` has all_reduce; take it out of "
             "`skip`, or write all_reduce_min_gb_per_second: null"
+        )
+    if train["spare_nodes"] and not preflight["in_training"]:
+        yield (
+            "train.spare_nodes: preflight chooses among the nodes; write preflight: {in_training: true}, or "
+            "spare_nodes: 0"
         )
     if train["min_learning_rate"] > train["learning_rate"]:
         yield "train.min_learning_rate: is above learning_rate"

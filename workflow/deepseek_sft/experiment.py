@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from . import chain, files, place, receipts
+from . import chain, files, limits, place, receipts
 from . import config as configuration
 from .data.sources import split_argument
 from .errors import BadInputError
@@ -182,7 +182,7 @@ class Experiment:
         For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
         """
         config = self.config
-        used = [*Training.train_keys(), "ranks_per_node"]
+        used = [*Training.train_keys(), "ranks_per_node", "hang_minutes"]
         steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
         shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
         others = {
@@ -204,7 +204,8 @@ class Experiment:
             node_mb: memory of a node as Slurm says it; None where it does not.
 
         Raises:
-            GateError: the plan does not fit, and the configuration does not say to go on.
+            GateError: the plan does not fit, or a time-out would end what is healthy by it, and the configuration does
+                not say to go on.
             BadInputError: it cannot be made.
         """
         receipt = Path(self.results, "receipts", "tokenize_data.json")
@@ -212,6 +213,7 @@ class Experiment:
         plan = planning.from_config(self.config, read_resources(resources), tokens, node_mb)
         gate.check_possible(plan)
         gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
+        gate.check_limits(plan, self.config["train"]["hang_minutes"], self.config["plan"]["on_misfit"])
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
@@ -302,11 +304,26 @@ class Experiment:
                     f"train.sequence_parallel_size: {size} does not divide the {gpus} GPUs of a node "
                     f"(profile, set-resources: train: gres: {train.gres}); allowed: {allowed}"
                 )
+        if preflight := allocations.get("preflight"):
+            problems += self._preflight_problems(preflight)
         for rule in ("smoke_test", "serve"):
             if serve := allocations.get(rule):
                 problems += self._serving_problems(rule, serve)
         if problems:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _preflight_problems(self, allocation: Allocation) -> list[str]:
+        """Why preflight's own job would be ended while healthy nodes still import torch and measure."""
+        ranks = allocation.nodes * (allocation.gpus_per_node() or 1)
+        found = limits.under_load(ranks)
+        needed = found.loading + found.measuring
+        if self.config["accelerator"] == "cpu" or needed <= 60 * allocation.runtime:
+            return []
+        return [
+            f"preflight: its job has {allocation.runtime} minutes, but {ranks} ranks may take "
+            f"{found.loading / 60:.0f} to import torch from a shared folder and {found.measuring / 60:.0f} to measure\n"
+            f"    fix: set-resources: preflight: runtime: {-(-needed // 60):.0f} in the profile"
+        ]
 
     def _serving_problems(self, rule: str, allocation: Allocation) -> list[str]:
         """Why the shape of ``serve`` cannot run in the allocation of a rule, with ways out that the nodes have."""

@@ -137,6 +137,23 @@ def _share_nodes(workflow: Any) -> None:
             rules[name].resources["slurm_extra"] = profile.with_option(extra, "--signal", "")
 
 
+def add_spare_nodes(workflow: Any, spare: int) -> None:
+    """Have training's job ask for more nodes than the profile says; preflight picks among them."""
+    train = {rule.name: rule for rule in workflow.rules}["train"]
+    if spare:
+        train.resources["nodes"] = train.resources["tasks"] = value(train, "nodes") + spare
+
+
+def leave_out(workflow: Any, hosts: Collection[str]) -> None:
+    """Exclude nodes from training's job, beside those that the profile excludes."""
+    train = {rule.name: rule for rule in workflow.rules}["train"]
+    extra = value(train, "slurm_extra")
+    before = profile.from_extra(extra, "--exclude", "-x")
+    names = list(dict.fromkeys([*filter(None, [before]), *hosts]))
+    extra = profile.with_option(profile.with_option(extra, "-x", ""), "--exclude", ",".join(names))
+    train.resources["slurm_extra"] = extra
+
+
 def value(rule: Any, name: str) -> Any:
     """A rule's resource on its first attempt; profile and command line give text that Snakemake evaluates as Python."""
     context = {"attempt": 1, "threads": 1, "rulename": rule.name, "async_run": rule.workflow.async_run}

@@ -19,7 +19,7 @@ try:
     from deepseek_sft.errors import StageError
     from deepseek_sft.experiment import CHAIN, Experiment
     from deepseek_sft.files import canonical_json
-    from deepseek_sft.training import retention
+    from deepseek_sft.training import retention, slow_nodes
 except ModuleNotFoundError as error:
     raise WorkflowError(
         f"this Snakemake runs in {sys.executable}, which has no {error.name}\n"
@@ -41,6 +41,7 @@ except StageError as error:
     raise WorkflowError(str(error))
 
 RESULTS = EXPERIMENT.results
+SPARE_NODES = EXPERIMENT.config["train"]["spare_nodes"]
 STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
 PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
 CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by check_targets
@@ -133,7 +134,10 @@ def resources_of_training(wildcards):
     """What profile and command line give to training, as JSON; what they leave out is not judged by the plan."""
     train = workflow.get_rule("train")
     stated = [name for name in PLANNED if name in STATED_RESOURCES["train"]]
-    return canonical_json({name: job_resources.value(train, name) for name in stated})
+    found = {name: job_resources.value(train, name) for name in stated}
+    if "nodes" in found:
+        found["nodes"] -= SPARE_NODES  # they do not train
+    return canonical_json(found)
 
 
 def partition_of_training(wildcards):
@@ -204,6 +208,11 @@ def complete_resources(workflow):
     """Fill in what every Slurm job of ours needs."""
     try:
         STATED_RESOURCES.update(job_resources.complete_resources(workflow))
+        job_resources.add_spare_nodes(workflow, SPARE_NODES)
+        if slow := slow_nodes.read(Path(RESULTS, "train")):
+            job_resources.leave_out(workflow, slow)
+            for text in slow_nodes.left_out(slow, Path(RESULTS, "train")) if TERMINAL else ():
+                TERMINAL.warn(text)
     except StageError as error:
         raise WorkflowError(str(error))
 

@@ -120,13 +120,15 @@ def main() -> None:
         plan = fewest
         cli.say(f"fewest nodes: {plan.cluster.nodes}")
     figures = show.figures(plan)
-    written = show.text(plan, args.explain)
+    hang_minutes = settings["train"].get("hang_minutes")
+    written = show.text(plan, args.explain, hang_minutes)
     print(json.dumps(figures, indent=2) if args.json else written)
     if args.output:
-        files.write_text(args.output / "plan.txt", show.text(plan, explain=True) + "\n")
+        files.write_text(args.output / "plan.txt", show.text(plan, True, hang_minutes) + "\n")
         files.write_json(args.output / "plan.json", figures)
     gate.stop_unless_it_fits(plan, settings["plan"]["on_misfit"])
     if args.receipt:
+        gate.check_limits(plan, hang_minutes, settings["plan"]["on_misfit"])
         receipts.write(
             args.receipt,
             args.rule,

@@ -6,7 +6,8 @@
 
 Each node checks its memory, /dev/shm, limits, disks, GPUs, InfiniBand ports, code, packages and files; that the
 rendezvous port of training is free and reachable from every node; that the results folder is one and the same. Then all
-nodes sum over the network together. The first node writes the table <results>/preflight/table.txt and the receipt.
+nodes multiply matrices, copy memory, and sum inside each node and over the network together. The first node writes the
+table <results>/preflight/table.txt and the receipt.
 
 Exit codes (first node): 0 all nodes are fit, 2 bad input, 3 a node is not (each named, with the --exclude to use),
 5 crash.
@@ -21,7 +22,7 @@ from deepseek_sft import cli, files, receipts
 from deepseek_sft.preflight import settings as preflight_settings
 from deepseek_sft.preflight import stage
 from deepseek_sft.preflight.node_report import Place
-from deepseek_sft.training import nodes
+from deepseek_sft.training import nodes, slow_nodes
 
 
 def main() -> None:
@@ -35,7 +36,13 @@ def main() -> None:
     parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
     parser.add_argument("--rule", choices=("preflight", "train_preflight"), default="preflight", help="whose it is")
+    parser.add_argument(
+        "--train-nodes", type=int, help="nodes to train on, fewer than the job has: the others are spare"
+    )
+    parser.add_argument("--chosen", type=Path, help="file for the names of the nodes to train on, one a line")
     options = parser.parse_args()
+    if (options.train_nodes is None) != (options.chosen is None):
+        parser.error("--train-nodes and --chosen belong together")
 
     files.require_writable(options.results / "receipts", options.receipt)
     chosen = preflight_settings.read(options.settings)
@@ -43,7 +50,7 @@ def main() -> None:
     node = nodes.detect(options.accelerator, options.ranks_per_node)
     hosts = [nodes.own_name()]
     if node.nodes > 1:
-        hosts = nodes.expand_hosts(os.environ["SLURM_JOB_NODELIST"])
+        hosts = list(node.hosts)
     folders, inputs = {}, {}
     for name, rule, path in (
         ("base", "prepare_model", options.base_receipt),
@@ -63,6 +70,8 @@ def main() -> None:
         output=options.results / "preflight",
         folders=folders,
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        wanted=options.train_nodes,
+        avoided=slow_nodes.read(options.results / "train"),
     )
     outcome = stage.run(place, chosen, needs)
     if outcome is None:
@@ -77,7 +86,11 @@ def main() -> None:
         figures=stage.figures(outcome, chosen, len(hosts)),
         hosts=hosts,
     )
-    cli.say(f"all {len(hosts)} nodes are fit; receipt {options.receipt}")
+    if outcome.chosen:
+        files.write_text(options.chosen, "".join(f"{host}\n" for host in outcome.chosen))
+        cli.say(f"{len(outcome.chosen)} of {len(hosts)} nodes train; receipt {options.receipt}")
+    else:
+        cli.say(f"all {len(hosts)} nodes are fit; receipt {options.receipt}")
 
 
 if __name__ == "__main__":

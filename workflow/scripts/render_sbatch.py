@@ -50,6 +50,7 @@ def main() -> None:
     allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
     environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "train") else {}
     ranks_per_node = settings.pop("ranks_per_node", None)
+    spare_nodes = settings.pop("spare_nodes", 0) if arguments.stage == "train" else 0
     script = slurm.render(
         arguments.stage,
         allocation,
@@ -64,6 +65,7 @@ def main() -> None:
             "environment": environment,
             "ranks_per_node": ranks_per_node,
             "preflight": arguments.preflight is not None,
+            "spare_nodes": spare_nodes,
         },
     )
     files.write_json(arguments.output / "settings.json", settings)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .. import limits
 from .counting import Model
 from .settings import Cluster, Samples, Training
 from .terms import Term, total
@@ -118,12 +119,10 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
     )
 
 
-LEAD_MARGIN = 1.25  # of the lead over the slowest planned step and a checkpoint
-
-
-def lead_s(found: Duration) -> float:
-    """Seconds before a job's end at which training must be told to stop: it ends its step, then saves."""
-    return LEAD_MARGIN * (found.checkpoint_s + (found.step.slowest if found.step else 0))
+def planned(found: Duration) -> limits.Planned:
+    """The slowest step, save and start of this plan, from which every time-out follows."""
+    step = found.step.slowest if found.step else 0.0
+    return limits.Planned(max(found.checkpoint_s, found.loading_s), step, found.checkpoint_s)
 
 
 def starts(found: Duration, cluster: Cluster) -> tuple[int, int] | None:
@@ -208,6 +207,7 @@ def figures(found: Duration, cluster: Cluster) -> dict[str, Any]:
         "tokens_per_gather": round(found.tokens_per_gather),
         "traffic_per_micro_batch_bytes": round(found.traffic.value),
         "checkpoint_s": round(found.checkpoint_s, 3),
+        "loading_s": round(found.loading_s, 3),
         "mean_time_between_failures_s": round(found.mtbf_s),
         "checkpoint_cadence_s": round(found.cadence_s),
     }

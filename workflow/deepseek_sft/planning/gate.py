@@ -1,8 +1,9 @@
 """What happens to a plan that does not fit."""
 
+from .. import limits
 from ..cli import say
 from ..errors import BadInputError, GateError
-from . import alternatives
+from . import alternatives, duration
 from .advice import profile_lines
 from .plan import MISFIT, Plan
 from .remedies import for_the_disk, remedies
@@ -18,6 +19,26 @@ def check_possible(plan: Plan) -> None:
             f"train.sequence_parallel_size {plan.training.sequence_parallel_size} does not divide the "
             f"{plan.cluster.ranks_per_node} ranks of a node and the {plan.model['num_attention_heads']} heads"
         )
+
+
+def limit_problems(plan: Plan, hang_minutes: dict[str, float | None] | None) -> list[tuple[str, str]]:
+    """Time-outs that would end what is healthy by this plan: problem and fix. See ``limits.problems``."""
+    cluster, run = plan.cluster, plan.duration.run
+    within = bool(run and cluster.runtime_minutes and run.slowest <= 60 * cluster.runtime_minutes)
+    times = duration.planned(plan.duration)
+    return limits.problems(times, hang_minutes, cluster.signal_lead_s, within, cluster.slurm_extra)
+
+
+def check_limits(plan: Plan, hang_minutes: dict[str, float | None] | None, on_misfit: str) -> None:
+    """Raises GateError where a healthy step, save or start would be ended; with ``warn`` a warning is enough."""
+    found = limit_problems(plan, hang_minutes)
+    if not found:
+        return
+    told = "; ".join(problem for problem, _ in found)
+    if on_misfit == "warn":
+        say(f"warning: {told}")
+        return
+    raise GateError(told, "\n       ".join([*(fix for _, fix in found), ANYWAY]))
 
 
 def stop_unless_it_fits(plan: Plan, on_misfit: str) -> None:

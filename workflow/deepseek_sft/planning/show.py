@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from . import alternatives, gate, host_memory
+from .. import limits
+from . import alternatives, duration, gate, host_memory
 from . import plan as planning
 from .advice import notes, profile_lines
 from .device_memory import tokens_per_rank
@@ -15,8 +16,12 @@ from .terms import Term, show, total
 WIDTH = 46
 
 
-def text(plan: Plan, explain: bool = False) -> str:
-    """The plan; with ``explain`` every number with its formula."""
+def text(plan: Plan, explain: bool = False, hang_minutes: dict[str, float | None] | None = None) -> str:
+    """The plan; with ``explain`` every number with its formula.
+
+    Args:
+        hang_minutes: of the configuration's ``train`` section.
+    """
     cluster, training, samples, model = plan.cluster, plan.training, plan.samples, plan.model
     device = "CPU" if cluster.cpu else "GPU"
     rows = "unknown number of" if samples.rows is None else f"{samples.rows:,}"
@@ -32,10 +37,12 @@ def text(plan: Plan, explain: bool = False) -> str:
         *_limits(plan),
         "",
         *_time(plan),
+        *_limits_of_time(plan, hang_minutes),
     ]
     if explain:
         lines += ["", *_explained(plan)]
-    if found := notes(plan):
+    refused = [f"refused at start: {what}; fix: {fix}" for what, fix in gate.limit_problems(plan, hang_minutes)]
+    if found := [*refused, *notes(plan)]:
         lines += ["", *(f"note: {line}" for line in found)]
     if found := profile_lines(plan):
         lines += ["", "write into the profile:", "  set-resources:", "    train:", *(f"      {line}" for line in found)]
@@ -103,6 +110,15 @@ def _time(plan: Plan) -> list[str]:
         f"best every {show(found.cadence_s, 's')}{every}"
     )
     return lines
+
+
+def _limits_of_time(plan: Plan, hang_minutes: dict[str, float | None] | None) -> list[str]:
+    """When the watchdog ends what hangs; nothing where no times are planned."""
+    if plan.duration.step is None:
+        return []
+    found = limits.before_measuring(duration.planned(plan.duration), hang_minutes)
+    shown = ", ".join(f"{phase} {show(seconds, 's')}" for phase, seconds in found.items())
+    return [f"hangs     ended after: {shown}; a collective after {show(limits.collectives(found), 's')}"]
 
 
 def _table(title: str, terms: Iterable[Term], summed: bool = True) -> list[str]:

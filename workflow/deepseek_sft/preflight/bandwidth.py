@@ -1,4 +1,4 @@
-"""The network under load: an all-reduce over all ranks with torch, or a ring of plain sockets without it."""
+"""Devices and network under load: products, copies and all-reduces of all ranks, or a ring of plain sockets."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from .. import limits
 from ..python_path import with_library
 from ..training.nodes import NodeEnvironment
 from . import exchange
@@ -17,7 +18,8 @@ from .findings import Finding
 
 WORKER = "deepseek_sft.preflight.all_reduce_worker"
 DEFAULT_MB = {"nccl": 1024.0, "gloo": 16.0, "sockets": 32.0}
-LIMIT_S = 240.0
+MEASURES = ("gemm", "memory_bandwidth", "nvlink", "all_reduce")  # in their order
+SOCKETS_S = 240.0  # for plain sockets, which need no torch
 
 
 def over_sockets(hosts: list[str], rank: int, port: int, megabytes: float) -> tuple[Finding, dict[str, Any]]:
@@ -30,7 +32,7 @@ def over_sockets(hosts: list[str], rank: int, port: int, megabytes: float) -> tu
     payload = os.urandom(1 << 20) * max(1, round(megabytes * 1e6 / (1 << 20)))
     started = time.monotonic()
     try:
-        answer = exchange.ask(to, port, {"ask": "data", "bytes": len(payload)}, payload, timeout=LIMIT_S)
+        answer = exchange.ask(to, port, {"ask": "data", "bytes": len(payload)}, payload, timeout=SOCKETS_S)
     except OSError as error:
         return Finding("all_reduce", False, f"sending to {to} failed: {error}", "broken"), {}
     speed = len(payload) / 1e9 / (time.monotonic() - started)
@@ -41,13 +43,16 @@ def over_sockets(hosts: list[str], rank: int, port: int, megabytes: float) -> tu
 
 
 def over_torch(
-    node: NodeEnvironment, backend: str, port: int, megabytes: float, floor: float | None
-) -> tuple[Finding, dict[str, Any]]:
-    """All-reduce over all ranks, this node's ranks as processes of their own.
+    node: NodeEnvironment, backend: str, port: int, megabytes: float, floor: float | None, measures: tuple[str, ...]
+) -> tuple[list[Finding], dict[str, Any]]:
+    """What all ranks measure together, this node's ranks as processes of their own.
+
+    Args:
+        measures: of ``MEASURES``.
 
     Returns:
-        The finding of this node and ``{"gb_per_second", "pairs": {peer node: GB/s}, "failed_at"}``; ``pairs`` only
-        where the floor was missed.
+        The findings of this node and ``{"gb_per_second", "pairs": {peer node: GB/s}, "gemm_tflops": [of each rank],
+        "memory_gb_per_second", "nvlink_gb_per_second", "failed_at"}``; ``pairs`` only where the floor was missed.
     """
     environment = os.environ | {
         "MASTER_ADDR": node.main_host,
@@ -60,8 +65,11 @@ def over_torch(
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
         if node.nodes == 1:
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    limit = limits.under_load(node.world_size)
     words = [sys.executable, "-m", WORKER, "--backend", backend, "--megabytes", str(megabytes)]
     words += ["--ranks-per-node", str(node.ranks_per_node), *(["--floor", str(floor)] if floor else [])]
+    words += ["--join-seconds", str(limit.joining), "--seconds", str(limit.measuring)]
+    words += ["--measure", *measures]
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [Path(scratch, f"rank{local}") for local in range(node.ranks_per_node)]
         running = []
@@ -76,30 +84,43 @@ def over_torch(
                         stderr=subprocess.STDOUT,
                     )
                 )
-        failed = _wait(running)
+        failed = _wait(running, outputs, limit)
         if failed is None:
-            return _read(outputs[0].read_text(errors="replace"), backend, megabytes)
-        local, code = failed
-        text = outputs[local].read_text(errors="replace").strip().splitlines()
+            told = [json.loads(output.read_text(errors="replace").strip().splitlines()[-1]) for output in outputs]
+            return _read(told, backend, megabytes)
+        local, what = failed
+        text = [line for line in outputs[local].read_text(errors="replace").splitlines() if line.strip()]
     last = text[-1] if text else "no output"
     rank = node.node_rank * node.ranks_per_node + local
-    what = f"did not end within {LIMIT_S:.0f} s" if code is None else f"ended with {code}"
-    return Finding("all_reduce", False, f"rank {rank} {what}: {last}", "broken"), {"failed_at": time.time()}
+    return [Finding("all_reduce", False, f"rank {rank} {what}: {last}", "broken")], {"failed_at": time.time()}
 
 
-def _wait(running: list[subprocess.Popen]) -> tuple[int, int | None] | None:
-    """Local rank and exit code of the first process that failed (None: too slow); then all are ended."""
-    deadline = time.monotonic() + LIMIT_S
+def _wait(running: list[subprocess.Popen], outputs: list[Path], limit: limits.UnderLoad) -> tuple[int, str] | None:
+    """Local rank of the first process that failed, and how; then all are ended.
+
+    The limit of each stage begins when the last of this node's ranks has come to it: imports are not measured.
+    """
+    stages = [
+        ('"loaded"', limit.loading, "did not import torch"),
+        ('"joined"', limit.joining, "did not meet all other ranks"),
+        (None, limit.measuring, "did not end"),
+    ]
+    stage, since = 0, time.monotonic()
     try:
         while True:
             codes = [process.poll() for process in running]
             bad = [(local, code) for local, code in enumerate(codes) if code]
             if bad:
-                return bad[0]
+                return bad[0][0], f"ended with {bad[0][1]}"
             if all(code == 0 for code in codes):
                 return None
-            if time.monotonic() > deadline:
-                return codes.index(None), None
+            mark, seconds, what = stages[stage]
+            behind = [i for i, output in enumerate(outputs) if mark and mark.encode() not in output.read_bytes()]
+            if mark and not behind:
+                stage, since = stage + 1, time.monotonic()
+            elif time.monotonic() - since > seconds:
+                late = behind[0] if behind else codes.index(None)
+                return late, f"{what} within {seconds:.0f} s"
             time.sleep(0.1)
     finally:
         for process in running:
@@ -107,10 +128,32 @@ def _wait(running: list[subprocess.Popen]) -> tuple[int, int | None] | None:
             process.wait()
 
 
-def _read(text: str, backend: str, megabytes: float) -> tuple[Finding, dict[str, Any]]:
-    facts = json.loads(text.strip().splitlines()[-1])
+def _read(told: list[dict[str, Any]], backend: str, megabytes: float) -> tuple[list[Finding], dict[str, Any]]:
+    """Findings and facts of a node from what its ranks measured."""
+    facts, findings = dict(told[0]), []
+    if "gemm_tflops" in facts:
+        rates = facts["gemm_tflops"] = [one["gemm_tflops"] for one in told]
+        shown = f"{_figure(min(rates))} to {_figure(max(rates))} TFLOP/s"
+        findings.append(Finding("gemm", True, f"{len(rates)} devices, {shown}", f"{_figure(min(rates))} TFLOP/s"))
+    if "memory_gb_per_second" in facts:
+        speed = facts["memory_gb_per_second"] = sum(one["memory_gb_per_second"] for one in told)
+        text = f"{speed:.1f} GB/s of copies in host memory, all ranks together"
+        findings.append(Finding("memory_bandwidth", True, text, f"{speed:.1f} GB/s"))
+    if "nvlink_gb_per_second" in facts:
+        speed = facts["nvlink_gb_per_second"]
+        text = f"{speed:.2f} GB/s bus bandwidth inside the node, {backend}, {megabytes:g} MB"
+        findings.append(Finding("nvlink", True, text, f"{speed:.2f} GB/s"))
+    if "gb_per_second" not in facts:
+        return findings, facts
     speed = facts["gb_per_second"]
     if not facts["correct"]:
-        return Finding("all_reduce", False, f"the sum of {backend}'s all-reduce is wrong", "wrong sum"), facts
+        return [
+            *findings,
+            Finding("all_reduce", False, f"the sum of {backend}'s all-reduce is wrong", "wrong sum"),
+        ], facts
     detail = f"{speed:.2f} GB/s bus bandwidth, {backend}, {megabytes:g} MB over {facts['ranks']} ranks"
-    return Finding("all_reduce", True, detail, f"{speed:.2f} GB/s"), facts
+    return [*findings, Finding("all_reduce", True, detail, f"{speed:.2f} GB/s")], facts
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"

@@ -17,7 +17,11 @@ CHECKS = {
     "ports": "the port of the rendezvous, free on every node and reachable from the others",
     "gpus": "count, model, driver, memory, ECC errors and foreign processes of the GPUs",
     "infiniband": "as many active InfiniBand ports as the other nodes have",
-    "all_reduce": "sum over all ranks: right, and fast enough",
+    "cpus": "CPUs and cores that the job may use, against the node's",
+    "gemm": "matrix products of every device at the same time, against the median",
+    "memory_bandwidth": "copies in host memory by all ranks of a node, against the median",
+    "nvlink": "sum over the ranks of one node (over NVLink on GPUs), against the median",
+    "all_reduce": "sum over all ranks, so over the network: right, and fast enough",
 }
 
 

@@ -163,6 +163,39 @@ def under_load(
     return _merged(found, hosts), least
 
 
+COMPARED = {  # check → figure of the load, unit, tolerance in multiples of the allowed percent
+    "gemm": ("gemm_tflops", "TFLOP/s", 1.0),
+    "memory_bandwidth": ("memory_gb_per_second", "GB/s of copies in host memory", 2.0),  # varies more between runs
+    "nvlink": ("nvlink_gb_per_second", "GB/s inside the node", 1.0),
+}
+
+
+def slower(hosts: list[str], reports: dict[int, dict[str, Any]], percent: float | None) -> list[Problem]:
+    """Devices and nodes that are slower than the median of all by more than ``percent``; None judges nothing."""
+    found: list[Problem] = []
+    if percent is None:
+        return found
+    for check, (key, unit, tolerance) in COMPARED.items():
+        figures: list[tuple[str, str, float]] = []
+        for rank in sorted(reports):
+            value = reports[rank]["load"].get(key)
+            if isinstance(value, list):
+                figures += [(hosts[rank], f"device {local}: ", one) for local, one in enumerate(value)]
+            elif value is not None:
+                figures.append((hosts[rank], "", value))
+        if len(figures) < 2:
+            continue
+        middle = statistics.median_high(value for _, _, value in figures)  # of two, the faster
+        for host, device, value in figures:
+            if not value >= middle * (1 - tolerance * percent / 100):
+                text = (
+                    f"{device}{value:.3g} {unit}, {100 * (1 - value / middle):.0f} % below the median {middle:.3g} of "
+                    f"{len(figures)} (allowed are {tolerance * percent:g} %, preflight.slow_percent)"
+                )
+                found.append(Problem(host, check, text))
+    return found
+
+
 def _slow_by_pairs(hosts: list[str], heard: list[dict[str, Any]], floor: float) -> dict[str, str]:
     """Nodes that are slow with every partner they were measured with."""
     slow = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..cli import say
 from ..training.nodes import NodeEnvironment
-from . import gpus, machine, network, software
+from . import affinity, gpus, machine, network, software
 from .exchange import Folder
 from .findings import Finding
 from .settings import Needs, Settings
@@ -25,6 +25,8 @@ class Place:
         output: ``<results>/preflight``.
         folders: name → folder that every node must see alike (base model, tokens).
         visible: CUDA_VISIBLE_DEVICES of the job.
+        wanted: nodes to train on, where the job has spare ones.
+        avoided: nodes that training has named slow, and why.
     """
 
     node: NodeEnvironment
@@ -34,10 +36,17 @@ class Place:
     output: Path
     folders: dict[str, Path]
     visible: str | None = None
+    wanted: int | None = None
+    avoided: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def host(self) -> str:
         return self.hosts[self.node.node_rank]
+
+    @property
+    def spare(self) -> int:
+        """Nodes that may be bad."""
+        return max(0, len(self.hosts) - self.wanted) if self.wanted else 0
 
     @property
     def first(self) -> bool:
@@ -96,6 +105,7 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
         with_values("gpus", lambda: gpus.gpus(place.accelerator, node.ranks_per_node, needs, place.visible)),
     )
     guarded("infiniband", with_values("infiniband", gpus.infiniband))
+    guarded("cpus", with_values("cpus", lambda: affinity.affinity(place.accelerator, node.ranks_per_node)))
     guarded("shared_files", shared_files)
     guarded("ports", lambda: _ports(place, settings, folder, taken, report))
     guarded("clock", lambda: _clock(place, report))

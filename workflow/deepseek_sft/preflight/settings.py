@@ -11,6 +11,7 @@ from ..errors import BadInputError
 from .findings import CHECKS
 
 BACKENDS = ("auto", "nccl", "gloo", "sockets")
+GPU_PERCENT = 10.0
 MOST_GLOO_NODES = 4  # above, CPU nodes are checked with plain sockets: no waiting for every node to load torch
 
 
@@ -26,9 +27,17 @@ class Settings:
     local_disk_gb: float = 2.0
     shared_memory_gb: float = 1.0
     timeout_s: float = 600.0
+    slow_percent: float | None = None
 
     def wants(self, check: str) -> bool:
         return check not in self.skip
+
+    def slower_than(self, accelerator: str) -> float | None:
+        """Percent below the median from which a device or node is slow; None judges none.
+
+        CPU nodes share their cores with others, so that they are judged only where the configuration says so.
+        """
+        return self.slow_percent if self.slow_percent is not None else GPU_PERCENT if accelerator == "cuda" else None
 
     def backend(self, accelerator: str, nodes: int) -> str:
         """``nccl``, ``gloo`` or ``sockets``."""

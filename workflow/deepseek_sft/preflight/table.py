@@ -11,6 +11,8 @@ SHORT = {
     "locked_memory": "memlock",
     "local_disk": "local disk",
     "shared_files": "shared files",
+    "memory_bandwidth": "memory GB/s",
+    "nvlink": "in node",
     "all_reduce": "bandwidth",
 }
 

@@ -12,7 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
-from ..training import loss_rows
+from ..training import loss_rows, slow_nodes
 from . import (
     calibration,
     collect,
@@ -185,6 +185,9 @@ def _view(
         drawn = [plots_stages.serving(figures.get("benchmark")), plots_stages.before_and_after(answered)]
     if stage.rule == "train" and compared:
         tables.append(("planned against measured", [(one.name, one.text(), None) for one in compared]))
+    if stage.rule == "train" and (slow := slow_nodes.read(results / "train")):
+        texts = [(host, formatting.clean(str(entry.get("text", ""))), None) for host, entry in slow.items()]
+        tables.append(("slow nodes, which the next start leaves out", texts))
     if stage.rule == "tokenize_data":
         statistics = collect.read_json(collect.result_path(results, stage, "statistics"))
         drawn = [plots.lengths(statistics), plots.reasoning_by_answer(statistics)]

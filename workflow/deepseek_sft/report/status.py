@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
-from ..training import checkpoints, run_folder
+from ..training import checkpoints, run_folder, slow_nodes
 from . import collect, formatting, plots
 from .collect import Stage, mapping
 
@@ -103,7 +103,7 @@ def screen(results: Path, logs: Path | None) -> str:
     train = next(one for one in found if one.rule == "train")
     run = newest_run(results)
     if run and train.state != "complete" and now.rule == "train":
-        rows += training_rows(run, now)
+        rows += training_rows(run, now) + _slow_rows(results)
     elif stages["train"].receipt:
         rows.append(("trained", _trained(stages["train"])))
     newest = _newest_marker(run) if run else None
@@ -268,6 +268,12 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
         if isinstance(total, int) and now.state in ("running", "seems to run"):
             rows.append(("time left", _time_left((total - step) * each, mapping(settings.get("settings")), now.job)))
     return rows
+
+
+def _slow_rows(results: Path) -> list[tuple[str, str]]:
+    """Nodes that the next start leaves out."""
+    found = slow_nodes.read(results / "train")
+    return [("slow", f"{entry.get('text', host)}; the next start leaves the node out") for host, entry in found.items()]
 
 
 def _time_left(seconds: float, settings: dict[str, Any], job: Job | None) -> str:

@@ -57,6 +57,11 @@ def attempt_folder(run: Path, attempt: str) -> Path:
     return run / "logs" / attempt
 
 
+def trace_file(run: Path, attempt: str, rank: int | str) -> Path:
+    """What NCCL's flight recorder holds of a rank; torch appends the rank to the same name."""
+    return attempt_folder(run, attempt) / f"nccl-trace-rank{rank}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """What the ranks of a start are told.
@@ -64,14 +69,16 @@ class Start:
     Attributes:
         run: the run's folder.
         accelerator: ``cuda`` or ``cpu``.
-        hang_minutes: limit of each phase.
+        limits: seconds of each phase before anything is measured.
         stop_file: file whose appearance asks to save and stop.
+        derived: phases whose limit follows from measured times later.
     """
 
     run: Path
     accelerator: str
-    hang_minutes: dict[str, float]
+    limits: dict[str, float]
     stop_file: Path | None = None
+    derived: tuple[str, ...] = ()
 
 
 def command_of(node: NodeEnvironment, start: Start) -> list[str]:
@@ -83,8 +90,9 @@ def command_of(node: NodeEnvironment, start: Start) -> list[str]:
     logs = attempt_folder(start.run, node.attempt) / f"node{node.node_rank}"
     command += ["--log-dir", str(logs), "--redirects", "3", "--tee", "3", "--module", WORKER]
     command += ["--run-folder", str(start.run), "--attempt", node.attempt, "--accelerator", start.accelerator]
-    for phase, minutes in start.hang_minutes.items():
-        command += [f"--hang-{phase}", str(minutes * 60)]
+    for phase, seconds in start.limits.items():
+        command += [f"--hang-{phase}", str(seconds)]
+    command += ["--derived-limits", *start.derived] if start.derived else []
     return command + (["--stop-file", str(start.stop_file)] if start.stop_file else [])
 
 
@@ -105,11 +113,12 @@ def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if start.accelerator == "cuda":
-        # NCCL's flight recorder: when a collective times out, which rank had entered which one.
+        # NCCL's flight recorder: which rank had entered which collective. The watchdog writes it before it ends a
+        # rank; NCCL itself, whose time-out is later, only where the watchdog could not.
         defaults |= {
             "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(attempt_folder(start.run, node.attempt) / "nccl-trace-rank"),
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(trace_file(start.run, node.attempt, "")),
         }
     if start.accelerator == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -56,8 +56,11 @@ def detect(
     if not job_id or "SLURM_NODEID" not in environment:
         attempt = f"{job_id or 'local'}-{os.getpid()}"
         return NodeEnvironment(1, 0, "127.0.0.1", _free_port(), ranks, job_id, attempt, (own_name(environment),))
-    nodes, node_rank = _number(environment, "SLURM_NNODES"), _number(environment, "SLURM_NODEID")
-    hosts = expand_hosts(environment.get("SLURM_JOB_NODELIST", ""))
+    # The step may run on fewer nodes than the job has. Older versions of Slurm give the step's under the job's names.
+    step = "SLURM_STEP_NODELIST" in environment and "SLURM_STEP_NUM_NODES" in environment
+    nodes = _number(environment, "SLURM_STEP_NUM_NODES" if step else "SLURM_NNODES")
+    node_rank = _number(environment, "SLURM_NODEID")
+    hosts = expand_hosts(environment.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST", ""))
     if len(hosts) != nodes or not 0 <= node_rank < nodes:
         raise BadInputError(
             f"Slurm says node {node_rank} of {nodes}, but SLURM_JOB_NODELIST names {len(hosts)}: {' '.join(hosts)}",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from .. import files
 from ..errors import BadInputError
+from ..limits import PHASES
 
 # Part of the run id: raise it when a change of the training code changes what the same settings train.
 CODE_VERSION = 2
@@ -24,10 +25,10 @@ STEERING = (
     "spike_factor",
     "on_spike",
     "hang_minutes",
+    "slow_rank_percent",
 )
 # Not part of the run id: the same run goes on when they change.
 OPERATIONAL = (*STEERING, "gpu_tflops", "max_hours")
-PHASES = ("start", "step", "save")  # each with a limit in hang_minutes
 CHOICES = {
     "engine": ("xtuner",),
     "strategy": ("zero3", "zero3_offload"),
@@ -81,10 +82,11 @@ class Settings:
     on_not_finite: Literal["stop", "skip"]
     spike_factor: float | None
     on_spike: Literal["warn", "skip", "stop"]
-    hang_minutes: dict[str, float]
+    hang_minutes: dict[str, float | None] | None
     gpu_tflops: float | None
     attention: str
     run_name: str
+    slow_rank_percent: float | None = None
 
     @property
     def max_seconds(self) -> float | None:
@@ -135,11 +137,15 @@ def read(path: str | Path) -> Settings:
     for key in ("epochs", "learning_rate", "max_grad_norm"):
         if not _is_number(values[key]) or values[key] <= 0:
             raise BadInputError(f"{path}: {key} must be above 0, found {values[key]!r}")
-    for key in ("max_hours", "save_every_minutes", "first_loss_max", "spike_factor", "gpu_tflops"):
+    for key in ("max_hours", "save_every_minutes", "first_loss_max", "spike_factor", "gpu_tflops", "slow_rank_percent"):
         if values[key] is not None and (not _is_number(values[key]) or values[key] <= 0):
             raise BadInputError(f"{path}: {key} must be above 0 or null, found {values[key]!r}")
     limits = values["hang_minutes"]
-    if not isinstance(limits, dict) or limits.keys() != set(PHASES) or not all(map(_is_positive, limits.values())):
+    if limits is not None and (
+        not isinstance(limits, dict)
+        or limits.keys() != set(PHASES)
+        or not all(value is None or _is_positive(value) for value in limits.values())
+    ):
         raise BadInputError(f"{path}: hang_minutes must give {', '.join(PHASES)} in minutes, found {limits!r}")
     for key in ("min_learning_rate", "weight_decay", "warmup_ratio", "auxiliary_loss_weight", "balance_bias_speed"):
         if not _is_number(values[key]) or values[key] < 0:

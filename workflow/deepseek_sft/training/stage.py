@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import files, receipts
+from .. import files, limits, receipts
 from ..cli import say
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
@@ -72,8 +72,29 @@ def prepare(base_receipt: Path, tokens_receipt: Path, settings_file: Path, outpu
     return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs)
 
 
-def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | None, receipt: Path) -> None:
+def planned(plan_receipt: Path | None) -> limits.Planned:
+    """What the plan takes the slowest step, save and start for; nothing, which is said, without a readable plan."""
+    if plan_receipt is None:
+        return limits.Planned()
+    try:
+        return limits.Planned.of_figures(receipts.read(plan_receipt, plan_receipt.stem)["figures"])
+    except BadInputError as error:
+        say(f"warning: {error.problem}; time limits are the least ones, whatever the plan said")
+        return limits.Planned()
+
+
+def train(
+    run: Run,
+    node: NodeEnvironment,
+    accelerator: str,
+    stop_file: Path | None,
+    receipt: Path,
+    plan: limits.Planned | None = None,
+) -> None:
     """Train to the last step, or recognise that it is done, and write the receipt (first node).
+
+    Args:
+        plan: the slowest times that are expected, from which the limits of the watchdog and of collectives follow.
 
     Raises:
         StoppedError, GateError, BadInputError, CrashError: as the contract of exit codes says.
@@ -81,7 +102,11 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
     """
     if early_stop.arrived():
         raise StoppedError("stopped on request before training began", "the same command starts it again")
-    start = launch.Start(run.folder, accelerator, run.settings.hang_minutes, stop_file)
+    plan, stated = plan or limits.Planned(), run.settings.hang_minutes or {}
+    for problem, fix in limits.problems(plan, stated, lead=None, ends_within=True):
+        raise BadInputError(problem, fix)
+    derived = tuple(phase for phase in limits.PHASES if stated.get(phase) is None)
+    start = launch.Start(run.folder, accelerator, limits.before_measuring(plan, stated), stop_file, derived)
     if node.node_rank > 0:
         if not _is_finished(run, node, stop_file):
             token_files.check_shards(run.tokens)
@@ -89,6 +114,7 @@ def train(run: Run, node: NodeEnvironment, accelerator: str, stop_file: Path | N
         return
     say(f"run {run.run_id} in {run.folder}")
     say(run.schedule.describe())
+    say(limits.describe(start.limits))
     with lock.hold(run.folder, node.attempt) as held:
         if _is_finished(run, node, stop_file):
             say("finished already; nothing to train (train.run_name forces a new run)")

@@ -1,7 +1,8 @@
 """A rank that makes no progress says where each of its threads stands, and ends.
 
 Ranks wait for each other in collectives, so one that hangs stops all, and without this the job would hold its nodes to
-its time limit. Every rank watches itself. Needs no torch.
+its time limit. Every rank watches itself. Needs no torch; where torch is loaded, the rank's last collectives are
+written down, too.
 """
 
 import faulthandler
@@ -13,16 +14,20 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from .. import files
+from .. import limits as time_limits
 
 # Between a rank's last word and its end: all ranks hang within moments of each other, and torchrun kills the others
 # of a node as soon as one ends. The one that the others wait for shows only beside theirs.
 GRACE = 10.0
+DUMP_S = 5.0  # for the flight recorder, whose lock a hanging thread may hold
 BACKSTOP = 60.0  # after that the kernel ends a process in which no Python thread can run
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # where ranks wait for others
+RECENT = 50  # measured times of a phase that its limit follows
 PLACES = ("start", "data", "forward", "backward", "update", "save")  # in the order of a step
 
 
@@ -32,10 +37,23 @@ class Watchdog:
     Args:
         folder: where the rank's last word goes (``failure-rank<R>.json``).
         limits: seconds for each phase (``start``, ``step``, ``save``).
+        derived: phases whose limit follows from measured times once there are some (``took``).
+        trace: file for what NCCL's flight recorder holds; None writes none.
     """
 
-    def __init__(self, rank: int, folder: Path, limits: dict[str, float]):
-        self.rank, self.folder, self.limits = rank, folder, limits
+    def __init__(
+        self,
+        rank: int,
+        folder: Path,
+        limits: dict[str, float],
+        derived: tuple[str, ...] = (),
+        trace: Path | None = None,
+    ):
+        self.rank, self.folder, self.limits = rank, folder, dict(limits)
+        self._most = max(limits.values())  # collectives wait longer than this, and were told so when they were set up
+        self._measured = {phase: deque(maxlen=RECENT) for phase in derived if phase != "start"}
+        self._seen = dict.fromkeys(self._measured, 0)
+        self.trace = trace
         self.place = "start"
         self.step = 0
         self._phase, self._since = "start", time.monotonic()
@@ -55,6 +73,20 @@ class Watchdog:
         # and the kernel's timer need no lock.
         faulthandler.dump_traceback_later(self.limits[phase], file=sys.__stderr__)
         signal.setitimer(signal.ITIMER_REAL, self.limits[phase] + GRACE + BACKSTOP)  # SIGALRM's default action
+
+    def took(self, phase: str, seconds: float) -> None:
+        """A phase came to its end after ``seconds``; where its limit is derived, the next ones are judged by it."""
+        if phase not in self._measured:
+            return
+        with self._changed:
+            self._since = time.monotonic()  # a shorter limit must not end what has just come to its end
+        self._measured[phase].append(seconds)
+        self._seen[phase] += 1
+        enough = {"step": time_limits.MEASURED_STEPS, "save": time_limits.MEASURED_SAVES}[phase]
+        if self._seen[phase] >= enough:
+            # What is left of a save after its files, such as the last rows' losses, may take as long as a step.
+            least = self.limits["step"] if phase == "save" else 0.0
+            self.limits[phase] = time_limits.after_measuring(self._measured[phase], self._most, least)
 
     def close(self) -> None:
         """Watch no longer."""
@@ -86,8 +118,40 @@ class Watchdog:
         }
         print(f"hang: rank {self.rank}: {message}, at {frame}", file=sys.__stderr__, flush=True)
         files.write_text(self.folder / f"failure-rank{self.rank}.json", json.dumps(record))
-        time.sleep(min(GRACE, limit))
+        ended = time.monotonic() + min(GRACE, limit)
+        if self.trace is not None and (told := dump_flight_recorder(self.trace)):
+            print(f"hang: rank {self.rank}: {told}", file=sys.__stderr__, flush=True)
+        time.sleep(max(0.0, ended - time.monotonic()))
         os._exit(1)
+
+
+def dump_flight_recorder(path: Path, limit: float = DUMP_S) -> str:
+    """Write what NCCL's flight recorder holds of this process (a pickle, for torch's ``fr_trace``) to ``path``.
+
+    Returns:
+        What came of it, in a few words; empty where torch is not loaded.
+    """
+    torch_collectives = sys.modules.get("torch._C._distributed_c10d")
+    if torch_collectives is None:
+        return ""
+    names = ("_dump_fr_trace", "_dump_nccl_trace")  # since 2.13; before
+    dump = next((found for name in names if (found := getattr(torch_collectives, name, None))), None)
+    if dump is None:
+        return "this torch has no flight recorder"
+    told = [f"the flight recorder did not answer within {limit:g} s"]
+
+    def write() -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(dump())
+            told[0] = f"the last collectives are in {path}"
+        except Exception as error:  # a thread of its own; the rank ends all the same
+            told[0] = f"the flight recorder could not be written: {error}"
+
+    thread = threading.Thread(target=write, name="flight recorder", daemon=True)
+    thread.start()
+    thread.join(limit)
+    return told[0]
 
 
 def suspects(records: list[dict[str, Any]], ranks: int) -> list[int]:

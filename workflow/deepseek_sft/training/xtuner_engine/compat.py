@@ -4,6 +4,7 @@ Each applies only where the real thing is missing; docs/training.md lists them w
 ``install`` before anything of xtuner.
 """
 
+import datetime
 import importlib
 import sys
 import types
@@ -35,6 +36,18 @@ def install(accelerator: str) -> list[str]:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             applied.append("deepspeed_shm_comm")
     return applied
+
+
+def limit_every_group(timeout: datetime.timedelta) -> None:
+    """Give process groups that are made without a time-out this one, and not torch's 10 minutes (NCCL) or 30 (gloo).
+
+    DeepSpeed copies the group of all ranks, over which ZeRO-3 gathers and reduces, and xtuner makes its own, both
+    without a time-out: NCCL would end a rank long before the watchdog, which knows more, may speak.
+    """
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _imports(package: str) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import templates
 from ...model import release
+from .. import slow_nodes
 from ..nodes import NodeEnvironment
 from ..settings import Settings
 
@@ -48,5 +49,6 @@ def render(run: "Run", node: NodeEnvironment, accelerator: str) -> str:
         schedule=run.schedule,
         node=node,
         accelerator=accelerator,
+        slow_rank_percent=slow_nodes.allowed_percent(run.settings.slow_rank_percent, accelerator),
         zero=zero_optimization(run.settings, accelerator, run.base),
     )

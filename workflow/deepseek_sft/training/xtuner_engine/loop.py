@@ -115,6 +115,7 @@ class TrainLoop(XtunerTrainLoop):
                 value = result.loss if result.verdict.kind == "spike" else None
                 run_folder.write_gate(Path(self.runner.cfg.run), result.verdict.kind, result.verdict.message, value)
             raise GateError(result.verdict.message, CAUSES[result.verdict.kind])
+        runner.watchdog.took("step", result.seconds)
         last = step == self._max_iters
         self.stopped = result.stop_requested and not last
         self.timed_out = result.time_is_up and not last and not self.stopped

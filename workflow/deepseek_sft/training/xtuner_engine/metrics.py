@@ -19,6 +19,7 @@ from .. import flops, process_memory, run_folder
 from ..schedule import Schedule
 from .expert_load import ExpertLoad, LoadRecords, balance
 from .loop import StepResult
+from .rank_watch import RankWatch
 
 RECENT = 10  # steps whose mean loss is reported as the last loss
 STEADY = 20  # steps whose median time predicts the time left
@@ -30,10 +31,11 @@ class MetricsHook(Hook):
 
     Args:
         gpu_tflops: peak of one GPU; None leaves the utilisation unknown.
+        slow_rank_percent: see ``RankWatch``.
     """
 
-    def __init__(self, log_every_steps: int, gpu_tflops: float | None):
-        self.log_every_steps, self.gpu_tflops = log_every_steps, gpu_tflops
+    def __init__(self, log_every_steps: int, gpu_tflops: float | None, slow_rank_percent: float | None = None):
+        self.log_every_steps, self.gpu_tflops, self.slow_rank_percent = log_every_steps, gpu_tflops, slow_rank_percent
 
     def before_train(self, runner) -> None:
         before = runner.cfg.progress
@@ -60,6 +62,8 @@ class MetricsHook(Hook):
         self.schedule = Schedule(**runner.cfg.custom_hooks[0].schedule)
         wrapped = runner.model.model.module
         self.load = wrapped.expert_load = ExpertLoad(wrapped.llm.routers(), rank_device())
+        folder = Path(runner.cfg.run).parent.parent  # <results>/train
+        self.watch = RankWatch(wrapped.llm.model.layers, rank_device(), folder, self.slow_rank_percent, runner.iter)
         if dist.get_rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -78,6 +82,7 @@ class MetricsHook(Hook):
         if math.isfinite(result.loss):
             self.recent.append(result.loss)
         self.steps.append(result.seconds)
+        self.watch.clock.collect()
         if step == 1 and math.isfinite(result.loss):
             self.progress["first_loss"] = result.loss
         for key in ("tokens", "trained_tokens", "seconds"):
@@ -88,17 +93,19 @@ class MetricsHook(Hook):
             say(f"warning: {result.verdict.message}" + ("" if result.verdict.apply else "; its update was skipped"))
         if step == 1 or step % self.log_every_steps == 0 or step == runner.max_iters:
             counts = self.load.take()  # a collective
+            ranks = self.watch.told(step)  # a collective
             gpu, host, kept = _most_over_ranks(memory_gib(), resident_gib(), kept_gib())
             if dist.get_rank() == 0:
                 rate = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
                 line = self._line(step, result, rate, operations) | {"memory_gib": gpu, "host_memory_gib": host}
                 line["kept_by_allocator_gib"] = kept if kept >= 0 else None
-                self._write(line | balance(counts))
+                self._write(line | balance(counts) | ranks)
                 self.loads.add(step, counts)
                 self._tell(line, runner.max_iters)
             self.unreported_save = 0.0
 
     def after_train(self, runner) -> None:
+        self.watch.close()
         if dist.get_rank() == 0:
             self.stream.close()
             self.loads.close()
@@ -155,7 +162,11 @@ class MetricsHook(Hook):
         self.stream.write(json.dumps(line, allow_nan=False) + "\n")
         self.stream.flush()
         for key, value in line.items():
-            if isinstance(value, list):
+            if key in ("compute_seconds", "clock_mhz"):  # of each rank: how far the worst lies from the middle
+                worst = max(value) if key == "compute_seconds" else min(value)
+                self.board.add_scalar(f"train/{key}_worst", worst, line["step"])
+                self.board.add_scalar(f"train/{key}_median", statistics.median(value), line["step"])
+            elif isinstance(value, list):
                 for layer, one in enumerate(value):
                     self.board.add_scalar(f"{key}/moe_layer_{layer:02d}", one, line["step"])
             elif isinstance(value, int | float) and key != "step":

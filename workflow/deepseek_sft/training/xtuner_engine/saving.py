@@ -88,6 +88,7 @@ class CheckpointHook(Hook):
             raise RuntimeError(f"checkpoint of step {step} was not committed: {outcome[0]}") from failure
         seconds = time.monotonic() - started
         metrics.saved(seconds)
+        runner.watchdog.took("save", seconds)
         runner.requests.saved = time.monotonic()
         if rank == 0:
             say(f"checkpoint {folder.name} committed: {self.last_bytes / GIB:.2f} GiB in {seconds:.1f} s")

@@ -16,14 +16,13 @@ import traceback
 from pathlib import Path
 
 from deepseek_sft import files
+from deepseek_sft import limits as time_limits
 from deepseek_sft.cli import say
 from deepseek_sft.errors import StageError, StoppedError
 from deepseek_sft.training import launch, process_memory, run_folder
 from deepseek_sft.training.run_folder import Status
-from deepseek_sft.training.settings import PHASES
 from deepseek_sft.training.watchdog import Watchdog
 
-COLLECTIVE_MARGIN = 600.0  # seconds that a collective waits longer than the watchdog, which knows more
 COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "IBV_")  # prefixes of variables worth a line
 
 
@@ -33,13 +32,20 @@ def main() -> None:
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--stop-file")
-    for phase in PHASES:
+    for phase in time_limits.PHASES:
         parser.add_argument(f"--hang-{phase}", type=float, required=True, help="seconds")
+    parser.add_argument("--derived-limits", nargs="*", default=(), help="phases whose limit follows measured times")
     options = parser.parse_args()
     launch.die_with_parent(signal.SIGKILL)
     rank = int(os.environ["RANK"])
-    limits = {phase: getattr(options, f"hang_{phase}") for phase in PHASES}
-    watchdog = Watchdog(rank, launch.attempt_folder(options.run, options.attempt), limits)
+    limits = {phase: getattr(options, f"hang_{phase}") for phase in time_limits.PHASES}
+    watchdog = Watchdog(
+        rank,
+        launch.attempt_folder(options.run, options.attempt),
+        limits,
+        tuple(options.derived_limits),
+        launch.trace_file(options.run, options.attempt, rank) if options.accelerator == "cuda" else None,
+    )
     try:
         train(options, rank, watchdog)
     except BaseException as error:
@@ -61,7 +67,8 @@ def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
     if options.accelerator == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.logger.setLevel("WARNING")
-    timeout = datetime.timedelta(seconds=max(watchdog.limits.values()) + COLLECTIVE_MARGIN)
+    timeout = datetime.timedelta(seconds=time_limits.collectives(watchdog.limits))
+    compat.limit_every_group(timeout)
     backend = "gloo" if options.accelerator == "cpu" else "nccl"
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     if rank == 0:
