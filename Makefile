@@ -6,14 +6,15 @@ DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 
-.PHONY: help demo status envs test test-swap drills lint format clean
+.PHONY: help demo status envs test test-swap drills drills-without lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
 	@echo "make status how far a run is; RESULTS=results/<experiment> for one that was not active last"
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
-	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 25 minutes"
+	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
+	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
 	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
@@ -44,10 +45,19 @@ test-swap:
 	@$(DEV)/python -m pytest tests/swap_real.py
 
 drills:
+	@cluster/install --accounting
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@rm -f drills.jsonl
+	@$(DEV)/python -m pytest -s tests/drills/slurm_drills.py tests/drills/warning_drills.py tests/drills/refusal_drills.py \
+		tests/drills/accounting_drills.py tests/drills/stock_drills.py
+
+# each mechanism taken out once: its drill must fail
+drills-without:
 	@cluster/install
 	@$(PYTHON) workflow/scripts/build_env.py workflow
 	@$(PYTHON) workflow/scripts/build_env.py dev
-	@$(DEV)/python -m pytest -s tests/drills/slurm_drills.py
+	@$(DEV)/python -m pytest -s tests/drills/without_drills.py
 
 lint:
 	@$(PYTHON) workflow/scripts/build_env.py dev

@@ -4,19 +4,21 @@ Rules, stage.sh, templates, Snakemake, its Slurm plugin and Slurm are the real o
 """
 
 import json
-import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from cluster_copy import ClusterCopy
 from cluster_fixture import Cluster
-from project_copy import copy_of
+
+from deepseek_sft import files
 
 DEADLINE_S = 600  # only a hang reaches it
+FIGURES = Path("drills.jsonl")
 
 
 def allow_preemption(cluster: Cluster) -> None:
@@ -31,7 +33,51 @@ def allow_preemption(cluster: Cluster) -> None:
     assert "partition_prio" in cluster.exec("scontrol", "show", "config").stdout
 
 
-class DrillSite:
+@pytest.fixture(scope="module")
+def site(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator["DrillSite"]:
+    """One site for all tests of a module, which may set ``KIND`` (options of `vcluster up`)."""
+    folder = tmp_path_factory.mktemp("drills")
+    kind = getattr(request.module, "KIND", ())
+    cluster = Cluster(folder, 3)
+    cluster.up(*kind, timeout=300)
+    try:
+        if not kind:
+            allow_preemption(cluster)
+        yield DrillSite(project, folder, cluster)
+    finally:
+        cluster.down()
+
+
+@pytest.fixture
+def clean(site: "DrillSite") -> Iterator[None]:
+    yield
+    site.clean()
+
+
+@pytest.fixture
+def figures(site: "DrillSite", request: pytest.FixtureRequest) -> Iterator[None]:
+    """Write what the drill has cost to ``drills.jsonl``, and clean up."""
+    site.wake_controller()
+    begin = time.monotonic()
+    yield
+    site.wake_controller()
+    steps = [step for step, _ in site.steps()]
+    values = {
+        "drill": request.node.name,
+        "kind": " ".join(getattr(request.module, "KIND", ())),
+        "jobs": len(site.jobs()),
+        "attempts": len(site.attempts()),
+        "steps_lost": len(steps) - len(set(steps)),
+        "seconds": round(time.monotonic() - begin),
+    }
+    with open(FIGURES, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(values) + "\n")
+    site.clean()
+
+
+class DrillSite(ClusterCopy):
     """The copy and its cluster.
 
     Args:
@@ -41,17 +87,8 @@ class DrillSite:
     """
 
     def __init__(self, project: Path, folder: Path, cluster: Cluster):
-        self.project, self.cluster = project, cluster
-        self.clone = copy_of(project, folder)
-        self.results, self.logs = self.clone / "results/demo", self.clone / "logs/demo"
-        self.python = (project / ".envs/workflow").resolve() / "bin/python"
-        overlay = {
-            "experiment": "demo",
-            "envs": {"train": {"python": "tests/drills/python"}},
-            "train": {"environment": {}},
-        }
-        overlay["train"]["environment"] = {"DRILL_PYTHON": str(self.python)}
-        (self.clone / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+        super().__init__(project, folder, cluster)
+        self.activate("")
         self.profile()
         before = [str(self.results / f"receipts/{name}.json") for name in ("prepare_model", "refine_plan")]
         before = [str(Path(name).relative_to(self.clone)) for name in before]
@@ -64,7 +101,16 @@ class DrillSite:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        self.planned: dict[str, int] = {}
+        self.longest: float = DEADLINE_S  # cuts every wait short
         self.number = self.forgotten = 0  # starts of snakemake; the last job before this drill
+
+    def activate(self, line: str) -> None:
+        """Write overlay.yaml: the stand-in as training's interpreter, after a line of shell."""
+        environment = {"python": "tests/drills/python", "activate": line}
+        train = {"environment": {"DRILL_PYTHON": str(self.python)}}
+        values = {"experiment": "demo", "envs": {"train": environment}, "train": train}
+        (self.clone / "overlay.yaml").write_text(yaml.safe_dump(values))
 
     def profile(self, **train: object) -> None:
         """Write profiles/drill: the demo's, with other resources for train."""
@@ -79,36 +125,30 @@ class DrillSite:
         (self.clone / "profiles/drill").mkdir(exist_ok=True)
         (self.clone / "profiles/drill/config.yaml").write_text(yaml.safe_dump(profile))
 
-    def plan(self, steps: int, save_every: int = 0, crash: int = 0) -> None:
-        """What the stand-in does from its next start on."""
+    def plan(self, steps: int, **more: int) -> None:
+        """What the stand-in does from its next start on; ``steps`` also of one that runs (tests/drills/training.py)."""
         self.results.mkdir(parents=True, exist_ok=True)
-        (self.results / "drill.json").write_text(json.dumps({"steps": steps, "save_every": save_every, "crash": crash}))
+        values = {"steps": steps} | dict.fromkeys(("save_every", "crash", "preflight", "deaf"), 0) | more
+        files.write_json(self.results / "drill.json", values)
+        self.planned = values
 
-    def words(self, profile: str = "profiles/drill") -> list[str]:
-        start = [str(self.python.parent / "snakemake"), "--profile", profile]
-        return [*start, "--configfile", "config/experiments/demo.yaml", "overlay.yaml"]
+    def end_soon(self, more: int = 50) -> int:
+        """Let what trains end after some more steps; returns the last one."""
+        last = max(step for step, _ in self.steps()) + more
+        self.plan(last, **{key: value for key, value in self.planned.items() if key != "steps"})
+        return last
 
-    def variables(self) -> dict[str, str]:
-        store = (self.project / ".envs" / "workflow").resolve().parent
-        return self.cluster.environment | {"ENVS_CACHE": os.environ.get("ENVS_CACHE", str(store))}
+    def programs(self) -> list[str]:
+        """Programs that have begun on the first node, ``preflight`` or ``train`` with the attempt, in order."""
+        file = self.results / "drill.programs"
+        return file.read_text().splitlines() if file.exists() else []
 
     def start(self, *targets: str, path: str | None = None) -> "Snakemake":
         """Start snakemake on the login node, training unless another target is named."""
         self.number += 1
         log = self.clone / f"snakemake-{self.number}.log"
-        variables = [f"PYTHONPATH={self.clone}/cluster/fastpoll", *([f"PATH={path}"] if path else [])]
         targets = targets or ("results/demo/receipts/train.json",)
-        command = self.cluster.command("exec", "env", *variables, *self.words(), "--", *targets)
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=self.clone,
-                env=self.variables(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = self.background(self.on_login(*self.words("profiles/drill"), "--", *targets, path=path), log)
         return Snakemake(self, process, log)
 
     def jobs(self) -> list[str]:
@@ -120,6 +160,23 @@ class DrillSite:
 
     def living(self) -> list[str]:
         return [job for job in self.jobs() if job.split()[1] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")]
+
+    def stop_controller(self, seconds: float) -> None:
+        """Keep slurmctld from answering for a while."""
+        self.cluster.exec("pkill", "-STOP", "-x", "slurmctld")
+        time.sleep(seconds)
+        self.wake_controller()
+
+    def wake_controller(self) -> None:
+        self.cluster.exec("bash", "-c", "pkill -CONT -x slurmctld; true", check=False)
+
+    def lost(self) -> int:
+        """Steps that were trained more than once."""
+        steps = [step for step, _ in self.steps()]
+        return len(steps) - len(set(steps))
+
+    def trained_once_each(self, last: int) -> bool:
+        return [step for step, _ in self.steps()] == list(range(1, last + 1))
 
     def steps(self) -> list[tuple[int, str]]:
         """Step and attempt of every step ever trained."""
@@ -136,6 +193,7 @@ class DrillSite:
 
     def wait(self, condition: Callable[[], object], why: str, deadline: float = DEADLINE_S) -> float:
         """Wait until ``condition`` holds; returns the seconds it took."""
+        deadline = min(deadline, self.longest)
         begin = time.monotonic()
         while not condition():
             if time.monotonic() - begin > deadline:
@@ -158,9 +216,11 @@ class DrillSite:
         self.cluster.exec("bash", "-c", resume, check=False)
         self.wait(lambda: not self.living(), "jobs to end", 120)
         self.forgotten = max([self.forgotten, *(int(job.split()[0]) for job in self.jobs())])
-        subprocess.run(["rm", "-rf", self.results / "train", self.results / "receipts/train.json"], check=True)
+        made = ("train", "receipts/train.json", "drill.programs")
+        subprocess.run(["rm", "-rf", *(self.results / name for name in made)], check=True)
         subprocess.run(["rm", "-rf", self.logs / "train", self.logs / "snakemake", self.logs / "train.log"], check=True)
         subprocess.run(["rm", "-rf", self.clone / ".snakemake/locks"], check=True)
+        self.activate("")
         self.profile()
 
 
@@ -194,6 +254,7 @@ class Snakemake:
 
     def end(self, deadline: float = DEADLINE_S) -> int:
         """Exit code, once it has ended."""
+        deadline = min(deadline, self.site.longest)
         try:
             return self.process.wait(deadline)
         except subprocess.TimeoutExpired:

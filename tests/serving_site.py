@@ -1,7 +1,6 @@
 """An emulated cluster with a copy of the project whose chain is done up to verify_model, for tests of serving."""
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,8 +10,8 @@ import finished_chain
 import pytest
 import scripted_model
 import yaml
+from cluster_copy import ClusterCopy
 from cluster_fixture import Cluster
-from project_copy import copy_of
 
 from deepseek_sft import receipts
 
@@ -20,7 +19,7 @@ DEADLINE_S = 600  # generous: only a hang reaches it
 PROGRAMS = "vllm|VLLM|ray|serve_node|smoke_test"
 
 
-class Site:
+class Site(ClusterCopy):
     """The copy and its cluster.
 
     Args:
@@ -30,10 +29,7 @@ class Site:
     """
 
     def __init__(self, project: Path, folder: Path, cluster: Cluster):
-        self.cluster = cluster
-        self.project = project
-        self.clone = copy_of(project, folder)
-        self.results = self.clone / "results" / "demo"
+        super().__init__(project, folder, cluster)
         model = self.results / "model"
         make = [project / ".envs/workflow/bin/python", project / "workflow/scripts/prepare_model.py"]
         make += ["--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
@@ -82,9 +78,7 @@ class Site:
         overlay = self.clone / "overlay.yaml"
         sections = {"experiment": "demo", "serve": serve, "smoke_test": self.smoke_test, "envs": self.envs}
         overlay.write_text(yaml.safe_dump(sections))
-        words = ["env", f"PYTHONPATH={self.clone}/cluster/fastpoll", str(self.project / ".envs/workflow/bin/snakemake")]
-        words += ["--configfile", "config/experiments/demo.yaml", "overlay.yaml", "--profile", profile]
-        return self.cluster.command("exec", *words, *arguments)
+        return self.on_login(*self.words(profile), *arguments)
 
     def start(self, *arguments: str, **serve: object) -> subprocess.Popen:
         """Start snakemake in the copy; its output goes to the file ``snakemake.log`` there."""
@@ -98,16 +92,7 @@ class Site:
 
     def run(self, command: list[str]) -> subprocess.Popen:
         """Start a command in the copy; its output goes to the file ``snakemake.log`` there."""
-        store = (self.project / ".envs" / "workflow").resolve().parent
-        with open(self.clone / "snakemake.log", "wb") as output:
-            return subprocess.Popen(
-                command,
-                cwd=self.clone,
-                env=self.cluster.environment | {"ENVS_CACHE": os.environ.get("ENVS_CACHE", str(store))},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        return self.background(command, self.clone / "snakemake.log")
 
     def output(self) -> str:
         """What the last snakemake said, the failed stage's log included."""

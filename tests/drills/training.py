@@ -2,7 +2,8 @@
 
 A step is a tenth of a second of sleep. It holds the run's lock, looks at it as the real one does, saves when told to by
 USR1 or the stop file and every ``save_every`` steps, and leaves the receipt. ``results/demo/drill.json`` steers it:
-``steps`` to train, ``save_every`` (0: only when told), ``crash`` (step at which every start crashes, 0: never).
+``steps`` to train, ``save_every`` (0: only when told), ``crash`` (step at which every start crashes, 0: never),
+``preflight`` and ``deaf`` (seconds of preflight, and of a start that does not listen to signals yet).
 """
 
 import json
@@ -21,11 +22,14 @@ STEP_S = 0.1
 FIRST = os.environ.get("SLURM_PROCID", "0") == "0"
 ATTEMPT = f"{os.environ.get('SLURM_JOB_ID')}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 asked: list[int] = []
-signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
 
 
 def value_of(option: str) -> Path:
     return Path(sys.argv[sys.argv.index(option) + 1])
+
+
+def read_plan() -> dict:
+    return json.loads(Path("results/demo/drill.json").read_text())
 
 
 def newest(run: Path) -> int:
@@ -49,6 +53,7 @@ def train(run: Path, plan: dict, stop_file: Path) -> None:
             time.sleep(STEP_S)
             if step % 10 == 0:
                 held.check()
+                plan = read_plan()
             step += 1
             steps.write(f"{step} {ATTEMPT} {time.time():.1f}\n")
             steps.flush()
@@ -65,12 +70,19 @@ def train(run: Path, plan: dict, stop_file: Path) -> None:
 
 
 def main() -> None:
-    if sys.argv[1].endswith("preflight.py"):
+    plan = read_plan()
+    program = Path(sys.argv[1]).stem
+    if FIRST:
+        with open("results/demo/drill.programs", "a", encoding="utf-8") as programs:
+            programs.write(f"{program} {ATTEMPT}\n")
+    if program == "preflight":
+        time.sleep(plan["preflight"])
         return
+    time.sleep(plan["deaf"])
+    signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
     run = value_of("--output") / "runs" / "drill"
     run.mkdir(parents=True, exist_ok=True)
     ended = run / f"ended-{ATTEMPT}"
-    plan = json.loads(Path("results/demo/drill.json").read_text())
     if FIRST:
         try:
             train(run, plan, value_of("--stop-file"))

@@ -4,75 +4,17 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import scripted_slurm
+from scripted_slurm import BUSY, CALL, Site
 
-from deepseek_sft.cluster_jobs import commands, holders, jobs, queue, record, retries, start, stop
+from deepseek_sft.cluster_jobs import commands, holders, queue, record, retries, start, stop
 from deepseek_sft.errors import BadInputError, CrashError
 
 PROJECT = Path(__file__).resolve().parents[2]
-BUSY = "echo 'error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
-CALL = ["--parsable", "--job-name", "run-1", "--comment", "rule_train", "--nodes=32"]
-
-
-class Site:
-    """A project with one experiment, a record of this process's, and Slurm's commands as scripts."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        self.folder, self.monkeypatch = folder, monkeypatch
-        self.tools = folder / "tools"
-        self.tools.mkdir()
-        (folder / "input").write_text("tokens")
-        monkeypatch.chdir(folder)
-        self.path = f"{self.tools}:/usr/bin:/bin"
-        monkeypatch.setenv("PATH", self.path)
-        self.rule = record.Rule('{"settings": "{}"}', ["input"], "receipt.json", True)
-        self.record = self.new_record()
-        self.tool("squeue", "true")
-        self.tool("sbatch", 'printf "%s\\n" "$@" > called; echo 78')
-        monkeypatch.setattr(queue, "PATIENCE_S", 5.0)
-        monkeypatch.setattr(queue, "LONGEST_PAUSE_S", 0.05)
-
-    def new_record(self, **changes) -> record.Record:
-        values = {
-            "path": self.folder / "logs/mine/snakemake/here-1.json",
-            "holder": holders.own(),
-            "experiment": "mine",
-            "project": str(self.folder),
-            "logs": "logs/mine",
-            "path_variable": self.path,
-            "accounting": False,
-            "rules": {"train": self.rule},
-            "locks": {},
-            "command": "snakemake",
-        }
-        made = record.Record(**(values | changes))
-        made.path.parent.mkdir(parents=True, exist_ok=True)
-        made.write()
-        return made
-
-    def tool(self, name: str, text: str) -> None:
-        (self.tools / name).write_text(f"#!/bin/bash\n{text}\n")
-        (self.tools / name).chmod(0o755)
-
-    def row(
-        self, job: str, state: str, fingerprint: str | None = None, name: str = "run-0", rule: str = "train"
-    ) -> str:
-        comment = jobs.comment(rule, "mine", fingerprint or self.rule.fingerprint())
-        return f"{job}|{state}|{name}|(null)|{self.folder}|{comment}"
-
-    def queue(self, *rows: str) -> None:
-        self.tool("squeue", "\n".join(f"echo '{row}'" for row in rows) or "true")
-
-    def called(self) -> list[str]:
-        return (self.folder / "called").read_text().splitlines() if (self.folder / "called").exists() else []
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    return Site(tmp_path, monkeypatch)
+site = scripted_slurm.site
 
 
 # ---- submitting
@@ -137,6 +79,17 @@ def test_a_busy_controller_is_asked_again(site: Site, capsys) -> None:
     assert len((site.folder / "tries").read_text().splitlines()) == 4
 
 
+def test_a_submission_that_succeeds_says_nothing_that_the_plugin_takes_for_a_failure(site: Site, capsys) -> None:
+    failure = "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller' >&2"
+    told = "echo 'sbatch: note: yesterday a submission failed' >&2"
+    site.tool("sbatch", f"[ -e tried ] || {{ touch tried; {failure}; exit 1; }}; {told}; echo 78")
+    assert commands.submit(site.record, CALL) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "78\n"
+    assert "Unable to contact" in printed.err and "yesterday" in printed.err
+    assert "submission failed" not in printed.err
+
+
 def test_a_job_that_slurm_took_before_its_answer_was_lost_is_not_submitted_twice(site: Site, capsys) -> None:
     row = site.row("78", "PENDING", name="run-1")
     site.tool("squeue", f"if [ -e tries ]; then echo '{row}'; fi")
@@ -185,89 +138,6 @@ def test_the_commands_wait_for_no_folder_that_ends_with_this_snakemake(site: Sit
 )
 def test_a_wrapper_that_prints_lines_does_not_hide_the_job_id(output, job) -> None:
     assert queue.submitted_job(output) == job
-
-
-# ---- states
-
-
-def states(site: Site, capsys, name: str = "squeue") -> dict[str, str]:
-    arguments = ["--format=%i|%T", "--states=all", "--noheader", "--name", "run-1"]
-    if name == "sacct":
-        arguments = ["-X", "--parsable2", "--noheader", "--format=JobIdRaw,State", "--name", "run-1"]
-    assert commands.states(site.record, name, "run-1", arguments) == 0
-    return dict(line.split("|") for line in capsys.readouterr().out.splitlines())
-
-
-@pytest.mark.parametrize("name", ["squeue", "sacct"])
-def test_states_are_asked_of_squeue_by_job_also_where_the_plugin_turns_to_sacct(site: Site, capsys, name) -> None:
-    site.record.note("78", "train", "run-1")
-    site.tool("squeue", "echo '78|RUNNING'; echo '12|RUNNING'")
-    site.tool("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    assert states(site, capsys, name) == {"78": "RUNNING"}
-
-
-def test_with_slurmdbd_sacct_answers_and_squeue_where_it_is_away(site: Site, capsys) -> None:
-    site.record = site.new_record(accounting=True)
-    site.record.note("78", "train", "run-1")
-    site.tool("squeue", "echo '78|RUNNING'")
-    site.tool("sacct", "case \"$*\" in *'--jobs 78'*) echo '78|CANCELLED by 1000' ;; esac")
-    assert states(site, capsys, "sacct") == {"78": "CANCELLED"}
-    site.tool("sacct", "exit 1")
-    assert states(site, capsys, "sacct") == {"78": "RUNNING"}
-
-
-def test_a_controller_that_is_away_for_a_poll_is_no_news_of_the_jobs(site: Site, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(commands, "POLL_PATIENCE_S", 20.5)
-    site.record.note("78", "train", "run-1")
-    site.tool("squeue", BUSY)
-    assert commands.states(site.record, "squeue", "run-1", []) == 1
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(("receipt", "state"), [(True, "COMPLETED"), (False, "FAILED")])
-def test_a_job_that_slurm_has_forgotten_has_ended_as_its_receipt_says(site: Site, capsys, monkeypatch, receipt, state):
-    site.record.note("78", "train", "run-1")
-    if receipt:
-        (site.folder / "receipt.json").touch()
-    assert states(site, capsys) == {}, "for a minute it may only be late"
-    now = time.time()
-    monkeypatch.setattr(commands.time, "time", lambda: now + commands.SETTLED_S + 1)
-    assert states(site, capsys) == {"78": state}
-
-
-@pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL"])
-def test_a_lost_job_that_does_not_start_again_has_failed(site: Site, capsys, monkeypatch, state) -> None:
-    site.record.note("78", "train", "run-1")
-    site.queue(f"78|{state}")
-    assert states(site, capsys) == {}
-    site.queue("78|PENDING")
-    assert states(site, capsys) == {"78": "PENDING"}
-    site.queue(f"78|{state}")
-    now = time.time()
-    assert states(site, capsys) == {}
-    monkeypatch.setattr(commands.time, "time", lambda: now + commands.SETTLED_S + 1)
-    assert states(site, capsys) == {"78": "FAILED"}
-
-
-def test_a_job_that_somebody_cancelled_is_not_submitted_again(site: Site, capsys) -> None:
-    site.record.note("78", "train", "run-1")
-    site.queue("78|CANCELLED")
-    assert states(site, capsys) == {"78": "CANCELLED"}
-    assert "78 was cancelled" in site.record.marker("train").read_text()
-
-
-def test_calls_of_another_form_reach_the_real_command(site: Site) -> None:
-    site.tool("squeue", 'echo "real $*"')
-    folder = PROJECT / "workflow/slurm_commands"
-    own = {record.VARIABLE: str(site.record.path), record.PYTHON: sys.executable, "PATH": f"{folder}:{site.path}"}
-    done = subprocess.run(["squeue", "--me"], env=own, capture_output=True, text=True, check=True)
-    assert done.stdout == "real --me\n"
-    site.tool("sbatch", "env > seen; echo 9")
-    done = subprocess.run(["sbatch", *CALL], env=own, capture_output=True, text=True, check=True)
-    assert done.stdout == "9\n"
-    seen = (site.folder / "seen").read_text()
-    assert "slurm_commands" not in seen
-    assert "DEEPSEEK_SFT" not in seen, "a job inherits the environment"
 
 
 # ---- starting and ending

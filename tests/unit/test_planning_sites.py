@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from deepseek_sft import config as configuration
-from deepseek_sft import slurm
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.planning import advice, gpus, load, remedies
 from deepseek_sft.planning.resources import read_resources
+from deepseek_sft.site import asking
 from deepseek_sft.slurm import Allocation
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -211,7 +211,7 @@ def sinfo(tmp_path, monkeypatch):
 
 
 def test_memory_of_nodes_is_what_that_many_have(sinfo):
-    assert [slurm.node_memory_mb("gpu", nodes) for nodes in (1, 2, 3, 4)] == [960_000, 480_000, 480_000, None]
+    assert [asking.node_memory_mb("gpu", nodes) for nodes in (1, 2, 3, 4)] == [960_000, 480_000, 480_000, None]
 
 
 def test_plan_asks_slurm_for_the_memory_of_the_partition(sinfo, script):

@@ -104,6 +104,13 @@ def test_a_warning_signal_before_the_job_begins_is_refused():
     Allocation(runtime=61, extra="--exclusive --signal=USR1@3600")
 
 
+def test_a_warning_signal_to_the_batch_shell_alone_is_refused():
+    with pytest.raises(BadInputError, match="batch shell alone") as refused:
+        Allocation(runtime=120, extra="--exclusive --signal=B:USR1@3600")
+    assert "--signal=USR1@3600" in refused.value.fix
+    Allocation(runtime=120, extra="--signal=R:USR1@3600")
+
+
 def test_features_quality_of_service_and_further_options_reach_the_script():
     chosen = dataclasses.replace(
         CLUSTER, constraint="h100&rack1", qos="long", extra="--signal USR1@3600 --exclude='gpu-''n' --mail-user='a b'"

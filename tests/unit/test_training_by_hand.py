@@ -1,7 +1,9 @@
 """Promises about the training script, by hand and in the workflow: it requeues itself where that helps, only there."""
 
+import datetime
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -17,16 +19,20 @@ if [ "${SILENT:-0}" -gt "$(cat asked 2> /dev/null || echo 0)" ]; then
     echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2
     exit 1
 fi
+case "$*" in *%e*) echo "${TIMES:-N/A N/A}" && exit ;; esac
 comment=
 case "$*" in *%k*) comment=" ${COMMENT:-(null)}" ;; esac
 echo "${JOB_STATE:-RUNNING}$comment"
 """,
     "sleep": "true",
+    "scancel": 'echo "$@" >> signals',
     "scontrol": 'echo "$@" >> "$REQUEUES"; exit "${REQUEUE_CODE:-0}"',
     # Stands for train.py: commits a checkpoint where asked to, and ends with a code.
     "python": """
 folder=results/r1/train/runs/a/step_9
+case $1 in *preflight.py) echo preflight; eval "${PREFLIGHT:-}"; exit ;; esac
 echo "ended:$DEEPSEEK_SFT_ENDED_JOBS"
+eval "${TRAINING:-}"
 if [ -n "${COMMITS:-}" ]; then mkdir -p $folder; touch $folder/committed.json; fi
 echo "training with $*"
 exit "$CODE"
@@ -55,7 +61,12 @@ def by_hand(tmp_path):
         "spare_nodes": 0,
     }
     script = tmp_path / "train.sbatch"
-    script.write_text(slurm.render("train", Allocation(), context))
+
+    def write(extra="", preflight=False):
+        allocation = Allocation(runtime=60, extra=extra)
+        script.write_text(slurm.render("train", allocation, context | {"preflight": preflight}))
+
+    write()
 
     def run(code, *arguments, **variables):
         """Exit code of the script, and whether it asked for a requeue."""
@@ -73,6 +84,7 @@ def by_hand(tmp_path):
         requeues.unlink(missing_ok=True)
         return done.returncode, asked
 
+    run.write, run.log = write, tmp_path / "logs/r1/train/77-1.log"
     run.folder, run.marker = tmp_path, tmp_path / "logs/r1/train/do-not-retry"
     return run
 
@@ -104,6 +116,16 @@ def test_the_stop_file_stops_for_good(by_hand):
     (by_hand.folder / "results/r1/train").mkdir(parents=True)
     (by_hand.folder / "results/r1/train/stop").touch()
     assert by_hand(4) == (4, False)
+    assert "told to stop" in by_hand.marker.read_text()
+
+
+def test_a_stop_file_made_while_the_job_waited_runs_nothing(by_hand):
+    by_hand.write(preflight=True)
+    (by_hand.folder / "results/r1/train").mkdir(parents=True)
+    (by_hand.folder / "results/r1/train/stop").touch()
+    assert by_hand(0) == (4, False)
+    assert "preflight" not in by_hand.log.read_text()
+    assert "training with" not in by_hand.log.read_text()
     assert "told to stop" in by_hand.marker.read_text()
 
 
@@ -150,3 +172,75 @@ def test_every_attempt_has_a_log_of_its_own(by_hand):
     logs = sorted((by_hand.folder / "logs/r1/train").iterdir())
     assert [path.name for path in logs] == ["77-1.log", "77-2.log"]
     assert "--stop-file results/r1/train/stop" in logs[1].read_text()
+
+
+# ---- the warning before the time limit
+
+
+def times(begun, left):
+    """What squeue says of a job's start and limit, for the seconds from and to them."""
+    now = datetime.datetime.now()
+    ends = (now - datetime.timedelta(seconds=begun), now + datetime.timedelta(seconds=left))
+    return " ".join(f"{end:%Y-%m-%dT%H:%M:%S}" for end in ends)
+
+
+def test_a_warning_during_preflight_starts_no_training(by_hand):
+    by_hand.write(preflight=True)
+    assert by_hand(0, PREFLIGHT="kill -USR1 $PPID") == (4, True)
+    assert "told to stop before it began" in by_hand.log.read_text()
+    assert "training with" not in by_hand.log.read_text()
+
+
+def test_a_warning_does_not_hide_what_preflight_found(by_hand):
+    by_hand.write(preflight=True)
+    assert by_hand(0, PREFLIGHT="kill -USR1 $PPID; exit 3") == (3, False)
+
+
+def test_a_warning_that_came_while_nothing_ran_starts_no_training(by_hand):
+    by_hand.write("--signal=USR1@1800 --exclusive", preflight=True)
+    assert by_hand(0, TIMES=times(1900, 1700)) == (4, True)
+    assert "preflight" not in by_hand.log.read_text()
+    assert "training with" not in by_hand.log.read_text()
+
+
+@pytest.mark.parametrize("told", [(100, 3500), (10, 1700), "2026-01-01T00:00:00 NONE", ""])
+def test_a_job_that_is_not_warned_yet_or_has_other_limits_by_hand_trains(by_hand, told):
+    by_hand.write("--signal=USR1@1800")
+    assert by_hand(0, TIMES=told if isinstance(told, str) else times(*told)) == (0, False)
+    assert "training with" in by_hand.log.read_text()
+
+
+@pytest.mark.parametrize("killed", ["PREFLIGHT", "TRAINING"])
+def test_a_warning_that_ends_a_step_which_does_not_listen_yet_is_a_warning(by_hand, killed):
+    by_hand.write(preflight=True)
+    assert by_hand(0, **{killed: "exit 138"}) == (4, True)
+
+
+def test_from_the_warning_on_it_is_repeated(by_hand):
+    by_hand.write("--signal USR1@1800")
+    until_told = 'until [ "$(wc -l < signals)" -ge 2 ]; do /usr/bin/sleep 0.1; done 2> /dev/null'
+    assert by_hand(4, TIMES=times(100, 1802), TRAINING=until_told) == (4, True)
+    assert set((by_hand.folder / "signals").read_text().splitlines()) == {"--quiet --signal=USR1 77"}
+
+
+def test_a_warning_is_repeated_until_training_listens(by_hand):
+    """The signal reaches the helper beside the program while the program ignores it."""
+    program = "import signal, sys, time; time.sleep(0.5); signal.signal(signal.SIGUSR1, lambda *_: sys.exit(4))"
+    program += "; time.sleep(60)"
+    deaf = f"pkill -USR1 -P $$; exec {sys.executable} -c '{program}'"
+    assert by_hand(0, TRAINING=deaf) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("extra", "seconds"),
+    [
+        ("--signal=USR1@3600 --exclusive", 3600),
+        ("--signal SIGUSR1@90", 90),
+        ("--signal=R:10@90", 90),
+        ("--signal=USR1", 60),
+        ("--signal=TERM@90", None),
+        ("--exclusive", None),
+    ],
+)
+def test_the_seconds_of_a_warning_are_read_from_the_options(extra, seconds):
+    assert Allocation(runtime=120, extra=extra).warning_s() == seconds

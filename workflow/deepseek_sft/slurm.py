@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-import subprocess
 from typing import Any
 
 import jinja2
@@ -13,6 +12,7 @@ from .errors import BadInputError
 from .site import notation
 from .site.answers import Wanted
 
+SIGNAL_S = 60  # of `--signal` without a time (sbatch(1))
 LATER = ("constraint", "qos")  # fields that params of begun experiments do not have
 
 
@@ -46,10 +46,22 @@ class Allocation:
                 f"{self.runtime} minutes: it would be told to stop as soon as it starts",
                 "raise runtime or lower the seconds of --signal (profile, set-resources)",
             )
+        flags, colon, rest = profile.from_extra(self.extra, "--signal").partition(":")
+        if colon and "B" in flags.upper():
+            raise BadInputError(
+                f"allocation: --signal={flags}:{rest} reaches the batch shell alone and ends it: nothing is saved",
+                f"write --signal={rest} (profile, set-resources)",
+            )
 
     def gpus_per_node(self) -> int | None:
         """GPUs that ``gres`` gives to each node; None where it asks for none."""
         return sum(count for (name, _), count in notation.gres(self.gres).items() if name == "gpu") or None
+
+    def warning_s(self) -> int | None:
+        """Seconds before the time limit at which Slurm sends USR1 to the job's steps; None where it does not."""
+        asked = profile.from_extra(self.extra, "--signal")
+        found = re.fullmatch(r"(?:R:)?(?:SIG)?(?:USR1|10)(?:@(\d+))?", asked, re.IGNORECASE)
+        return int(found[1] or SIGNAL_S) if found else None
 
     def options(self) -> list[str]:
         """What ``extra`` holds, one option each, as lines of a script take them."""
@@ -104,15 +116,3 @@ def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
 
 def _quoted(value: Any) -> str:
     return shlex.quote(str(value))
-
-
-def node_memory_mb(partition: str, nodes: int = 1) -> int | None:
-    """Memory that each of ``nodes`` nodes of a partition has for jobs, in MB; None where sinfo does not say it."""
-    command = ["sinfo", "--noheader", "--Node", "--format=%N %m", *(["--partition", partition] if partition else [])]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    pairs = [line.split() for line in answer.stdout.splitlines() if len(line.split()) == 2]
-    found = sorted({name: int(size) for name, size in pairs if size.isdigit()}.values(), reverse=True)
-    return found[nodes - 1] if answer.returncode == 0 and len(found) >= nodes else None

@@ -12,13 +12,14 @@ from snakemake.exceptions import WorkflowError
 
 try:
     from deepseek_sft import chain as stages_chain
-    from deepseek_sft import ending, job_names, known_at_start, locks, place, slurm, starting, submission, terminal
+    from deepseek_sft import ending, job_names, known_at_start, locks, place, starting, submission, terminal
     from deepseek_sft import resources as job_resources
     from deepseek_sft.cluster_jobs import holders
     from deepseek_sft.cluster_jobs import start as cluster_start
     from deepseek_sft.errors import StageError
     from deepseek_sft.experiment import CHAIN, Experiment
     from deepseek_sft.files import canonical_json
+    from deepseek_sft.site import asking
     from deepseek_sft.training import retention, slow_nodes
 except ModuleNotFoundError as error:
     raise WorkflowError(
@@ -272,7 +273,7 @@ def check_before_start(workflow):
         if rules & {"prepare_model", "train"}:
             resources = json.loads(resources_of_training(None))
             train = job_resources.allocations(workflow).get("train")
-            node_mb = train and slurm.node_memory_mb(train.partition, train.nodes)
+            node_mb = train and asking.node_memory_mb(train.partition, train.nodes)
             EXPERIMENT.check_plan(resources, "tokenize_data" not in rules, node_mb)
         EXPERIMENT.write_config()
         job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])

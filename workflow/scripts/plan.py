@@ -19,11 +19,12 @@ from typing import Any
 import _bootstrap  # noqa: F401
 import yaml
 
-from deepseek_sft import cli, config, files, receipts, slurm
+from deepseek_sft import cli, config, files, receipts
 from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.planning import alternatives, gate, load, show
 from deepseek_sft.planning.remedies import for_the_disk, suffices
 from deepseek_sft.planning.resources import read_resources
+from deepseek_sft.site import asking
 
 DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
 
@@ -93,7 +94,7 @@ def main() -> None:
     if args.tokens_receipt:
         tokens = receipts.read(args.tokens_receipt, "tokenize_data")
         inputs["tokens"] = receipts.input_entry(args.tokens_receipt)
-    node_mb = slurm.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
+    node_mb = asking.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
     plan = load.from_config(settings, resources, tokens, node_mb)
     gate.check_possible(plan)
     if args.sweep and args.fit:

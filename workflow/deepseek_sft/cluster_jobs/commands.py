@@ -82,7 +82,7 @@ def submit(record: Record, arguments: list[str]) -> int:
         if found is None:
             sys.stderr.write(f"sbatch printed no job id: {answer.stdout.strip()}\n")
             return 1
-        sys.stderr.write(answer.stderr)
+        _tell(answer.stderr.rstrip())
     record.note(found, rule, run)
     print(found, flush=True)
     return 0
@@ -141,7 +141,16 @@ def _sbatch(record: Record, call: list[str], rule: str, run: str) -> subprocess.
                     return subprocess.CompletedProcess(call, 0, job.id, "")
         return answer
 
-    return queue.patiently(ask, say=say, give_up=record.interrupted_file.exists)
+    return queue.patiently(ask, say=_tell, give_up=record.interrupted_file.exists)
+
+
+def _tell(text: str) -> None:
+    """Say something about a submission that goes on, or has succeeded.
+
+    The plugin takes these two words in the error output for a failure, whatever the exit code, and forgets the job.
+    """
+    if text:
+        say(text.replace("submission failed", "submission not taken"))
 
 
 def states(record: Record, name: str, run: str, arguments: list[str]) -> int:

@@ -84,6 +84,18 @@ def ask(command: Sequence[str], seconds: float = ANSWER_S) -> str:
     return output
 
 
+def node_memory_mb(partition: str, nodes: int = 1) -> int | None:
+    """Memory that each of ``nodes`` nodes of a partition has for jobs, in MB; None where sinfo does not say it."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%N %m", *(["--partition", partition] if partition else [])]
+    try:
+        answer = ask(command)
+    except SilentError:
+        return None
+    pairs = [line.split() for line in answer.splitlines() if len(line.split()) == 2]
+    found = sorted({name: int(size) for name, size in pairs if size.isdigit()}.values(), reverse=True)
+    return found[nodes - 1] if len(found) >= nodes else None
+
+
 def rehearse(submissions: dict[str, str]) -> list[str]:
     """What ``sbatch --test-only`` says against each rule's sbatch line: warnings, since it errs in both directions.
 

@@ -276,7 +276,8 @@ def _read_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _handlers(run: Path) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
-        say(f"{signal.Signals(number).name}: saving after the current step, then stopping")
+        if not (run / run_folder.STOP).exists():  # the signal is repeated
+            say(f"{signal.Signals(number).name}: saving after the current step, then stopping")
         (run / run_folder.STOP).touch()
 
     def terminate(number: int, frame: object) -> None:
