@@ -96,13 +96,13 @@ def measure(folder: Path, repeats: int) -> int:
         if number:  # the first one warms caches
             times[checked].append(found)
             print(json.dumps({"checked": checked} | found), flush=True)
-    met = True
-    for what in ("filling", "start"):
-        on, off = (statistics.median(one[what] for one in times[checked]) for checked in (True, False))
-        share = on / off - 1
-        print(f"{what}: {off:.1f} s without, {on:.1f} s with checking: {share:+.0%} (bar {BAR:.0%} of start)")
-        met = met and (what == "filling" or share <= BAR)
-    return 0 if met else 1
+    on, off = (statistics.median(one["filling"] for one in times[checked]) for checked in (True, False))
+    start = statistics.median(one["start"] for one in times[False])
+    print(f"reading the states: {off:.1f} s without, {on:.1f} s with checking: {on / off - 1:+.0%}")
+    # Starting Python, libraries and engine takes most of a resume, and differs more from start to start than this.
+    share = (on - off) / start
+    print(f"of a resume of {start:.1f} s, from the command until training goes on: {share:+.1%} (bar {BAR:.0%})")
+    return 0 if share <= BAR else 1
 
 
 if __name__ == "__main__":
