@@ -1,4 +1,4 @@
-# make demo · make status · make test · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
+# make demo · make status · make test · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
 PYTHON ?= python3
 # Test files run side by side: most of them wait for clusters and trainers more than they compute.
 WORKERS ?= 2
@@ -6,7 +6,7 @@ DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 
-.PHONY: help demo status envs test test-swap drills drills-without lint format clean
+.PHONY: help demo status envs test test-swap drills drills-without soak lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
+	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
 	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
@@ -58,6 +59,11 @@ drills-without:
 	@$(PYTHON) workflow/scripts/build_env.py workflow
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python -m pytest -s tests/drills/without_drills.py
+
+soak:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@$(DEV)/python tests/drills/soak.py $(SOAK)
 
 lint:
 	@$(PYTHON) workflow/scripts/build_env.py dev

@@ -13,6 +13,7 @@ import psutil
 from training_helpers import write_settings
 
 from deepseek_sft import receipts
+from deepseek_sft.checkpoint import base_sums
 from deepseek_sft.data import tokens
 from deepseek_sft.model import tiny
 
@@ -43,6 +44,9 @@ def make_inputs(folder: Path, rows: int = 30, shape: tiny.TinyShape = SHAPE, lon
     tokens.write_index(target, {"shards": shards, "vocab_size": shape.vocab_size} | statistics)
     for rule, name, result in (("prepare_model", "base", "base"), ("tokenize_data", "tokens", "tokens")):
         place = {result: str(folder / name)}
+        if rule == "prepare_model":
+            place["sums"] = str(folder / base_sums.NAME)
+            base_sums.write(folder / base_sums.NAME, folder / "base", sorted((folder / "base").glob("*.safetensors")))
         receipts.write(folder / f"{rule}.json", rule, inputs={}, settings={}, result=place, figures={})
     return folder
 

@@ -54,6 +54,19 @@ def test_the_base_is_not_read_when_a_checkpoint_is_there(environment, inputs, tm
     assert trainer.losses() == pytest.approx(stored.EXPECTED["losses"], rel=1e-6)
 
 
+def test_a_base_with_a_turned_bit_is_not_trained(environment, inputs, tmp_path):
+    trainer = Trainer(environment("train"), inputs, tmp_path)
+    (weights,) = (inputs / "base").glob("*.safetensors")
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
+    try:
+        said = trainer.run(stored.RANKS, expected=2, **stored.SETTINGS)
+    finally:
+        weights.write_bytes(sound)
+    assert f"{weights.name} is damaged: its sha256 is not the one that prepare_model wrote down" in said
+    assert not (trainer.run_folder / "metrics.jsonl").exists()
+
+
 def test_a_checkpoint_of_the_first_format_is_converted_as_before(inputs, environment, tmp_path):
     script = PROJECT / "workflow/scripts/convert_checkpoint.py"
     command = [

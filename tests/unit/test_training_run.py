@@ -41,6 +41,7 @@ def test_operational_settings_keep_the_run():
         "gpu_tflops": 989,
         "max_hours": 2.0,
         "slow_rank_percent": 25.0,
+        "check_base": "never",
     }
     assert others.keys() == set(training_settings.OPERATIONAL)
     assert run_id(**others) == run_id()

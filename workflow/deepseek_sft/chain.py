@@ -6,11 +6,11 @@ stage is forced. Training is never started again by that: it is named, with the 
 """
 
 import dataclasses
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from . import json_files, receipts
 from .errors import BadInputError, StageError
 
 REPORT = "build_report"
@@ -94,10 +94,11 @@ def state(results: Path, rule: str) -> State:
     """The receipt of a rule, and which of its results are still there."""
     path = results / "receipts" / f"{rule}.json"
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt = json_files.load(path)
+        receipts.check(receipt)
     except (OSError, ValueError):
         receipt = None
-    if not isinstance(receipt, dict) or receipt.get("rule") != rule or not isinstance(receipt.get("result"), dict):
+    if receipt is None or receipt["rule"] != rule:
         return State(rule, None, path.exists(), {})
     return State(rule, receipt, True, {name: str(p) for name, p in receipt["result"].items() if not _is_there(name, p)})
 

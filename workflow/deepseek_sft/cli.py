@@ -1,14 +1,14 @@
 """What every command-line program of the workflow shares: exit codes, messages, help layout."""
 
 import argparse
-import json
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from . import interpreter
+from . import environment_faults, interpreter, json_files
 from .errors import BadInputError, CrashError, StageError
 
 
@@ -28,7 +28,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
         BadInputError: it is none.
     """
     try:
-        value = json.loads(text)
+        value = json_files.parse(text, None)
     except ValueError as error:
         raise BadInputError(f"{option} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -37,14 +37,20 @@ def json_object(option: str, text: str) -> dict[str, Any]:
 
 
 def say(message: str) -> None:
-    """Print a progress line to standard error, flushed: logs are read while a stage runs."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a progress line to standard error, flushed: logs are read while a stage runs.
+
+    A log that cannot be written (its disk is full) does not end the stage; what is done goes to another place, or has
+    words of its own.
+    """
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's ``main`` and leave with the exit code of the contract.
 
-    Known errors print one message; an unknown one keeps its traceback (it is our bug) and exits 5.
+    Known errors print one message, and so do faults of the machine and its disks; an unknown one keeps its traceback
+    (it is our bug) and exits 5.
     A pipe closed by the reader (``script | head``) is not an error.
     """
     try:
@@ -64,8 +70,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             traceback.print_exc()
         say(f"error: {interpreter.advice(f'has no {error.name}')}")
         code = BadInputError.exit_code
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if fault := environment_faults.explain(error):
+            say(f"error: {fault}")
+            sys.exit(fault.exit_code)
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         say("error: unexpected failure, this is a defect of the workflow; please report the lines above")
         code = CrashError.exit_code
     sys.exit(code)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from . import environment_faults, leftovers
 from .errors import BadInputError
 
 LFS_POINTER = b"version https://git-lfs"  # how the text begins that git keeps in place of a large file
@@ -33,7 +34,7 @@ def atomic_open(path: str | Path, mode: str = "w", **options: Any) -> Iterator[I
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = leftovers.temporary(path)
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
     try:
@@ -43,8 +44,11 @@ def atomic_open(path: str | Path, mode: str = "w", **options: Any) -> Iterator[I
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         fsync_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # of writes and syncs, which name none
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -118,7 +122,7 @@ def require_writable(*paths: Path | None) -> None:
     """Find out before any work whether something can be made under these names; None is passed over.
 
     A file is made and removed in the nearest folder above that exists: permissions alone do not tell of read-only
-    mounts, of quotas of files, or of what root may do.
+    mounts, of quotas of files, or of what root may do. What killed processes left beside them is removed.
 
     Raises:
         BadInputError: naming the folder and why it cannot be written.
@@ -127,12 +131,14 @@ def require_writable(*paths: Path | None) -> None:
         folder = Path(path).absolute().parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        probe = folder / f".writable.{os.getpid()}.tmp"
+        leftovers.sweep([folder])
+        probe = leftovers.temporary(folder / "writable")
         try:
             probe.touch()
             probe.unlink(missing_ok=True)
         except OSError as error:
             raise BadInputError(
-                f"{path} cannot be written: {folder}: {error.strerror or error}",
-                "give a folder that you may write in, on a file system that is neither full nor read-only",
+                f"{path} cannot be written: {folder}: {error.strerror or error}; "
+                f"{environment_faults.free_space(folder)}",
+                environment_faults.WRITABLE,
             ) from None

@@ -15,7 +15,6 @@ A receipt is written last, atomically, and only when everything it names exists.
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -24,10 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import __version__, files
+from . import __version__, files, json_files
 from .errors import BadInputError
 
 SCHEMA = 1
+FIELDS = {"schema": int, "rule": str, "inputs": dict, "settings": dict, "result": dict, "figures": dict}
 PACKAGES = ("torch", "deepspeed", "xtuner", "transformers", "tokenizers", "safetensors", "vllm", "ray", "snakemake")
 STARTED = time.time()
 
@@ -130,17 +130,28 @@ def read(path: str | Path, rule: str) -> dict[str, Any]:
     """
     again = f"snakemake --profile <profile> --forcerun {rule}"
     try:
-        receipt = json.loads(Path(path).read_text(encoding="utf-8"))
+        receipt = json_files.load(path)
+        if receipt.get("schema") != SCHEMA or receipt.get("rule") != rule:
+            raise BadInputError(f"{path} is not a receipt of {rule}", f"make it again: {again}")
+        check(receipt)
     except FileNotFoundError:
         raise BadInputError(f"no receipt of {rule} at {path}", f"run that stage first: {again}") from None
     except (OSError, ValueError) as error:
         raise BadInputError(f"receipt {path} cannot be read: {error}", f"make it again: {again}") from None
-    if not isinstance(receipt, dict) or receipt.get("schema") != SCHEMA or receipt.get("rule") != rule:
-        raise BadInputError(f"{path} is not a receipt of {rule}", f"make it again: {again}")
     for name, place in receipt["result"].items():
         if not Path(place).exists():
             raise BadInputError(f"{path} names {name} at {place}, which has gone", f"make it again: {again}")
     return receipt
+
+
+def check(receipt: dict[str, Any]) -> None:
+    """
+    Raises:
+        NotJsonError: a field that every reader relies on is missing or of another type.
+    """
+    json_files.require(receipt, FIELDS)
+    json_files.require(receipt["result"], dict.fromkeys(receipt["result"], str))
+    json_files.require(receipt["inputs"], {name: {"path": str, "fingerprint": str} for name in receipt["inputs"]})
 
 
 def _iso(seconds: float) -> str:

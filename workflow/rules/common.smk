@@ -1,5 +1,4 @@
 # Configuration, paths and the functions that rules use. The logic lies in workflow/deepseek_sft, where it is tested.
-import json
 import subprocess
 import sys
 import time
@@ -12,7 +11,19 @@ from snakemake.exceptions import WorkflowError
 
 try:
     from deepseek_sft import chain as stages_chain
-    from deepseek_sft import ending, job_names, known_at_start, locks, place, starting, submission, terminal
+    from deepseek_sft import (
+        adoption,
+        ending,
+        environment_faults,
+        job_names,
+        json_files,
+        known_at_start,
+        locks,
+        place,
+        starting,
+        submission,
+        terminal,
+    )
     from deepseek_sft import resources as job_resources
     from deepseek_sft.cluster_jobs import holders
     from deepseek_sft.cluster_jobs import start as cluster_start
@@ -38,8 +49,8 @@ try:
             raise unnamed
         elif unnamed:
             TERMINAL.warn(f"would be refused: {unnamed}")
-except StageError as error:
-    raise WorkflowError(str(error))
+except (StageError, OSError) as error:
+    raise WorkflowError(environment_faults.in_words(error))
 
 RESULTS = EXPERIMENT.results
 SPARE_NODES = EXPERIMENT.config["train"]["spare_nodes"]
@@ -214,8 +225,8 @@ def complete_resources(workflow):
             job_resources.leave_out(workflow, slow)
             for text in slow_nodes.left_out(slow, Path(RESULTS, "train")) if TERMINAL else ():
                 TERMINAL.warn(text)
-    except StageError as error:
-        raise WorkflowError(str(error))
+    except (StageError, OSError) as error:
+        raise WorkflowError(environment_faults.in_words(error))
 
 
 def check_targets():
@@ -225,13 +236,14 @@ def check_targets():
     try:
         EXPERIMENT.check_shapes(wanted)
         if asked & set(stages_chain.UPSTREAM):
+            adoption.check(Path(RESULTS))
             verdict = stages_chain.judge(Path(RESULTS))
             CHAIN_LOST.update({name: error for name, error in verdict.lost.items() if name in asked})
             CHAIN_FORCED.update({name: why for name, why in verdict.forced.items() if name in asked})
             for text in [f"{name} runs again: {why}" for name, why in CHAIN_FORCED.items()] + verdict.notes:
                 TERMINAL.warn(text)
-    except StageError as error:
-        raise WorkflowError(str(error))
+    except (StageError, OSError) as error:
+        raise WorkflowError(environment_faults.in_words(error))
     job_resources.force(workflow, CHAIN_FORCED)
 
 
@@ -242,8 +254,8 @@ def check_jobs():
         check_chain(workflow, names)
         if jobs := names & job_resources.submitted(workflow):
             starting.check_shared(EXPERIMENT.paths_of_nodes(jobs))
-    except StageError as error:
-        raise WorkflowError(str(error))
+    except (StageError, OSError) as error:
+        raise WorkflowError(environment_faults.in_words(error))
 
 
 def check_chain(workflow, rules):
@@ -271,7 +283,7 @@ def check_before_start(workflow):
         for warning in job_resources.check_allocations(workflow, rules, line):
             TERMINAL.warn(warning)
         if rules & {"prepare_model", "train"}:
-            resources = json.loads(resources_of_training(None))
+            resources = json_files.parse(resources_of_training(None))
             train = job_resources.allocations(workflow).get("train")
             node_mb = train and asking.node_memory_mb(train.partition, train.nodes)
             EXPERIMENT.check_plan(resources, "tokenize_data" not in rules, node_mb)
@@ -280,8 +292,8 @@ def check_before_start(workflow):
         jobs_of_slurm = submission.is_previewed(workflow)
         name = EXPERIMENT.config["experiment"]
         cluster_start.begin(workflow, name, Path(LOGS), Path(RESULTS), THIS_PROCESS, jobs_of_slurm)
-    except StageError as error:
-        raise WorkflowError(str(error))
+    except (StageError, OSError) as error:
+        raise WorkflowError(environment_faults.in_words(error))
     build_environments(rules)
 
 
@@ -316,8 +328,8 @@ else:
     cluster_start.free_locks_of_the_dead(Path(LOGS), sys.argv, THIS_PROCESS)
     try:
         place.check_writable(RESULTS, LOGS)
-    except StageError as error:
-        raise WorkflowError(str(error))
+    except (StageError, OSError) as error:
+        raise WorkflowError(environment_faults.in_words(error))
     # a warning here, since a dry run may come before the data; an error once jobs start
     for problem in EXPERIMENT.missing_paths():
         TERMINAL.warn(problem)

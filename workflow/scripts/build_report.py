@@ -20,7 +20,6 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import chain, cli, files, receipts
-from deepseek_sft.errors import BadInputError
 from deepseek_sft.report import build, collect, compare, overview
 
 
@@ -75,10 +74,7 @@ def main() -> None:
 
 
 def _write(path: Path, html: str) -> None:
-    try:
-        files.write_text(path, html)
-    except OSError as error:
-        raise BadInputError(f"{path} cannot be written: {error.strerror}", "give another --output") from None
+    files.write_text(path, html)
 
 
 if __name__ == "__main__":

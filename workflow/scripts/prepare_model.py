@@ -9,7 +9,8 @@ any moment, the same command continues after the last complete file.
 The multi-token-prediction layer is not trained: it is recognised, and dropped where the model is dequantised unless
 --mtp copy (or keep: if there is one) is given, for convert_checkpoint --mtp copy.
 The tiny model has the release's config keys and tensor names and the real tokenizer, and needs no GPU and no torch.
-The receipt's result.base is the folder to train from.
+The receipt's result.base is the folder to train from, result.sums the file with the sums of its files, which training
+compares.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
-from deepseek_sft.checkpoint import base_model, dequantize, memory
+from deepseek_sft.checkpoint import base_model, base_sums, dequantize, memory
 from deepseek_sft.checkpoint.sizes import parse_size
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.model import config_file, release, tiny
@@ -114,9 +115,10 @@ def main() -> None:
     }
     if dequantized:
         figures["non_finite"] = 0  # others are refused; of a BF16 base no value is read here
-    receipts.write(
-        args.receipt, "prepare_model", inputs=inputs, settings=settings, result={"base": str(source)}, figures=figures
-    )
+    sums = base_sums.place(args.receipt)
+    base_sums.write(sums, source, prepared.files, max(0, args.workers))
+    result = {"base": str(source), "sums": str(sums)}
+    receipts.write(args.receipt, "prepare_model", inputs=inputs, settings=settings, result=result, figures=figures)
     cli.say(f"{source}: {figures['parameters']:,} parameters in {figures['tensors']} tensors, BF16, complete")
 
 

@@ -6,12 +6,18 @@ set -uo pipefail
 log=$1 attempt=$2
 shift 2
 folder=${log%.log}
-mkdir -p "$folder"
 export SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-${DEEPSEEK_SFT_RESTARTS:-0}} # the jobstep plugin removes it
 # A requeued job goes on under the same id, in a log of its own.
 file=$folder/${SLURM_JOB_ID:-local-$$}-$((attempt + SLURM_RESTART_COUNT)).log
 marker=$folder/do-not-retry
-ln -sfn "${folder##*/}/${file##*/}" "$log"
+space() { df -h --output=avail,size,target "${folder%/*}" 2>/dev/null | awk 'NR == 2 { print $1 " of " $2 " are free on " $3 }'; }
+probe() { head -c 65536 /dev/zero > "$folder/.probe.$$" && rm -f "$folder/.probe.$$"; }
+# A log that cannot be written would hide whatever the stage says, so the stage does not begin.
+if ! said=$({ mkdir -p "$folder" && ln -sfn "${folder##*/}/${file##*/}" "$log" && probe; } 2>&1); then
+    echo "error: the log $file cannot be written: ${said##*: }; $(space)" >&2
+    echo "  fix: free space there, or have its permissions mended; then run the same command again" >&2
+    exit 2
+fi
 echo "output: $file" >&2
 if [ "$attempt" -gt 1 ] && [ -e "$marker" ]; then
     echo "not retried: $(cat "$marker")" | tee -a "$file" >&2
@@ -32,6 +38,9 @@ code=$?
 if [ "$code" -ne 0 ]; then
     echo "exit code $code; last lines of $file:" >&2
     tail -n 25 "$file" >&2
+    if ! said=$(probe 2>&1); then
+        echo "error: the log $file lacks its end: ${said##*: }; $(space)" >&2
+    fi
     # Slurm kills the whole step, the program that could have said so included.
     mapfile -t killed < <(grep -aE 'slurmstepd.*(memory limit|oom.?kill)|srun: error: .*(Out Of Memory|Killed)' "$file" | sort -u)
     if [[ ${killed[*]-} =~ memory\ limit|oom.?kill|Out\ Of\ Memory ]]; then

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError
 from ..model import release
 from ..model.release import TensorSpec
@@ -111,7 +111,7 @@ def _is_json(path: Path) -> bool:
     if len(content) > LARGE_JSON:
         return content.lstrip()[:1] == b"{" and content.rstrip()[-1:] == b"}"
     try:
-        return isinstance(json.loads(content), dict | list)
+        return isinstance(json_files.parse(content, None), dict | list)
     except ValueError:
         return False
 
@@ -124,7 +124,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             return ["model.safetensors"], None
         raise BadInputError(f"{folder} holds neither {INDEX_NAME} nor model.safetensors", "fetch the model again")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json_files.load(index)["weight_map"]
         return sorted(set(weight_map.values())), weight_map
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInputError(f"{index} cannot be read: {error!r}", "fetch this file again") from None
@@ -204,8 +204,8 @@ def open_model(folder: Path) -> BaseModel:
 def lacks_prediction_layer(folder: Path) -> bool:
     """Whether a model folder's index says that it holds no multi-token-prediction layer; False where it is silent."""
     try:
-        names = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = json_files.load(folder / INDEX_NAME)["weight_map"]
+        config = json_files.load(folder / "config.json")
         return not any(release.is_mtp(config, name) for name in names)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # prepare_model says what is wrong with it

@@ -5,11 +5,11 @@ Format: ``{"format": 1, "run_id", "step", "world_size", "zero_stage": 3, "parame
 one also has ``trained_losses`` (``training/loss_rows.py``), which the smoke test compares the served model with.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import json_files
 from ..errors import BadInputError
 from ..training import loss_rows
 
@@ -61,7 +61,7 @@ def read_marker(folder: Path) -> Marker | None:
     """
     path = folder / NAME
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json_files.load(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ While it is being made a folder is called ``<output>.incomplete``; files in it t
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import cli, files
+from .. import cli, files, json_files
 from ..errors import BadInputError, CrashError
 from .parts import Part, share
 from .progress_folder import Finished, ProgressFolder, difference
@@ -104,7 +103,7 @@ class Progress:
 def read_origin(folder: Path) -> dict[str, Any] | None:
     """What a finished folder says it was made from, or None if this workflow did not make it."""
     try:
-        return json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        return json_files.load(folder / ORIGIN)
     except (OSError, ValueError):
         return None
 

@@ -11,7 +11,6 @@ Everything carries the identity's digest: what was left by a run with other inpu
 
 import contextlib
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import cli, files
+from .. import cli, files, json_files
 from ..errors import BadInputError
 from .safetensors_files import Shard
 
@@ -111,7 +110,7 @@ class ProgressFolder:
         """Why ``state.json`` is not this run's; None if it is."""
         path = self.folder / STATE
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = json_files.load(path)
             found = difference(state["identity"], self.identity)
         except FileNotFoundError:
             return "nothing was begun"
@@ -130,7 +129,7 @@ class ProgressFolder:
         """What is known about a finished file; None if it has to be written."""
         path = self.incomplete / shard.name
         try:
-            mark = json.loads((self.folder / f"{shard.name}.json").read_text(encoding="utf-8"))
+            mark = json_files.load(self.folder / f"{shard.name}.json")
             if mark["identity"] == self._digest and path.stat().st_size == shard.size:
                 return Finished(mark["non_finite"], mark["note"])
         except (OSError, ValueError, KeyError, TypeError):

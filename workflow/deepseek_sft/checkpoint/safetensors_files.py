@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError
 from ..model.release import SCALE_SUFFIX, TensorSpec
 
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if length < 2 or length > min(LONGEST_HEADER, size - 8):
                 raise BadInputError(f"{path} is cut or is no safetensors file ({size} bytes)", "fetch this file again")
-            entries = json.loads(stream.read(length))
+            entries = json_files.parse(stream.read(length))
     except OSError as error:
         raise BadInputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -93,7 +93,7 @@ def _stored(path: Path, entries: dict[str, Any], data_start: int) -> tuple[dict[
                 f"{path}: {name} is of dtype {dtype}, which this program does not read (known: {FORMATS_KNOWN})",
                 "use the official release, or a BF16 copy of the model",
             )
-        if any(not isinstance(n, int) or n < 0 for n in shape):
+        if any(type(n) is not int or n < 0 for n in (*shape, start, end)):  # true is 1 to isinstance
             raise ValueError(f"shape of {name}: {shape}")
         if start != position or end - start != math.prod(shape) * ITEM_SIZES[dtype]:
             raise ValueError(f"offsets of {name}: {start}, {end}")

@@ -6,7 +6,6 @@ switches that file off and removes it. Only files that such a record names are e
 """
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import cli, files
+from .. import cli, files, json_files
 from ..errors import BadInputError
 from .memory import Memory
 from .sizes import show_size
@@ -129,7 +128,7 @@ def remove_stale(output: Path) -> None:
     """
     for place in _records(output):
         try:
-            record = Record(**json.loads(place.read_text(encoding="utf-8")))
+            record = Record(**json_files.load(place))
         except (OSError, ValueError, TypeError) as error:
             cli.say(f"warning: {place} cannot be read ({error}); look for a swap file yourself: swapon --show")
             continue

@@ -4,13 +4,12 @@ Each check has a name and lists every tensor or file that fails it; see docs/che
 """
 
 import concurrent.futures
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import cli, files
+from .. import cli, files, json_files
 from ..errors import BadInputError, GateError
 from ..model import release
 from .base_model import QUANTISATION_FILE, BaseModel
@@ -64,7 +63,7 @@ class Verification:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_files.load(path)
     except (OSError, ValueError):
         return None
 

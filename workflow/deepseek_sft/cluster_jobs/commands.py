@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from .. import files
+from .. import environment_faults, files, json_files
 from ..cli import say
 from ..errors import CrashError, StageError
 from . import jobs, queue
@@ -46,8 +46,8 @@ def main(name: str, arguments: list[str]) -> int:
         run = _after(arguments, "--name")
         if name in ("squeue", "sacct") and any(job["run"] == run for job in record.jobs()):
             return states(record, name, run, arguments)
-    except StageError as error:
-        say(f"error: {error}")
+    except (StageError, OSError) as error:
+        say(f"error: {environment_faults.in_words(error)}")
         return 1
     return subprocess.run([name, *arguments], check=False).returncode
 
@@ -193,7 +193,8 @@ def _settled(record: Record, noted: dict[str, dict], known: dict[str, str], by_d
     """States in which a job that is lost for good has ended: by its receipt well, otherwise not."""
     path = record.path.with_suffix(".states")
     try:
-        since = json.loads(path.read_text())
+        since = json_files.load(path)
+        json_files.require(since, dict.fromkeys(since, float))
     except (OSError, ValueError):
         since = {}
     now, told, doubtful = time.time(), dict(known), {}

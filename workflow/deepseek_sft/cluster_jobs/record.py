@@ -4,6 +4,7 @@
 ``<host>-<pid>.jobs``  one line of JSON for each job it has submitted or found again
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 
 FOLDER = "snakemake"
 VARIABLE = "DEEPSEEK_SFT_SNAKEMAKE"  # path of the record, for the commands in workflow/slurm_commands
@@ -88,7 +89,7 @@ class Record:
     def read(cls, path: Path) -> "Record | None":
         """Read it; None where there is none, or none that this version understands."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json_files.load(path)
             rules = {name: Rule(**rule) for name, rule in value.pop("rules").items()}
             return cls(path=path, rules=rules, **value)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -108,7 +109,13 @@ class Record:
             lines = self.jobs_file.read_text(encoding="utf-8").splitlines()
         except OSError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        found = []
+        for line in lines:
+            with contextlib.suppress(json_files.NotJsonError):  # the last one of a killed process may be torn
+                entry = json_files.parse(line)
+                json_files.require(entry, {"job": str, "rule": str, "run": str})
+                found.append(entry)
+        return found
 
     def marker(self, rule: str) -> Path:
         """File that ends the retries of a rule."""

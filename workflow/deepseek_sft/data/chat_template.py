@@ -19,6 +19,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+from .. import json_files
 from ..errors import BadInputError
 from .templates import USER, Piece
 
@@ -112,7 +113,7 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     """
     path = folder / "tokenizer_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json_files.load(path)
         files = {DEFAULT: folder / FILE} if (folder / FILE).is_file() else {}
         files |= {file.stem: file for file in sorted((folder / FOLDER).glob("*.jinja"))}
         named = {name: file.read_text(encoding="utf-8") for name, file in files.items()}

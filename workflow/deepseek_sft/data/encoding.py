@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError
 from .chat_template import ChatTemplate, read_chat_template, token_name
 from .messages import THINK_CLOSE, THINK_OPEN
@@ -170,7 +170,7 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
     try:
         text = path.read_text(encoding="utf-8")
         whole = Tokenizer.from_str(text)
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json_files.load(folder / "tokenizer_config.json")
         description = json.loads(text)
         words = word_encoder(whole, description)
     except OSError as error:

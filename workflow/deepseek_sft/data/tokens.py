@@ -10,7 +10,6 @@ Imports pyarrow and numpy alone: the training environment reads with the same mo
 
 import bisect
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError
 from .labels import NO_LOSS as NO_LOSS  # part of what readers of token files need
 
@@ -134,7 +133,13 @@ class TokenDataset:
         item: dict[str, Any] = {"id": batch.column(0)[row].as_py()}
         for column, name in enumerate(SCHEMA.names[1:], 1):
             item[name] = batch.column(column)[row].values.to_numpy()
-        ids = item["input_ids"]
+        ids, lengths = item["input_ids"], item["sample_lengths"]
+        if len(item["labels"]) != len(ids) or lengths.sum() != len(ids) or lengths.min(initial=1) < 1:
+            raise BadInputError(
+                f"{self.path / self._shards[number]} is damaged: row {index} has {len(ids)} tokens, "
+                f"{len(item['labels'])} labels and samples of {lengths.tolist()[:8]} tokens",
+                _AGAIN,
+            )
         if ids.size and not 0 <= ids.min() <= ids.max() < self.info.get("vocab_size", 1 << 31):
             # On a GPU this would end in an assertion of the embedding's kernel, which names nothing.
             raise BadInputError(
@@ -220,7 +225,7 @@ def _list_array(rows: tuple[Ids, ...]) -> pyarrow.ListArray:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json_files.load(path)
     except OSError as error:
         raise BadInputError(f"{folder} is no complete token folder: {INDEX}: {error.strerror}", _AGAIN) from None
     except (ValueError, RecursionError) as error:

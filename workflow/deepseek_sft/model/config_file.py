@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError
 
 # New name → the releases'.
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     files.refuse_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_files.load(path)
     except (OSError, ValueError) as error:
         raise BadInputError(f"{path} cannot be read: {error}", "fetch this file again") from None
     if not isinstance(value, dict):

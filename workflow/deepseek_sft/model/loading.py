@@ -1,6 +1,5 @@
 """Fill a training model from a folder in the release's format; under ZeRO-3 each rank reads its own slices only."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from .. import json_files
 from ..errors import BadInputError
 from . import release
 from .experts import MixtureOfExperts
@@ -28,7 +28,7 @@ class ReleaseReader:
         self._handles: dict[str, safe_open] = {}
         try:
             if (folder / INDEX).exists():
-                self.file_of = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                self.file_of = json_files.read(folder / INDEX, {"weight_map": dict})["weight_map"]
             else:
                 self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         except (OSError, ValueError, KeyError, SafetensorError) as error:

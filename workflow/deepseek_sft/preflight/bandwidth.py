@@ -1,6 +1,5 @@
 """Devices and network under load: products, copies and all-reduces of all ranks, or a ring of plain sockets."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from .. import limits
+from .. import json_files, limits
 from ..python_path import with_library
 from ..training.nodes import NodeEnvironment
 from . import exchange
@@ -86,7 +85,7 @@ def over_torch(
                 )
         failed = _wait(running, outputs, limit)
         if failed is None:
-            told = [json.loads(output.read_text(errors="replace").strip().splitlines()[-1]) for output in outputs]
+            told = [json_files.parse(output.read_text(errors="replace").strip().splitlines()[-1]) for output in outputs]
             return _read(told, backend, megabytes)
         local, what = failed
         text = [line for line in outputs[local].read_text(errors="replace").splitlines() if line.strip()]

@@ -22,7 +22,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 from ..training.nodes import address_of
 
 LINE_LIMIT = 8 << 20  # bytes of one request: a report with the versions of all packages is some 10 kB
@@ -72,7 +72,7 @@ class _Handler(socketserver.StreamRequestHandler):
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         line = self.rfile.readline(LINE_LIMIT)
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # a stranger's request gets no answer
-            answer = self._answer(json.loads(line))
+            answer = self._answer(json_files.parse(line))
             self.wfile.write(json.dumps(answer).encode() + b"\n")
             self.request.recv(1)  # the asker closes first
 
@@ -127,7 +127,7 @@ def ask(host: str, port: int, request: dict[str, Any], payload: bytes = b"", tim
         with link.makefile("rb") as stream:
             line = stream.readline(LINE_LIMIT)
     try:
-        answer = json.loads(line)
+        answer = json_files.parse(line)
     except ValueError:
         raise ConnectionError("something else answers there") from None
     if not isinstance(answer, dict):
@@ -150,7 +150,7 @@ class Folder:
 
     def read(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+            return json_files.load(self.path / f"{name}.json")
         except (OSError, ValueError):
             return None
 

@@ -1,12 +1,11 @@
 """Thresholds of the checks: from the configuration's ``preflight`` section and from the plan."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from .. import receipts
+from .. import json_files, receipts
 from ..errors import BadInputError
 from .findings import CHECKS
 
@@ -71,7 +70,7 @@ def read(path: Path) -> Settings:
         BadInputError: unreadable, a key unknown, or a value outside its range.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_files.load(path)
     except (OSError, ValueError) as error:
         raise BadInputError(f"settings {path} cannot be read: {error}") from None
     names = {field.name for field in dataclasses.fields(Settings)}

@@ -5,7 +5,6 @@ be read becomes the stage's state and a note.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from .. import json_files
 from ..errors import BadInputError
 from ..training import run_folder
 from . import formatting
@@ -171,7 +171,7 @@ def _stage(results: Path, logs: Path | None, rule: str) -> Stage:
     source = f"receipts/{rule}.json"
     log = log_tail(logs / f"{rule}.log") if logs else []
     try:
-        receipt = json.loads((results / source).read_text(encoding="utf-8"))
+        receipt = json_files.load(results / source)
         if not isinstance(receipt, dict) or receipt.get("rule", rule) != rule:
             raise ValueError(f"it is not a receipt of {rule}")
     except FileNotFoundError:
@@ -301,7 +301,7 @@ def config(results: Path) -> dict[str, Any]:
 def read_json(path: Path | None) -> Any:
     """What a JSON file holds; None without a file that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else None
+        return json_files.load(path) if path else None
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -323,7 +323,7 @@ def json_lines(path: Path | None) -> Iterator[dict[str, Any]]:
         with open(path, encoding="utf-8", errors="replace") as stream:
             for line in stream:
                 try:
-                    entry = json.loads(line)
+                    entry = json_files.parse(line)
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(entry, dict):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .. import json_files
 from ..cli import say
 from ..python_path import with_library
 from . import versions, vllm_bench
@@ -150,7 +151,7 @@ def _by_vllm(api: Api, url: str, tokenizer: Path, to_do: list[Load], api_key: st
 
 def _figures(load: Load, result_file: Path, exit_code: int, output: str) -> dict[str, Any]:
     try:
-        result = json.loads(result_file.read_text(encoding="utf-8"))
+        result = json_files.load(result_file)
         completed = int(result["completed"])
         figures = {
             "requests": load.requests,

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import json_files
 from ..python_path import with_library
 from .api import CheckFailed
 
@@ -40,7 +41,7 @@ class ModelFolder:
         total = 0
         for file in sorted(self.path.glob("*.safetensors")):
             with open(file, "rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                header = json_files.parse(stream.read(int.from_bytes(stream.read(8), "little")))
             for name, entry in header.items():
                 if name != "__metadata__":
                     size = 1
@@ -85,7 +86,7 @@ class ModelFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return json_files.load(path) if path.exists() else {}
 
 
 def compute(jobs: list[Job]) -> list[dict[str, Any]]:
@@ -107,7 +108,7 @@ def compute(jobs: list[Job]) -> list[dict[str, Any]]:
             raise CheckFailed(f"transformers needed more than {TIMEOUT_S} s") from None
         if child.returncode or not answer.exists():
             raise CheckFailed(f"transformers failed with exit code {child.returncode}: {child.stderr[-1500:]}")
-        return json.loads(answer.read_text())
+        return json_files.load(answer, list)
 
 
 def agreement(served: list[list[float]], reference: list[list[float]], dtype: str) -> str:

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 
 RENDEZVOUS = "rendezvous.json"
 LONGEST_MESSAGE = 1 << 20  # bytes
@@ -63,7 +63,7 @@ class Connection:
             self.closed = True
         *lines, self._buffer = self._buffer.split(b"\n")
         try:
-            messages = [json.loads(line) for line in lines]
+            messages = [json_files.parse(line) for line in lines]
         except ValueError:
             messages = [None]
         if not all(isinstance(message, dict) and "event" in message for message in messages):
@@ -183,7 +183,7 @@ def read_rendezvous(run_dir: Path) -> Message | None:
         # Listing the folder makes network file systems look again; a remembered "no such file" can last a minute.
         if run_dir / RENDEZVOUS not in set(run_dir.iterdir()):
             return None
-        value = json.loads((run_dir / RENDEZVOUS).read_text(encoding="utf-8"))
+        value = json_files.load(run_dir / RENDEZVOUS)
     except (OSError, ValueError):
         return None
     return value if value.get("attempt") == attempt() else None

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 
 ENDPOINT = "endpoint.json"
 
@@ -58,9 +58,10 @@ class Endpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Endpoint | None":
-        """Read it; None while there is none."""
+        """Read it; None while there is none, or none that this version understands."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json_files.load(path)
+            json_files.require(value, {"url": str, "model": str, "nodes": list, "api_key_file": str, "stop": str})
         except (OSError, ValueError):
             return None
         return cls(**{field.name: value[field.name] for field in dataclasses.fields(cls)})
@@ -68,8 +69,7 @@ class Endpoint:
 
 def who_serves(run_dir: Path) -> dict[str, dict[str, Any]]:
     """Node → address, interface, processes (``name pid``), in the order of ranks, as the nodes wrote them."""
-    entries = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.glob("*.json")]
-    nodes = sorted((entry for entry in entries if "rank" in entry), key=lambda entry: entry["rank"])
+    nodes = sorted(filter(None, map(_node, run_dir.glob("*.json"))), key=lambda entry: entry["rank"])
     return {
         entry["node"]: {
             "address": entry["address"],
@@ -78,6 +78,18 @@ def who_serves(run_dir: Path) -> dict[str, dict[str, Any]]:
         }
         for entry in nodes
     }
+
+
+def _node(path: Path) -> dict[str, Any] | None:
+    """What a node wrote of itself; None of other files, and of those that cannot be read."""
+    try:
+        entry = json_files.load(path)
+        json_files.require(entry, {"node": str, "address": str, "interface": str, "rank": int, "processes": list})
+        for process in entry["processes"]:
+            json_files.require({"process": process}, {"process": {"name": str, "pid": int}})
+    except (OSError, json_files.NotJsonError):
+        return None
+    return entry
 
 
 def how_to_stop(run_dir: Path) -> str:

@@ -8,13 +8,12 @@ before them. A measurement is kept in a file, so that a base model needs to be m
 """
 
 import dataclasses
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError
 from . import fields
 from .api import Api, CheckFailed, parsed
@@ -58,7 +57,7 @@ class Measurement:
         """Read what ``write`` wrote; raises BadInputError where the file is no measurement."""
         again = "make it again with workflow/scripts/measure_held_out.py"
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            value = json_files.load(path)
             if value["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {value['schema']}, expected {SCHEMA}")
             samples = {sample.pop("id"): sample for sample in value["samples"]}

@@ -1,10 +1,10 @@
 """Whether a model folder can be served, found out in seconds on each node: vLLM says it late and in many words."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import json_files
 from ..checkpoint.base_model import QUANTISATION_FILE
 from ..checkpoint.safetensors_files import INDEX_NAME, read_header
 from ..errors import BadInputError, looked_for
@@ -122,7 +122,7 @@ def _tokenizer(model: Path, config: dict[str, Any], settings: ServeSettings) -> 
 def _json(path: Path) -> tuple[dict[str, Any], str]:
     """A JSON object, or what is wrong with its file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_files.load(path)
     except FileNotFoundError:
         return {}, f"{path.name} is missing"
     except (OSError, ValueError) as error:

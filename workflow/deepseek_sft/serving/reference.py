@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import transformers
 
+from .. import json_files
+
 
 def main(request: Path, answer: Path) -> None:
     """Compute what ``request`` asks for and write it to ``answer``."""
     transformers.logging.set_verbosity_error()
-    answer.write_text(json.dumps([compute(job) for job in json.loads(request.read_text())]))
+    answer.write_text(json.dumps([compute(job) for job in json_files.load(request, list)]))
 
 
 @torch.no_grad()

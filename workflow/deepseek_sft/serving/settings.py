@@ -6,11 +6,11 @@ again here because the programs also run by hand.
 
 import dataclasses
 import difflib
-import json
 import typing
 from pathlib import Path
 from typing import Any
 
+from .. import json_files
 from ..errors import BadInputError
 from . import smoke_settings
 from .smoke_settings import SmokeSettings
@@ -101,7 +101,7 @@ def read(path: Path) -> ServeSettings:
         BadInputError: unreadable, an unknown key, a wrong type or an impossible value; names the file and the key.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json_files.load(path)
     except (OSError, ValueError) as error:
         raise BadInputError(f"settings {path} cannot be read: {error}") from None
     return parse(value, str(path))

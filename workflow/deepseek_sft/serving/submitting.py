@@ -1,7 +1,6 @@
 """Submitting a lasting deployment as a Slurm job of its own, and waiting until it answers."""
 
 import dataclasses
-import json
 import re
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from .. import files
+from .. import files, json_files
 from ..cli import say
 from ..cluster_jobs import queue
 from ..errors import BadInputError, CrashError, StageError
@@ -83,10 +82,16 @@ def state(job: str) -> tuple[str, str]:
 
 
 def _read(path: Path) -> Deployment | None:
-    try:
-        return Deployment(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    """
+    Raises:
+        BadInputError: the file is torn or edited; its job may still hold nodes.
+    """
+    if not path.exists():
         return None
+    names = [field.name for field in dataclasses.fields(Deployment)]
+    fix = "look with squeue whether its job still runs, end it with scancel, and remove the file"
+    value = json_files.read(path, dict.fromkeys(names, str), fix)
+    return Deployment(**{name: value[name] for name in names})
 
 
 def _submit(results: Path, logs: Path, folder: Path, model: str) -> Deployment:

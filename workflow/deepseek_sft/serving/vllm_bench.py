@@ -5,9 +5,10 @@ fails ends it, with its exit code.
 """
 
 import importlib.metadata
-import json
 import sys
 from pathlib import Path
+
+from .. import json_files
 
 
 def entry_point() -> importlib.metadata.EntryPoint | None:
@@ -21,7 +22,7 @@ def main(runs: Path) -> int:
     if not program:
         sys.exit("no program `vllm` is installed")
     run = program.load()
-    for arguments in json.loads(runs.read_text(encoding="utf-8")):
+    for arguments in json_files.load(runs, list):
         print("== vllm", *arguments, flush=True)
         sys.argv = ["vllm", *arguments]
         try:

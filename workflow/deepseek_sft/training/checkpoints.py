@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 from ..cli import say
 
 MARKER = "committed.json"
@@ -84,7 +84,7 @@ def commit(folder: Path, marker: dict[str, Any], written: dict[str, int], patien
 
 def amend(folder: Path, keys: dict[str, Any]) -> None:
     """Add keys to the marker of a committed checkpoint, atomically."""
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    marker = json_files.load(folder / MARKER)
     files.write_json(folder / MARKER, marker | keys)
 
 
@@ -98,10 +98,10 @@ class NotCommitted:
 def judge(folder: Path, run_id: str) -> Checkpoint | NotCommitted:
     """The committed checkpoint in a folder, or why there is none; a marker that was edited or torn counts as none."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = json_files.load(folder / MARKER)
     except FileNotFoundError:
         return NotCommitted("no commit marker")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return NotCommitted(f"unreadable marker: {error}")
     if reason := _malformed(marker):
         return NotCommitted(f"malformed marker: {reason}")
@@ -184,8 +184,14 @@ def _aside(run: Path) -> list[Path]:
 
 
 def make_room(run: Path, expected: int) -> None:
-    """Remove what was set aside when ``expected`` bytes would not fit; otherwise it waits for the next commit."""
+    """Remove what was set aside when ``expected`` bytes would not fit; otherwise it waits for the next commit.
+
+    Args:
+        expected: 0: not known yet; then as many as the largest checkpoint folder here holds, whole or not.
+    """
     aside = _aside(run)
+    if aside and not expected:
+        expected = max(sum(sizes(folder).values()) for folder in run.glob("step_*") if folder.is_dir())
     if aside and shutil.disk_usage(run).free < expected:
         say(f"removing {', '.join(folder.name for folder in aside)}: the next checkpoint needs the space")
         for folder in aside:

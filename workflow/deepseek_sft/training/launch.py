@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import environment_faults, files, json_files
 from ..cli import say
+from ..errors import BadInputError
 from ..python_path import with_library
 from . import early_stop, run_folder, watchdog
 from .nodes import NodeEnvironment, threads_per_rank
@@ -193,6 +194,20 @@ def termination(run: Path, node: NodeEnvironment) -> dict[str, Any] | None:
     return None if killed else first
 
 
+def environment_fault(run: Path, node: NodeEnvironment) -> BadInputError | None:
+    """The fault of a disk or machine that ended this start; None if there was none.
+
+    Where no rank could leave a word, the run folder is written to: a full disk takes last words as well.
+    """
+    records = _read_all(attempt_folder(run, node.attempt).glob("failure-rank*.json"))
+    first = min(records, key=lambda record: record["time"], default={})
+    if "fault" in first:
+        return BadInputError(
+            f"rank {first['rank']} on {first['host']}: {first['fault']['problem']}", first["fault"]["fix"]
+        )
+    return environment_faults.probe(run)
+
+
 def explain_failure(run: Path, node: NodeEnvironment) -> str:
     """What is known of a crash: the ranks that left no message, the first that left one, and the last lines of one."""
     folder = attempt_folder(run, node.attempt)
@@ -269,7 +284,7 @@ def _read_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
     records = []
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
-            records.append(json.loads(path.read_text()))
+            records.append(json_files.load(path))
     return records
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import json_files
 from ..cluster_jobs import holders
 from ..cluster_jobs.holders import reason_to_respect
 from ..errors import BadInputError, CrashError
@@ -153,7 +154,7 @@ def _read(path: Path) -> str | None:
 
 def _parse(text: str | None) -> dict[str, Any] | None:
     try:
-        value = json.loads(text or "")
+        value = json_files.parse(text or "")
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -8,12 +8,11 @@
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError, GateError, StageError, StoppedError
 from .settings import Settings
 
@@ -49,7 +48,7 @@ def read_status(run: Path, attempt: str, patience: float = 10.0) -> Status | Non
     deadline = time.monotonic() + patience
     while True:
         try:
-            status = Status(**json.loads((run / STATUS).read_text(encoding="utf-8")))
+            status = Status(**json_files.load(run / STATUS))
             if status.attempt == attempt:
                 return status
         except (OSError, ValueError, TypeError):
@@ -71,10 +70,10 @@ def check_gate(run: Path, settings: Settings) -> None:
         GateError: the gate still stands.
     """
     path = run / GATE
-    try:
-        gate = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return
+    fields = {"kind": str, "message": str, "value": (float, type(None))}
+    gate = json_files.read(path, fields, "look in the log for why the run was stopped; remove the file to try again")
     limit, value = settings.first_loss_max, gate.get("value")
     opened = {
         "first_loss": value is not None and (limit is None or value <= limit),
@@ -103,7 +102,7 @@ def _cut(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if json_files.parse(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be torn

@@ -1,12 +1,11 @@
 """Settings of one training run, read from ``train/settings.json``."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import files
+from .. import files, json_files
 from ..errors import BadInputError
 from ..limits import PHASES
 
@@ -26,6 +25,7 @@ STEERING = (
     "on_spike",
     "hang_minutes",
     "slow_rank_percent",
+    "check_base",
 )
 # Not part of the run id: the same run goes on when they change.
 OPERATIONAL = (*STEERING, "gpu_tflops", "max_hours")
@@ -41,6 +41,7 @@ CHOICES = {
     "attention": ("auto", "sdpa", "flash"),
     "on_not_finite": ("stop", "skip"),
     "on_spike": ("warn", "skip", "stop"),
+    "check_base": ("auto", "always", "never"),
 }
 
 
@@ -87,6 +88,7 @@ class Settings:
     attention: str
     run_name: str
     slow_rank_percent: float | None = None
+    check_base: str = "auto"
 
     @property
     def max_seconds(self) -> float | None:
@@ -114,7 +116,7 @@ def read(path: str | Path) -> Settings:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_files.load(path)
     except (OSError, ValueError) as error:
         raise BadInputError(f"settings {path} cannot be read: {error}") from None
     if not isinstance(values, dict):

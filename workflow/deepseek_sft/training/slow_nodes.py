@@ -4,7 +4,6 @@ Pure but for one file, ``<results>/train/slow_nodes.json``: node → what was se
 the node taken again. Needs no torch.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, json_files
 
 FILE = "slow_nodes.json"
 GPU_PERCENT = 10.0  # above the median; on CPU, where processes share cores, only what the configuration asks for
@@ -111,7 +110,7 @@ def left_out(found: dict[str, dict[str, Any]], folder: Path) -> list[str]:
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Node → what was seen of it; empty without a file that can be read."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = json_files.load(folder / FILE)
     except (OSError, ValueError):
         return {}
     entries = found.items() if isinstance(found, dict) else ()

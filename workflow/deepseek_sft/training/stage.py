@@ -5,14 +5,13 @@ folder, configuration, lock, receipt.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import files, limits, receipts
+from .. import files, json_files, leftovers, limits, receipts
 from ..cli import say
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
@@ -30,6 +29,7 @@ class Run:
     Attributes:
         folder: ``<output>/runs/<run id>``.
         base, tokens: folders of the base model and of the token dataset.
+        base_sums: file with the sums of the base's files; None where prepare_model wrote none.
         inputs: receipt entries of what the run was made from.
     """
 
@@ -41,6 +41,7 @@ class Run:
     settings: Settings
     schedule: Schedule
     inputs: dict[str, dict[str, str]]
+    base_sums: str | None = None
 
     def ends_with(self, checkpoint: checkpoints.Checkpoint) -> bool:
         """Whether nothing is left to train after ``checkpoint``: the last step, or the end of the time."""
@@ -69,7 +70,7 @@ def prepare(base_receipt: Path, tokens_receipt: Path, settings_file: Path, outpu
     }
     steps = schedule.plan(chosen, statistics["rows"], node.world_size)
     output = output.resolve()
-    return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs)
+    return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs, _sums(base))
 
 
 def planned(plan_receipt: Path | None) -> limits.Planned:
@@ -203,6 +204,7 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
     """Make the run folder ready for a start: configuration written, unfinished checkpoints set aside."""
     from .xtuner_engine import config
 
+    leftovers.sweep([run.folder, *run.folder.glob("step_*")])
     checkpoints.set_aside(run.folder, run.run_id)
     for name in (run_folder.STOP, run_folder.STATUS):
         (run.folder / name).unlink(missing_ok=True)
@@ -213,6 +215,7 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
             "settings": dataclasses.asdict(run.settings),
             "schedule": dataclasses.asdict(run.schedule),
             "base": str(run.base),
+            "base_sums": run.base_sums,
             "tokens": str(run.tokens),
             "inputs": run.inputs,
         },
@@ -244,6 +247,8 @@ def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
             say(f"node {node.node_rank} ends because {ended['host']} was terminated")
             raise launch.Terminated(ended["signal"])
         problem = f"training crashed on node {node.node_rank} (torchrun exit code {exit_code})\n"
+        if fault := launch.environment_fault(run.folder, node):
+            raise BadInputError(f"{fault.problem}\n{problem}{launch.explain_failure(run.folder, node)}", fault.fix)
         raise CrashError(
             problem + launch.explain_failure(run.folder, node),
             "run the same command again: it continues from the newest committed checkpoint",
@@ -285,10 +290,12 @@ def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any],
         )
 
 
+def _sums(base: dict[str, Any]) -> str | None:
+    """The absolute path of the sums that the receipt of the base names."""
+    return str(Path(base["result"]["sums"]).resolve()) if "sums" in base["result"] else None
+
+
 def _read_statistics(tokens: Path) -> dict[str, Any]:
     path = tokens / "tokens.json"
-    try:
-        statistics = json.loads(path.read_text(encoding="utf-8"))
-        return {"rows": int(statistics["rows"]), "longest": int(statistics["longest"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInputError(f"token dataset {tokens} cannot be read: {error}", "run tokenize_data again") from None
+    statistics = json_files.read(path, {"rows": int, "longest": int}, "run tokenize_data again")
+    return {"rows": statistics["rows"], "longest": statistics["longest"]}

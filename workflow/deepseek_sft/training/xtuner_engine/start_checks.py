@@ -5,7 +5,6 @@ index computation of their own, so that a mistake in the loader cannot hide itse
 """
 
 import dataclasses
-import json
 import random
 import zlib
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ... import files
+from ... import files, json_files
 from ...checkpoint import number_formats
 from ...checkpoint.byte_ranges import OpenFiles
 from ...checkpoint.safetensors_files import INDEX_NAME, StoredTensor, read_header
@@ -59,13 +58,16 @@ ROUTER = {
 }
 
 
+BASE_AGAIN = "fetch the file again, and run prepare_model again"
+
+
 class StoredTensors(dict[str, StoredTensor]):
     """Where tensors of a folder lie, by name; the header of a file is read when one of its tensors is asked for."""
 
     def __init__(self, folder: Path):
         super().__init__()
         self.folder, index = folder, folder / INDEX_NAME
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {}
+        found = json_files.read(index, {"weight_map": dict}, BASE_AGAIN)["weight_map"] if index.exists() else {}
         self.file_of: dict[str, str] = found
 
     def __missing__(self, name: str) -> StoredTensor:

@@ -5,6 +5,7 @@ exits 0; torchrun would turn any other exit code into 1. Anything else is a cras
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -14,8 +15,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
-from deepseek_sft import files
+from deepseek_sft import environment_faults, files, json_files
 from deepseek_sft import limits as time_limits
 from deepseek_sft.cli import say
 from deepseek_sft.errors import StageError, StoppedError
@@ -89,12 +91,14 @@ def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
     from mmengine.config import Config
     from xtuner.parallel.sequence import init_sequence_parallel
 
-    from deepseek_sft.training.xtuner_engine import resuming
+    from deepseek_sft.training.xtuner_engine import base_check, resuming
     from deepseek_sft.training.xtuner_engine.loop import stop_files
 
     config = Config.fromstring(_read_config(options, rank), ".py")
     candidates = resuming.candidates_of(options.run, options.run.name)
     init_sequence_parallel(config.sequence_parallel)
+    if not candidates:
+        base_check.check(*_base(options, rank))
     config.run, config.attempt = str(options.run), options.attempt
     config.hosts = _hosts()
     config.progress = {}
@@ -132,6 +136,17 @@ def _read_config(options: argparse.Namespace, rank: int) -> str:
     return box[0]
 
 
+def _base(options: argparse.Namespace, rank: int) -> tuple[Path, str | None, str]:
+    """Base folder, file of its sums and whether to compare them, as the first node's program wrote them down."""
+    import torch.distributed as dist
+
+    box: list[Any] = [None]
+    if rank == 0:
+        box[0] = json_files.load(options.run / "settings.json")
+    dist.broadcast_object_list(box)
+    return Path(box[0]["base"]), box[0]["base_sums"], box[0]["settings"]["check_base"]
+
+
 def _hosts() -> list[str]:
     """Host names of all nodes, in the order of their ranks."""
     import torch.distributed as dist
@@ -149,10 +164,14 @@ def _leave_word(options: argparse.Namespace, rank: int, error: BaseException) ->
         "error": f"{type(error).__name__}: {error}"[:2000],
         "traceback": traceback.format_exc(),
     }
+    if fault := environment_faults.explain(error):
+        record["fault"] = {"problem": fault.problem, "fix": fault.fix}
     path = launch.attempt_folder(options.run, options.attempt) / f"failure-rank{rank}.json"
-    files.write_text(path, json.dumps(record))
-    traceback.print_exc()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk takes the last words as well; the node's program finds out
+        files.write_text(path, json.dumps(record))
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+        sys.stderr.flush()
     os._exit(1)  # the other ranks are ended by torchrun; waiting for them in a destructor would hang
 
 
