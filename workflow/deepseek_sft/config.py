@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from . import secrets_file
 from .errors import BadInputError
 from .planning import gpus
 from .training.settings import STEERING
@@ -23,9 +24,9 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
-    "train": {*STEERING, "environment", "spare_nodes"},
+    "train": {*STEERING, "environment", "spare_nodes", "secrets_file"},
     "convert": {"memory", "swap", "workers", "full_check"},
-    "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
+    "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file", "secrets_file"},
 }
 
 
@@ -71,7 +72,7 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def operational(section: str, config: dict[str, Any]) -> dict[str, Any]:
     """The operational keys of a section."""
-    return {key: value for key, value in config[section].items() if key in OPERATIONAL[section]}
+    return {key: value for key, value in settled(section, config).items() if key in OPERATIONAL[section]}
 
 
 def shaping(section: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +180,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     """Settings that are each allowed but impossible together."""
     for key in _not_finite(config):
         yield f"{key}: is infinite or not a number, which no bound would notice"
+    yield from secrets_file.problems(config)
     model, train, serve = config["model"], config["train"], config["serve"]
     if (model["base"] is None) == (model["tiny"] is None):
         yield "model: give exactly one of `base` (a folder) and `tiny` (make a small random model)"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, secrets_file
 from ..cli import say
 from ..python_path import with_library
 from . import early_stop, run_folder, watchdog
@@ -125,7 +125,8 @@ def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
         defaults |= CPU_MEMORY
         if node.nodes == 1:
             defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo resolves the host name, which may lead nowhere
-    return defaults | environment
+    own = secrets_file.read(Path(path)) if (path := environment.get(secrets_file.VARIABLE)) else {}
+    return defaults | environment | own
 
 
 def run_ranks(node: NodeEnvironment, start: Start, check: Callable[[], None] | None = None) -> int:
