@@ -175,8 +175,8 @@ def receipt(rule):
 
 
 def path_from(rule, name):
-    """Shell text for a path that a receipt names, checked to be still there."""
-    return f"$({SCRIPT}/receipt_path.py {receipt(rule)} {rule} {name})"
+    """Shell text for a path that a receipt names, checked to be still there; one word, whatever it holds."""
+    return f'"$({SCRIPT}/receipt_path.py {receipt(rule)} {rule} {name} --for-stage)"'
 
 
 def log_file(rule):
