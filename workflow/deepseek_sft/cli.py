@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from . import interpreter
 from .errors import BadInputError, CrashError, StageError
+from .printable import visible
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -37,8 +38,8 @@ def json_object(option: str, text: str) -> dict[str, Any]:
 
 
 def say(message: str) -> None:
-    """Print a progress line to standard error, flushed: logs are read while a stage runs."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a progress line to standard error, flushed, since logs are read meanwhile; control characters are shown."""
+    print(visible(message), file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

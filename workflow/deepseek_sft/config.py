@@ -8,6 +8,7 @@ import copy
 import difflib
 import functools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,11 +177,30 @@ def _not_finite(value: Any, key: str = "") -> Iterator[str]:
         yield from _not_finite(part, f"{key}.{name}" if key else str(name))
 
 
+def _paths(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys that name files or folders, with their values."""
+    sources = [source["path"] if isinstance(source, dict) else source for source in config["data"]["sources"]]
+    found = [(f"data.sources[{number}]", path) for number, path in enumerate(sources)]
+    found += [("results", config["results"]), ("data.tokenizer", config["data"]["tokenizer"])]
+    found += [("model.base", config["model"]["base"]), ("plan.model", config["plan"]["model"])]
+    found += [(f"smoke_test.{name}", config["smoke_test"][name]) for name in ("prompts", "base_measured")]
+    found += [(f"{section}.secrets_file", config[section]["secrets_file"]) for section in ("train", "serve")]
+    found.append(("serve.api_key_file", config["serve"]["api_key_file"]))
+    for stage, own in config["envs"].items():
+        if isinstance(own, dict) and "python" in own:
+            found.append((f"envs.{stage}.python", own["python"]))
+    yield from ((key, path) for key, path in found if isinstance(path, str))
+
+
 def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     """Settings that are each allowed but impossible together."""
     for key in _not_finite(config):
         yield f"{key}: is infinite or not a number, which no bound would notice"
     yield from secrets_file.problems(config)
+    for key, path in _paths(config):
+        if path.rpartition("=")[2].startswith("~"):
+            written = os.path.expanduser(path.rpartition("=")[2])
+            yield f"{key}: {path!r} begins with ~, which nothing here expands; write {written}"
     model, train, serve = config["model"], config["train"], config["serve"]
     if (model["base"] is None) == (model["tiny"] is None):
         yield "model: give exactly one of `base` (a folder) and `tiny` (make a small random model)"
