@@ -8,7 +8,6 @@ import copy
 import difflib
 import functools
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,7 +198,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     yield from secrets_file.problems(config)
     for key, path in _paths(config):
         if path.rpartition("=")[2].startswith("~"):
-            written = os.path.expanduser(path.rpartition("=")[2])
+            written = Path(path.rpartition("=")[2]).expanduser()
             yield f"{key}: {path!r} begins with ~, which nothing here expands; write {written}"
     model, train, serve = config["model"], config["train"], config["serve"]
     if (model["base"] is None) == (model["tiny"] is None):
