@@ -157,6 +157,32 @@ def test_a_refused_retry_shows_why_in_the_log_that_is_looked_at(tmp_path):
     assert "exit code 2, see" in (tmp_path / "logs/rule.log").read_text()
 
 
+def test_path_that_no_receipt_gives_ends_the_stage_with_the_reason_in_its_log(tmp_path):
+    receipt = PROJECT / "workflow/scripts/receipt_path.py"
+    found = f'"$({sys.executable} {receipt} {tmp_path}/none.json train checkpoint --for-stage)"'
+    command = f"{STAGE} {tmp_path}/logs/rule.log 1 touch {tmp_path}/ran {found}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: no receipt of train" in (tmp_path / "logs/rule.log").read_text()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", 'a"b', "$(touch x)", "`touch x`", "a;b", "a&b", "a*b", "é", "a\\b", "a\nb"]
+)
+def test_path_of_a_receipt_reaches_its_stage_as_one_word(tmp_path, name):
+    there = tmp_path / name
+    there.mkdir()
+    written = tmp_path / "train.json"
+    receipts.write(written, "train", inputs={}, settings={}, result={"checkpoint": str(there)}, figures={})
+    found = f'"$({sys.executable} {PROJECT}/workflow/scripts/receipt_path.py {written} train checkpoint --for-stage)"'
+    command = f"{STAGE} {tmp_path}/logs/rule.log 1 python3 -c 'import sys; print(repr(sys.argv[1:]))' {found}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "logs/rule.log").read_text() == f"{[str(there)]!r}\n"
+    assert not (tmp_path / "x").exists()
+
+
 def test_stage_shows_the_last_lines_of_a_failure(tmp_path):
     failed = stage(tmp_path, 1, "echo the reason; exit 5")
     assert "the reason" in failed.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from training_helpers import settings
 
+from deepseek_sft import secrets_file
 from deepseek_sft.cluster_jobs import holders, queue
 from deepseek_sft.errors import BadInputError, CrashError
 from deepseek_sft.training import launch, lock, nodes, schedule, stage
@@ -308,6 +309,16 @@ def test_what_the_user_sets_for_the_ranks_is_kept(monkeypatch, tmp_path):
     assert environment["OMP_NUM_THREADS"] == "5"
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+def test_secrets_reach_the_ranks_by_their_environment_alone(monkeypatch, tmp_path):
+    secrets = tmp_path / "secrets"
+    secrets.write_text("HF_TOKEN=canary\n")
+    secrets.chmod(0o600)
+    monkeypatch.setenv(secrets_file.VARIABLE, str(secrets))
+    start, node = launch.Start(tmp_path, "cuda", {}), nodes.detect("cuda", 2, {})
+    assert launch.environment_of(node, start)["HF_TOKEN"] == "canary"
+    assert "canary" not in " ".join(launch.command_of(node, start))
 
 
 def test_a_crash_is_told_by_its_first_rank_and_names_the_silent_ones(tmp_path):

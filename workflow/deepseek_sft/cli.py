@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from . import environment_faults, interpreter, json_files
 from .errors import BadInputError, CrashError, StageError
+from .printable import visible
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -37,13 +38,13 @@ def json_object(option: str, text: str) -> dict[str, Any]:
 
 
 def say(message: str) -> None:
-    """Print a progress line to standard error, flushed: logs are read while a stage runs.
+    """Print a progress line to standard error, flushed, since logs are read meanwhile; control characters are shown.
 
     A log that cannot be written (its disk is full) does not end the stage; what is done goes to another place, or has
     words of its own.
     """
     with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

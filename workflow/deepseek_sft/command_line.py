@@ -6,7 +6,6 @@ or in a sentence without a place. Called by envs/bin/workflow/snakemake.
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from . import strict_yaml
 from .errors import BadInputError
 
 CONFIG, PROFILE = ("--configfile", "--configfiles"), ("--profile", "--workflow-profile")
@@ -137,12 +137,12 @@ def read_yaml(name: str) -> dict[str, Any]:
     Raises:
         BadInputError: it is not valid, with line and column, or holds no mapping.
     """
+    text = _text(name)
     try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{name} cannot be read: {error}") from None
-    try:
-        content = _parsed(text)
+        content = strict_yaml.load(text)
+    except strict_yaml.Refused as refused:
+        place = f", line {refused.mark.line + 1}, column {refused.mark.column + 1}" if refused.mark else ""
+        raise BadInputError(f"{name}{place}: {refused.problem}", refused.fix) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
@@ -165,11 +165,19 @@ def read_yaml(name: str) -> dict[str, Any]:
     return content
 
 
-def _parsed(text: str) -> Any:
+def _text(name: str) -> str:
     try:
-        return json.loads(text)
-    except ValueError:
-        return yaml.safe_load(text)
+        content = Path(name).read_bytes()
+    except OSError as error:
+        raise BadInputError(f"{name} cannot be read: {error.strerror}", "correct the path or its permissions") from None
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wide = content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]
+        line = content[: error.start].count(b"\n") + 1
+        problem = "it is UTF-16 or UTF-32" if wide else f"line {line} holds bytes of another encoding"
+        fix = f"iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8 {shlex.quote(name)} > utf8.yaml, or save it as UTF-8"
+        raise BadInputError(f"{name} is not UTF-8: {problem}", fix) from None
 
 
 def _yaml_fix(text: str, shown: str, error: yaml.MarkedYAMLError) -> str:

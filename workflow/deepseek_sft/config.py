@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from . import secrets_file
 from .errors import BadInputError
 from .planning import gpus
 from .training.settings import STEERING
@@ -23,9 +24,9 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
-    "train": {*STEERING, "environment", "spare_nodes"},
+    "train": {*STEERING, "environment", "spare_nodes", "secrets_file"},
     "convert": {"memory", "swap", "workers", "full_check"},
-    "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file"},
+    "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file", "secrets_file"},
 }
 
 
@@ -71,7 +72,7 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def operational(section: str, config: dict[str, Any]) -> dict[str, Any]:
     """The operational keys of a section."""
-    return {key: value for key, value in config[section].items() if key in OPERATIONAL[section]}
+    return {key: value for key, value in settled(section, config).items() if key in OPERATIONAL[section]}
 
 
 def shaping(section: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +176,30 @@ def _not_finite(value: Any, key: str = "") -> Iterator[str]:
         yield from _not_finite(part, f"{key}.{name}" if key else str(name))
 
 
+def _paths(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys that name files or folders, with their values."""
+    sources = [source["path"] if isinstance(source, dict) else source for source in config["data"]["sources"]]
+    found = [(f"data.sources[{number}]", path) for number, path in enumerate(sources)]
+    found += [("results", config["results"]), ("data.tokenizer", config["data"]["tokenizer"])]
+    found += [("model.base", config["model"]["base"]), ("plan.model", config["plan"]["model"])]
+    found += [(f"smoke_test.{name}", config["smoke_test"][name]) for name in ("prompts", "base_measured")]
+    found += [(f"{section}.secrets_file", config[section]["secrets_file"]) for section in ("train", "serve")]
+    found.append(("serve.api_key_file", config["serve"]["api_key_file"]))
+    for stage, own in config["envs"].items():
+        if isinstance(own, dict) and "python" in own:
+            found.append((f"envs.{stage}.python", own["python"]))
+    yield from ((key, path) for key, path in found if isinstance(path, str))
+
+
 def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     """Settings that are each allowed but impossible together."""
     for key in _not_finite(config):
         yield f"{key}: is infinite or not a number, which no bound would notice"
+    yield from secrets_file.problems(config)
+    for key, path in _paths(config):
+        if path.rpartition("=")[2].startswith("~"):
+            written = Path(path.rpartition("=")[2]).expanduser()
+            yield f"{key}: {path!r} begins with ~, which nothing here expands; write {written}"
     model, train, serve = config["model"], config["train"], config["serve"]
     if (model["base"] is None) == (model["tiny"] is None):
         yield "model: give exactly one of `base` (a folder) and `tiny` (make a small random model)"

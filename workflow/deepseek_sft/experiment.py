@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from . import chain, files, limits, place, receipts
+from . import chain, files, limits, place, receipts, secrets_file
 from . import config as configuration
 from .data.sources import split_argument
 from .errors import BadInputError
@@ -286,6 +286,9 @@ class Experiment:
 
     def check_external_paths(self, rules: Collection[str] = CHAIN) -> None:
         """Raises BadInputError naming every missing path that ``rules`` read."""
+        for rule, section in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
+            if rule in rules and (path := self.config[section]["secrets_file"]):
+                secrets_file.check(Path(path))
         if problems := self.missing_paths(rules):
             raise BadInputError(
                 "the configuration names files that do not exist\n" + "\n".join(f"  - {p}" for p in problems),

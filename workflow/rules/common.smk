@@ -27,6 +27,7 @@ try:
     from deepseek_sft import resources as job_resources
     from deepseek_sft.cluster_jobs import holders
     from deepseek_sft.cluster_jobs import start as cluster_start
+    from deepseek_sft.command_line import read_yaml
     from deepseek_sft.errors import StageError
     from deepseek_sft.experiment import CHAIN, Experiment
     from deepseek_sft.files import canonical_json
@@ -44,6 +45,8 @@ try:
     EXPERIMENT = Experiment.from_config(config)
     if TERMINAL:
         files = ["config/config.yaml", *workflow.overwrite_configfiles]
+        for file in files:
+            read_yaml(str(file))  # Snakemake has read them, and lets the later of two equal keys win
         unnamed = starting.unnamed(config, files, workflow.config_settings.config_args)
         if unnamed and not TERMINAL.dry_run:
             raise unnamed
@@ -184,8 +187,8 @@ def receipt(rule):
 
 
 def path_from(rule, name):
-    """Shell text for a path that a receipt names, checked to be still there."""
-    return f"$({SCRIPT}/receipt_path.py {receipt(rule)} {rule} {name})"
+    """Shell text for a path that a receipt names, checked to be still there; one word, whatever it holds."""
+    return f'"$({SCRIPT}/receipt_path.py {receipt(rule)} {rule} {name} --for-stage)"'
 
 
 def log_file(rule):

@@ -20,6 +20,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import chain, cli, files, receipts
+from deepseek_sft.printable import visible
 from deepseek_sft.report import build, collect, compare, overview
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         parser.error("--samples must not be negative")
     places = [(results, arguments.logs or collect.default_logs(results)) for results in arguments.results]
     if arguments.summary:
-        print("\n\n".join(overview.summary(*place) for place in places))
+        print(visible("\n\n".join(overview.summary(*place) for place in places)))
         return
     if len(places) > 1:
         if arguments.logs or arguments.receipt:

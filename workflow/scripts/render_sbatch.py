@@ -9,7 +9,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, receipts, slurm
+from deepseek_sft import cli, files, receipts, secrets_file, slurm
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = ("preflight", "train", "smoke_test", "serve")
@@ -49,6 +49,8 @@ def main() -> None:
         smoke_test["template"] = trained_template(Path(arguments.results))
     allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
     environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "train") else {}
+    if arguments.stage == "train" and (path := settings.pop("secrets_file", None)):
+        environment = environment | {secrets_file.VARIABLE: path}
     ranks_per_node = settings.pop("ranks_per_node", None)
     spare_nodes = settings.pop("spare_nodes", 0) if arguments.stage == "train" else 0
     script = slurm.render(

@@ -33,8 +33,17 @@ run() { # COMMAND… [--then COMMAND…]
     "${words[@]}" || return
     [ $# -eq 0 ] || run "${@:2}"
 }
-run "$@" >> "$file" 2>&1
-code=$?
+code=0
+for word in "$@"; do
+    case $word in "no path: "*) # receipt_path.py: the command would run without it
+        printf '%s\n' "${word#no path: }" | tee -a "$file" >&2
+        code=2 ;;
+    esac
+done
+if [ "$code" -eq 0 ]; then
+    run "$@" >> "$file" 2>&1
+    code=$?
+fi
 if [ "$code" -ne 0 ]; then
     echo "exit code $code; last lines of $file:" >&2
     tail -n 25 "$file" >&2

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from ..printable import visible
 from .encoding import load_encoder
 from .samples import Sample
 from .tokens import NO_LOSS
@@ -24,7 +25,9 @@ def show(samples: list[Sample], tokenizer: Path, template: str, console: Console
     for sample in samples:
         trained = int((sample.labels != NO_LOSS).sum())
         cut = ", truncated" if sample.truncated else ""
-        console.rule(f"{sample.id}: {len(sample.input_ids)} tokens, {trained} trained{cut}", align="left")
+        console.rule(
+            Text(f"{visible(sample.id)}: {len(sample.input_ids)} tokens, {trained} trained{cut}"), align="left"
+        )
         console.print(highlighted(sample, whole, control))
 
 
@@ -36,7 +39,7 @@ def highlighted(sample: Sample, tokenizer: Tokenizer, control: dict[int, str]) -
 
     def end_run() -> None:
         if run:
-            text.append(tokenizer.decode(run, skip_special_tokens=False), run_style)
+            text.append(visible(tokenizer.decode(run, skip_special_tokens=False)), run_style)
             run.clear()
 
     for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):

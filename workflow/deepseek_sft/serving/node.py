@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, secrets_file
 from ..cli import say
 from ..errors import CrashError, StageError, StoppedError
 from ..python_path import with_library
@@ -222,7 +222,8 @@ class Node:
     def _environment(self, folder: Path, gcs_port: int, ray_token: str) -> dict[str, str]:
         ray = (gcs_port, ray_token) if self.settings.backend == "ray" else None
         inherited = dict(os.environ)
-        return commands.environment(inherited, self.settings, self.place, folder, ray=ray, api_key=self.api_key)
+        own = secrets_file.read(Path(self.settings.secrets_file)) if self.settings.secrets_file else {}
+        return commands.environment(inherited, self.settings, self.place, folder, ray=ray, api_key=self.api_key) | own
 
     def _start_vllm(self, environment: dict[str, str], host: str, port: int, master_port: int) -> None:
         command = commands.serve_command(

@@ -50,6 +50,7 @@ class ServeSettings:
         environment: variables of every serving process; they win over those set here.
         host: address to listen on; None chooses (see ``Node._api_address``). A smoke test always takes loopback.
         port: port of the API, 0 for a free one. A smoke test always takes a free one.
+        secrets_file: file with further variables of the serving processes, see ``secrets_file``.
         api_key_file: file with the key that clients must send; None makes one. See ``api_keys``.
         network_interface: interface of the traffic between nodes; None takes the one that routes to the head.
         ready_timeout_s: deadline in seconds until ``/health`` answers.
@@ -71,6 +72,7 @@ class ServeSettings:
     ready_timeout_s: float = 3600
     stop_grace_s: float = 30
     api_key_file: str | None = None
+    secrets_file: str | None = None
     network_interface: str | None = None
     smoke_test: SmokeSettings = dataclasses.field(default_factory=SmokeSettings)
 

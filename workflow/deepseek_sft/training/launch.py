@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import environment_faults, files, json_files
+from .. import environment_faults, files, json_files, secrets_file
 from ..cli import say
 from ..errors import BadInputError
 from ..python_path import with_library
@@ -126,7 +126,8 @@ def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
         defaults |= CPU_MEMORY
         if node.nodes == 1:
             defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo resolves the host name, which may lead nowhere
-    return defaults | environment
+    own = secrets_file.read(Path(path)) if (path := environment.get(secrets_file.VARIABLE)) else {}
+    return defaults | environment | own
 
 
 def run_ranks(node: NodeEnvironment, start: Start, check: Callable[[], None] | None = None) -> int:
