@@ -30,8 +30,12 @@ run() { # COMMAND… [--then COMMAND…]
 run "$@" >> "$file" 2>&1
 code=$?
 if [ "$code" -ne 0 ]; then
-    echo "exit code $code; last lines of $file:" >&2
-    tail -n 25 "$file" >&2
+    if [ -n "${SLURM_JOB_ID-}" ]; then # the log of the Slurm job then says why; at a terminal the run's end does
+        echo "exit code $code; last lines of $file:" >&2
+        tail -n 25 "$file" >&2
+    else
+        echo "exit code $code, see $file" >&2
+    fi
     # Slurm kills the whole step, the program that could have said so included.
     mapfile -t killed < <(grep -aE 'slurmstepd.*(memory limit|oom.?kill)|srun: error: .*(Out Of Memory|Killed)' "$file" | sort -u)
     if [[ ${killed[*]-} =~ memory\ limit|oom.?kill|Out\ Of\ Memory ]]; then
