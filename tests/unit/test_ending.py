@@ -1,10 +1,11 @@
 """The last lines of a run: at most ten, with what failed, what to do, and what to type next."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
-from deepseek_sft import ending
+from deepseek_sft import ending, receipts
 from deepseek_sft.ending import Failure
 
 COMMAND = "snakemake --profile profiles/demo --configfile mine.yaml"
@@ -86,3 +87,21 @@ def test_success_names_what_is_still_open(tmp_path):
     assert said.startswith("done: mine, prepare_data in 1 min 1 s")
     assert "not yet: " in said
     assert "train" in said
+
+
+def test_success_names_records_that_were_left_out_and_fields_that_nothing_used(tmp_path):
+    results = tmp_path / "mine"
+    (results / "data").mkdir(parents=True)
+    for name in ("train.jsonl", "rejects.jsonl"):
+        (results / "data" / name).write_text("{}\n")
+    figures = {"records": 300, "accepted": 164, "rejected": 136, "rejects": {"duplicate": 76, "invalid_json": 60}}
+    made = {"data": str(results / "data/train.jsonl"), "rejects": str(results / "data/rejects.jsonl")}
+    receipt = results / "receipts/prepare_data.json"
+    write = functools.partial(receipts.write, receipt, "prepare_data", inputs={}, settings={}, result=made)
+    write(figures=figures | {"unused_fields": {"messages[].notes": {"records": 17, "first": "a.jsonl:9"}}})
+    said = ending.finished(["prepare_data"], results, 61)
+    assert "data:   164 of 300 records accepted; rejected: duplicate 76, invalid_json 60; see " in said
+    assert "data/rejects.jsonl" in said
+    assert "fields not used: messages[].notes" in said
+    write(figures={"records": 300, "accepted": 300, "rejected": 0, "rejects": {}, "unused_fields": {}})
+    assert "data:" not in ending.finished(["prepare_data"], results, 61)

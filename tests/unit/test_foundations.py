@@ -189,6 +189,12 @@ def test_stage_shows_the_last_lines_of_a_failure(tmp_path):
     assert "exit code 5" in failed.stderr
 
 
+def test_stage_at_a_terminal_leaves_the_reason_to_the_end_of_the_run(tmp_path):
+    failed = stage(tmp_path, 1, "echo the reason; exit 5", SLURM_JOB_ID="")
+    assert "the reason" not in failed.stderr
+    assert "exit code 5, see" in failed.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [

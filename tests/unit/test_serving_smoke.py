@@ -98,6 +98,37 @@ def test_each_misbehaviour_fails_its_check_by_name(tmp_path, flaw, checks):
     assert failed_checks(raised.value) == checks
 
 
+def endless_first(path: Path, endless: int) -> None:
+    """Ten prompts; answers to the first ``endless`` of those that single requests are made with never end."""
+    found = [checks.Prompt(f"p{n}", [{"role": "user", "content": f"Count {n}"}], "5", None) for n in range(200)]
+    for one in found[::2]:
+        one.messages[0]["content"] += ", endless"
+    first = sorted(found, key=lambda one: checks.order(one))
+    broken, sound = (
+        [one for one in first if ("endless" in one.messages[0]["content"]) is flag] for flag in (True, False)
+    )
+    chosen = broken[:endless] + [one for one in sound if checks.order(one) > checks.order(broken[endless - 1])][:8]
+    path.write_text(
+        "".join(json.dumps({"id": o.id, "messages": o.messages, "answer": o.answer}) + "\n" for o in chosen)
+    )
+
+
+def test_an_answer_without_end_is_judged_by_the_rate_that_is_allowed(tmp_path):
+    prompts = tmp_path / "held_out.jsonl"
+    endless_first(prompts, 1)
+    with fake_server() as server:
+        report = run(server, tmp_path, prompts=str(prompts), min_format_rate=0.8, benchmark=False)
+        assert "reached the limit" in report.checks["chat"]["detail"]
+        assert all(entry["passed"] for entry in report.checks.values())
+        with pytest.raises(GateError) as raised:
+            run(server, tmp_path, prompts=str(prompts), min_format_rate=1.0, benchmark=False)
+        assert {"chat", "held_out_format"} <= failed_checks(raised.value)
+        endless_first(prompts, 3)
+        with pytest.raises(GateError) as raised:
+            run(server, tmp_path, prompts=str(prompts), min_format_rate=0.5, benchmark=False)
+    assert {"chat", "finish_reason"} <= failed_checks(raised.value)
+
+
 PLAIN = {"id": "plain", "messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}
 THINKING = {
     "id": "thinking",

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from unit import report_results as made
 
+from deepseek_sft.cluster_jobs import holders
+from deepseek_sft.cluster_jobs.record import Record, Rule
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.report import status
 
@@ -195,6 +197,24 @@ def test_where_nothing_can_be_asked_a_fresh_log_tells_that_a_stage_seems_to_run(
     assert rows["job"].startswith("unknown: squeue does not answer")
     site.log("train", "55", "step 60\n", age=3600)
     assert site.screen()["stage"] == "train, stopped"
+
+
+def test_snakemake_between_two_jobs_is_seen(site):
+    made.write_results(site.root, BEFORE_TRAIN)
+    site.squeue()
+    assert site.screen()["stage"].endswith("nothing runs")
+    places = {"project": str(site.root), "logs": str(site.logs), "path_variable": "", "command": "snakemake"}
+    rules = {"train": Rule(params="", inputs=[], receipt="r.json", shared=True)}
+    more = {"experiment": "demo", "accounting": False, "rules": rules, "locks": {}}
+    record = Record(site.logs / "snakemake/here-1.json", holders.own(), **places, **more)
+    record.path.parent.mkdir()
+    record.write()
+    rows = site.screen()
+    assert rows["stage"].endswith("is next; snakemake is about to start it")
+    assert rows["snakemake"].startswith(f"process {os.getpid()} on ")
+    dead = {**holders.own(), "started": "0"}
+    Record(record.path, dead, **places, **more).write()
+    assert "snakemake" not in site.screen()
 
 
 def test_training_before_its_first_step_says_so(site):

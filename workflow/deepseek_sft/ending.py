@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import chain
 
@@ -107,7 +108,27 @@ def finished(rules: Sequence[str], results: Path, seconds: float) -> str:
             rows.append((f"  {name}", str(receipt["result"].get(name, ""))))
     if open_stages:
         rows.append(("  not yet", ", ".join(open_stages)))
+    rows += [("  data", line) for line in _data(states["prepare_data"].receipt, states["tokenize_data"].receipt)]
     return _text(rows)
+
+
+def _data(prepared: dict[str, Any] | None, tokenized: dict[str, Any] | None) -> list[str]:
+    """What became of the records, where not all are trained on as they came: jobs say it in their logs alone."""
+    lines = []
+    found, samples = ((receipt or {}).get("figures") or {} for receipt in (prepared, tokenized))
+    if prepared and found.get("rejected"):
+        why = ", ".join(f"{reason} {count}" for reason, count in (found.get("rejects") or {}).items())
+        where = (prepared.get("result") or {}).get("rejects", "")
+        lines.append(
+            f"{found.get('accepted')} of {found.get('records')} records accepted; rejected: {why}; see {where}"
+        )
+    if tokenized and samples.get("rejected"):
+        why = ", ".join(f"{reason} {count}" for reason, count in (samples.get("rejects") or {}).items())
+        where = (tokenized.get("result") or {}).get("rejects", "")
+        lines.append(f"{samples['rejected']} samples left out of tokens: {why}; see {where}")
+    if unused := found.get("unused_fields"):
+        lines.append(f"fields not used: {', '.join(unused)}")
+    return lines
 
 
 def _text(rows: list[tuple[str, str]]) -> str:

@@ -45,8 +45,12 @@ if [ "$code" -eq 0 ]; then
     code=$?
 fi
 if [ "$code" -ne 0 ]; then
-    echo "exit code $code; last lines of $file:" >&2
-    tail -n 25 "$file" >&2
+    if [ -n "${SLURM_JOB_ID-}" ]; then # the log of the Slurm job then says why; at a terminal the run's end does
+        echo "exit code $code; last lines of $file:" >&2
+        tail -n 25 "$file" >&2
+    else
+        echo "exit code $code, see $file" >&2
+    fi
     if ! said=$(probe 2>&1); then
         echo "error: the log $file lacks its end: ${said##*: }; $(space)" >&2
     fi

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..cluster_jobs import holders, record
 from ..errors import BadInputError
 from ..training import checkpoints, run_folder, slow_nodes
 from . import collect, formatting, plots
@@ -22,6 +23,7 @@ JOB_FIELDS = ("id", "state", "comment", "nodes", "partition", "elapsed", "left",
 SQUEUE = ["squeue", "--me", "--noheader", "--format=%i|%T|%k|%N|%P|%M|%L|%r|%Z"]
 ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
 FRESH_S = 120.0  # a log that was written so recently belongs to a running stage, where nothing else can be asked
+ANSWER_S = 5.0  # for squeue to say whether the job of a Snakemake still runs
 SILENT_S = 600.0  # so long without a line deserves a look
 RECENT, STEADY = 10, 20  # steps of the mean loss, and of the median time that predicts the time left
 
@@ -97,7 +99,8 @@ def screen(results: Path, logs: Path | None) -> str:
     rows = [
         ("experiment", f"{results.name}, {results}, {time.strftime('%Y-%m-%d %H:%M:%S')}"),
         *_wrapped("stages", [f"{SYMBOLS.get(one.state, '!')} {one.rule}" for one in found]),
-        ("stage", _stage_text(now)),
+        ("stage", _stage_text(now, snakemakes := _snakemakes(logs))),
+        ("snakemake", "; ".join(snakemakes)),
         ("job", _job_text(now, known)),
     ]
     train = next(one for one in found if one.rule == "train")
@@ -208,11 +211,21 @@ def _current(found: list[Progress]) -> Progress:
     return waiting[0] if waiting else found[-1]
 
 
-def _stage_text(now: Progress) -> str:
+def _snakemakes(logs: Path | None) -> list[str]:
+    """Living Snakemakes of the experiment that run stages: between two jobs nothing else shows that the run goes on."""
+    found = record.all_records(logs) if logs else []
+    return [
+        f"process {one.holder.get('pid')} on {one.holder.get('host')} since {one.holder.get('time')}"
+        for one in found
+        if set(one.rules) & set(collect.CHAIN) and holders.surely_lives(one.holder, ANSWER_S)
+    ]
+
+
+def _stage_text(now: Progress, snakemakes: list[str]) -> str:
     if now.state == "complete":
         return "all done"
     if now.state == "not run":
-        return f"{now.rule} is next; nothing runs"
+        return f"{now.rule} is next; {'snakemake is about to start it' if snakemakes else 'nothing runs'}"
     if now.state == "result gone":
         return f"{now.rule}, {now.note}; {collect.REMAKES.get(now.rule, 'snakemake makes it again')}"
     runs = now.state in ("running", "seems to run")

@@ -27,8 +27,14 @@ DEFAULT_PROMPTS = (
 SAME_CHARACTERS = 200
 # A reasoning model may lose itself in a loop now and then; one that does so more often is broken.
 BROKEN_SHARE = 0.1
+SINGLE_TRIES = 3  # prompts that single requests may be made with, where an answer without end is allowed
 NAMED = 10  # prompts that a message names
 FILLER = range(100, 1000)  # ids of ordinary tokens in every tokenizer, for prompts of an exact length
+
+
+def order(prompt: Prompt) -> str:
+    """What prompts are put in order by: a hash of their content."""
+    return files.digest([prompt.messages, prompt.reference, prompt.answer], 64)
 
 
 @dataclasses.dataclass
@@ -45,6 +51,7 @@ class Context:
         expected_len: context the server was started with; None if unknown.
         max_model_len: longest context the server reports.
         example: the reply to the prompt that single requests are made with, once the check ``chat`` has it.
+        chosen: that prompt, where it is not the first.
         replies: everything the model has said, with the prompt it answers.
     """
 
@@ -59,6 +66,7 @@ class Context:
     expected_len: int | None = None
     max_model_len: int = 0
     example: Reply | None = None
+    chosen: Prompt | None = None
     replies: list[tuple[Prompt, Reply]] = dataclasses.field(default_factory=list)
 
     @property
@@ -70,12 +78,19 @@ class Context:
     @property
     def in_any_order(self) -> list[Prompt]:
         """The prompts by a hash of their content: what single requests are made with does not hang on their order."""
-        return sorted(self.prompts, key=lambda p: files.digest([p.messages, p.reference, p.answer], 64))
+        return sorted(self.prompts, key=order)
 
     @property
     def prompt(self) -> Prompt:
         """The prompt that single requests are made with."""
-        return self.in_any_order[0]
+        return self.chosen or self.in_any_order[0]
+
+    @property
+    def spare_prompts(self) -> list[Prompt]:
+        """What single requests may be made with instead, where some answers may miss their form (reach the limit)."""
+        rate = self.settings.min_format_rate
+        allowed = self.held_out and rate is not None and rate < 1
+        return self.in_any_order[1:SINGLE_TRIES] if allowed else []
 
     def options(self, prompt: Prompt) -> dict[str, Any]:
         """What a request says to the chat template: V3.1's opens the reasoning only where ``thinking`` asks for it."""
@@ -141,10 +156,17 @@ def unknown_model(context: Context) -> str:
 def chat(context: Context) -> str:
     """A chat request gets an answer that is not empty."""
     reply = context.example = context.ask(context.prompt)
+    passed_over = ""
+    for prompt in context.spare_prompts if reply.finish_reason == "length" else []:
+        other = context.ask(prompt)
+        if other.finish_reason != "length":
+            passed_over = f"; the answer to {context.prompt.id} reached the limit, {prompt.id} is asked instead"
+            reply, context.chosen, context.example = other, prompt, other
+            break
     if not final_answer(reply, context.reasoning_parser).strip():
         seen = f"{len(reply.reasoning)} characters of reasoning" if reply.reasoning else "nothing else either"
         raise CheckFailed(f"empty answer (finish reason {reply.finish_reason}, {seen})")
-    return f"{reply.completion_tokens} tokens in {reply.seconds:.2f} s"
+    return f"{reply.completion_tokens} tokens in {reply.seconds:.2f} s{passed_over}"
 
 
 def reasoning_separate(context: Context) -> str:
@@ -154,10 +176,11 @@ def reasoning_separate(context: Context) -> str:
     thinking = [prompt for prompt in context.in_any_order if context.asks_to_think(prompt)]
     if not thinking:
         raise CheckSkipped("no prompt asks for reasoning")
-    reply = context.need_example() if thinking[0] == context.prompt else context.ask(thinking[0])
+    prompt = context.prompt if context.prompt in thinking else thinking[0]
+    reply = context.need_example() if prompt == context.prompt else context.ask(prompt)
     if not reply.reasoning.strip() or not reply.answer.strip():
         raise CheckFailed(
-            f"reasoning has {len(reply.reasoning)} characters, answer {len(reply.answer)} (prompt {thinking[0].id})"
+            f"reasoning has {len(reply.reasoning)} characters, answer {len(reply.answer)} (prompt {prompt.id})"
         )
     return f"reasoning {len(reply.reasoning)} characters, answer {len(reply.answer)}"
 
