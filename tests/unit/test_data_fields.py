@@ -6,7 +6,7 @@ import pytest
 from unit.data_helpers import assistant, called, read_lines, run_script, system, tool, user, write_lines
 from unit.data_records import RECORDS
 
-from deepseek_sft.data.fields import Vocabulary, empty
+from deepseek_sft.data.fields import Vocabulary, empty, is_telling, likely_meaning
 from deepseek_sft.data.prepare import convert_record, prepare
 from deepseek_sft.data.sources import RawRecord, find_sources
 from deepseek_sft.errors import BadInputError
@@ -333,3 +333,18 @@ def test_content_that_says_something_else_than_info_is_counted():
     assert unused({"messages": [user(), assistant("something else", info=info)]}) == {
         "messages[].content (beside info)": False
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        *((name, "not loss") for name in ("no_loss", "is_masked", "untrained", "noTrain", "skip_loss", "do_not_train")),
+        *((name, "not loss") for name in ("exclude_from_loss", "unsupervised", "nontrainable")),
+        *((name, "loss") for name in ("loss_mask", "unmasked", "not_masked", "is_trained", "supervised")),
+        *((name, "system") for name in ("developer_prompt", "sysPrompt")),
+        *((name, "reasoning") for name in ("cot", "no_reasoning")),
+    ],
+)
+def test_meaning_that_is_suggested_for_a_name_follows_its_negations(name, meaning):
+    assert is_telling(name)
+    assert likely_meaning(name) == meaning

@@ -38,8 +38,12 @@ _MEDIA = re.compile(r"(image|picture|video|audio)s?(_(url|uri|path|file|data|bas
 _PREFERENCE = re.compile(r"chosen(_.*)?|rejected(_.*)?|(non_|dis|un)preferred(_.*)?")
 # Words of a name that say it carries training, reasoning or system text.
 _TELLING = re.compile(
-    r"(?:^|_)(?:train(?:s|ed|ing|able)?|loss(?:es)?|mask(?:s|ed|ing)?|supervis\w*|backprop\w*"
-    r"|reasoning\w*|reasoned|think(?:s|ing)?|thoughts?|cot|rationales?|scratchpad|sys|system)(?=_|$)"
+    r"(?:^|_)(?:(?:un|non?|not)?train(?:s|ed|ing|able)?|(?:no)?loss(?:es)?|(?:un)?mask(?:s|ed|ing)?|(?:un)?supervis\w*"
+    r"|backprop\w*|reasoning\w*|reasoned|think(?:s|ing)?|thoughts?|cot|rationales?|scratchpad|sys|system"
+    r"|developer_(?:prompt|message|instructions?))(?=_|$)"
+)
+_NEGATED = re.compile(
+    r"(?:^|_)(?:no|not|non|un|dont|never|without|skip|ignore|exclude|omit|drop|disable)(?:s|d|ed)?(?=_|$)"
 )
 # Side notes whose names only sound so.
 _SIDE_NOTES = {
@@ -74,11 +78,13 @@ def likely_meaning(name: str) -> str:
     word = found[0].strip("_") if found else ""
     if not word or plain in _REASONING:  # a reasoning field whose value is a switch
         return IGNORE
-    if word.startswith("sys"):
+    if word.startswith(("sys", "developer")):
         return SYSTEM
-    if word.startswith("mask"):
-        return NOT_LOSS
-    return LOSS if re.match("train|loss|superv|backprop", word) else REASONING
+    kind = re.match("(un|non?|not)?(train|loss|mask|superv|backprop)", word)
+    if not kind:
+        return REASONING
+    turns = [kind[1], kind[2] == "mask", _NEGATED.search(plain[: found.start() + 1])]
+    return NOT_LOSS if sum(map(bool, turns)) % 2 else LOSS
 
 
 def empty(value: Any) -> bool:

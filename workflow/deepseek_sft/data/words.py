@@ -38,42 +38,63 @@ Ids = NDArray[np.int32]
 
 
 class _Remembered(dict[str, bytes]):
-    """Ids of words as int32 bytes; what is missing is computed."""
+    """Ids of pieces of text as int32 bytes; what is missing is computed."""
 
     def __init__(self, compute: Callable[[str], bytes]):
         super().__init__()
         self.compute = compute
 
-    def __missing__(self, word: str) -> bytes:
-        ids = self.compute(word)
-        if len(word) <= LONGEST_REMEMBERED:
+    def __missing__(self, piece: str) -> bytes:
+        ids = self.compute(piece)
+        if len(piece) <= LONGEST_REMEMBERED:
             if len(self) >= REMEMBERED:
                 self.clear()
-            self[word] = ids
+            self[piece] = ids
         return ids
 
 
+class _LibraryNeeded(Exception):
+    """A text holds a stand-in itself."""
+
+
 class WordEncoder:
-    """Encoder of texts; made by ``word_encoder``."""
+    """Encoder of texts; made by ``word_encoder``.
+
+    No word goes over a space that follows another character than white space, and none depends on what lies beyond it.
+    What stands between such spaces is remembered as a whole, which spares the slower pattern of words.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._model = tokenizer.model
+        self._split = _safe_space().split
         self._words = _pattern().findall
         self._ids = _Remembered(self._merge)
+        self._after_space = _Remembered(lambda piece: self._run(" " + piece))
 
     def encode(self, text: str) -> Ids | None:
         """Ids of a text, int32; None where the library must encode it."""
+        first, *pieces = self._split(text)
+        try:
+            end = self._run(" " + pieces.pop()) if pieces else b""  # may end with white space, as no other piece does
+            return np.frombuffer(
+                self._run(first) + b"".join(map(self._after_space.__getitem__, pieces)) + end, np.int32
+            )
+        except _LibraryNeeded:
+            return None
+
+    def _run(self, text: str) -> bytes:
+        """Ids of a text by itself, as int32 bytes."""
         if text.isascii() or not UNUSUAL.search(text):
             words = self._words(text)
         elif OWN_STAND_INS.search(text):
-            return None
+            raise _LibraryNeeded
         else:
             shown = self._words(BEYOND.sub(lambda found: _stand_in(found[0]), text))
             ends = list(itertools.accumulate(map(len, shown)))
             words = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         if sum(map(len, words)) != len(text):  # cannot be: the alternatives take every character
-            return None
-        return np.frombuffer(b"".join(map(self._ids.__getitem__, words)), np.int32) if words else np.zeros(0, np.int32)
+            raise _LibraryNeeded
+        return b"".join(map(self._ids.__getitem__, words))
 
     def _merge(self, word: str) -> bytes:
         spelled = "".join([_BYTE_CHARACTERS[byte] for byte in word.encode()])
@@ -105,7 +126,7 @@ def _pattern() -> re.Pattern[str]:
     letters, numbers, punctuation, symbols, marks = (
         _members(everything, name) | {stand_in} for name, stand_in in STAND_INS.items()
     )
-    spaces = _members(everything, r"\s")
+    spaces = _spaces()
     cjk = {chr(code) for low, high in CJK_RANGES for code in range(ord(low), ord(high) + 1)} - numbers
     cjk_word, cjk_sign = cjk & (letters | marks), cjk & (punctuation | symbols)
     cjk_rest = cjk - cjk_word - cjk_sign  # unassigned
@@ -130,6 +151,18 @@ def _pattern() -> re.Pattern[str]:
         f"(?:{_class(before_word - spaces - marks)}(?!{_class((letters | marks) - taken)}))+",
     ]
     return re.compile("|".join(alternatives))
+
+
+@functools.cache
+def _safe_space() -> re.Pattern[str]:
+    """A space after another character than what the library, or Python, takes for white space."""
+    return re.compile(rf" (?<![\s{_class(_spaces())[1:-1]}] )")
+
+
+@functools.cache
+def _spaces() -> frozenset[str]:
+    """What the library's engine counts to white space."""
+    return frozenset(_members("".join(chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000), r"\s"))
 
 
 @functools.cache
