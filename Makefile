@@ -5,8 +5,9 @@ WORKERS ?= 2
 DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
+GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap drills lint format clean
+.PHONY: help demo status envs test test-swap drills gpu-check gpu-check-cpu lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -14,6 +15,8 @@ help:
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 25 minutes"
+	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
+	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
 	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
@@ -48,6 +51,13 @@ drills:
 	@$(PYTHON) workflow/scripts/build_env.py workflow
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python -m pytest -s tests/drills/slurm_drills.py
+
+gpu-check:
+	@$(GPU_PYTHON) tests/gpu/check.py
+
+gpu-check-cpu:
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@.envs/train/bin/python tests/gpu/check.py --device cpu --small --output results/gpu-check-cpu.json
 
 lint:
 	@$(PYTHON) workflow/scripts/build_env.py dev
