@@ -5,8 +5,9 @@ WORKERS ?= 2
 DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
+GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap drills drills-without soak lint format clean
+.PHONY: help demo status envs test test-swap drills drills-without soak gpu-check gpu-check-cpu lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -16,6 +17,8 @@ help:
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
+	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
+	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
 	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
@@ -64,6 +67,13 @@ soak:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(PYTHON) workflow/scripts/build_env.py train
 	@$(DEV)/python tests/drills/soak.py $(SOAK)
+
+gpu-check:
+	@$(GPU_PYTHON) tests/gpu/check.py
+
+gpu-check-cpu:
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@.envs/train/bin/python tests/gpu/check.py --device cpu --small --output results/gpu-check-cpu.json
 
 lint:
 	@$(PYTHON) workflow/scripts/build_env.py dev

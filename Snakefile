@@ -14,6 +14,7 @@ include: "workflow/rules/data.smk"  # prepare_data, tokenize_data
 include: "workflow/rules/plan.smk"  # plan, refine_plan
 include: "workflow/rules/model.smk"  # prepare_model
 include: "workflow/rules/preflight.smk"  # preflight
+include: "workflow/rules/rehearse.smk"  # rehearse
 include: "workflow/rules/train.smk"  # train
 include: "workflow/rules/convert.smk"  # convert_checkpoint, verify_model
 include: "workflow/rules/serve.smk"  # smoke_test, serve

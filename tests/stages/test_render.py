@@ -73,7 +73,7 @@ def test_preview_of_a_submission_equals_its_golden_file(site: Site, rule: str) -
 
 def test_every_rule_with_a_job_of_its_own_is_previewed(site: Site) -> None:
     files = (site.clone / "results/deepseek-r1-sft/render").glob("*/*.submission.txt")
-    jobs = {"prepare_data", "tokenize_data", "prepare_model", "preflight", "train"}
+    jobs = {"prepare_data", "tokenize_data", "prepare_model", "preflight", "rehearse", "train", "snapshot"}
     assert {file.parent.name for file in files} == jobs | {"convert_checkpoint", "verify_model", "smoke_test"}
 
 
@@ -116,7 +116,7 @@ def test_every_description_of_an_allocation_has_the_keys_of_the_profile(site: Si
 
     nodes = {"--constraint='h100&rack1'", "--qos=long", "--exclude=gpu-n", "--reservation=week", "--gres=gpu:h100:8"}
     assert nodes | {"--time=5760", "--signal=USR1@3600", "--job-name=deepseek-r1-sft_train"} <= script("train")
-    assert nodes | {"--time=60"} <= script("preflight")
+    assert all(nodes | {"--time=60"} <= script(rule) for rule in ("preflight", "rehearse"))
     assert {"--constraint=h200", "--exclude=node7", "--gres=gpu:h100:8"} <= script("smoke_test")
     assert {"--constraint=h200", "--exclude=node7", "--qos=lasting"} <= script("serve")
     for rule in ("train", "preflight"):

@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_sft import slurm
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.local_copies import LocalCopies
 from deepseek_sft.slurm import Allocation
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -37,6 +38,7 @@ CONTEXT = {
     "preflight": True,
     "spare_nodes": 0,
 }
+LOCAL = LocalCopies(".envs/train.tar", "/tmp/deepseek-sft-1000/train-0123", "/tmp/deepseek-sft-1000/code-4567")
 SERVED = CONTEXT | {"python": ".envs/serve-cuda/bin/python", "environment": {}}
 SERVING = dataclasses.replace(CLUSTER, cpus_per_task=96, mem_mb=500000, runtime=240, extra="--exclusive", account="")
 CPU_NODE = Allocation(cpus_per_task=2, mem_mb=9000, runtime=30, partition="serve")
@@ -44,7 +46,9 @@ CASES = {
     "train.slurm": ("train", CLUSTER, CONTEXT | {"activate": "module load cuda/12.6"}),
     "train.spares": ("train", dataclasses.replace(CLUSTER, nodes=34), CONTEXT | {"spare_nodes": 2}),
     "train.local": ("train", Allocation(), CONTEXT | {"accelerator": "cpu", "ranks_per_node": 2, "preflight": False}),
+    "train.node-local": ("train", CLUSTER, CONTEXT | {"python": LOCAL.python, "local": LOCAL}),
     "preflight.slurm": ("preflight", CLUSTER, CONTEXT),
+    "rehearse.slurm": ("rehearse", dataclasses.replace(CLUSTER, runtime=60, extra="--exclusive"), CONTEXT),
     "smoke_test.slurm": ("smoke_test", CLUSTER, CONTEXT | {"python": ".envs/serve-cuda/bin/python"}),
     "smoke_test.bf16-4x8": ("smoke_test", dataclasses.replace(SERVING, nodes=4), SERVED),
     "smoke_test.fp8-2x8": ("smoke_test", dataclasses.replace(SERVING, nodes=2), SERVED),

@@ -25,7 +25,7 @@ SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.y
 # Keys that shape how a run is operated, not what it produces: changing them re-runs nothing.
 OPERATIONAL = {
     "train": {*STEERING, "environment", "spare_nodes", "secrets_file"},
-    "convert": {"memory", "swap", "workers", "full_check"},
+    "convert": {"checkpoint", "memory", "swap", "workers", "full_check"},
     "serve": {"ready_timeout_s", "stop_grace_s", "host", "port", "api_key_file", "secrets_file"},
 }
 
@@ -203,6 +203,10 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     model, train, serve = config["model"], config["train"], config["serve"]
     if (model["base"] is None) == (model["tiny"] is None):
         yield "model: give exactly one of `base` (a folder) and `tiny` (make a small random model)"
+    if model["layers"] and model["tiny"] is not None:
+        yield "model.layers: cuts `model.base`; the tiny model has its own `tiny.layers`"
+    if config["envs"]["local"]["train"] and config["envs"]["train"]:
+        yield "envs.local.train: copies the locked environment; with one of your own in `envs.train` leave it null"
     cpu = config["accelerator"] == "cpu"
     if cpu and train["ranks_per_node"] is None:
         yield "train.ranks_per_node: say how many ranks a node runs, since `accelerator: cpu` has no GPUs to count"

@@ -14,17 +14,24 @@ from typing import Any
 
 import yaml
 
-from . import chain, files, limits, place, receipts, secrets_file
+from . import chain, files, place, receipts, secrets_file, shapes
 from . import config as configuration
 from .data.sources import split_argument
 from .errors import BadInputError
+from .local_copies import LocalCopies, copies_of
 from .planning import duration, gate
 from .planning import load as planning
+from .planning.plan import Plan
 from .planning.resources import read_resources
 from .planning.settings import Training
 from .slurm import Allocation
 
 CHAIN = chain.STAGES
+
+STAGE_ENVIRONMENTS = (  # rules that run in another environment than the workflow's
+    *(("train", "train"), ("preflight", "train"), ("rehearse", "train")),
+    *(("smoke_test", "serve"), ("serve", "serve")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +75,17 @@ class Experiment:
         """Interpreter of a stage."""
         if stage == "workflow":
             return sys.executable
+        if copies := self.local_copies(stage):
+            return copies.python
         own = self.config["envs"].get(stage)
         return own["python"] if own else f".envs/{self.environment_name(stage)}/bin/python"
+
+    def local_copies(self, stage: str) -> LocalCopies | None:
+        """What of a stage runs from the nodes' own disks; None where nothing does."""
+        local = self.config["envs"]["local"]
+        if not (kind := local.get(stage)):
+            return None
+        return copies_of(self.environment_name(stage), kind, local["folder"])
 
     def activate(self, stage: str) -> str:
         """Shell line to run before the stage's interpreter, or nothing."""
@@ -111,6 +127,7 @@ class Experiment:
             if tiny is None:
                 # kept, since whether the served model gets that layer may be decided after training
                 words += ["--base", self.config["model"]["base"], "--mtp", "keep"]
+                words += ["--layers", layers] if (layers := self.config["model"]["layers"]) else []
             else:
                 words += ["--tiny"]
                 words += [word for key, value in sorted(tiny.items()) for word in (f"--{key.replace('_', '-')}", value)]
@@ -120,6 +137,10 @@ class Experiment:
             words += ["--max-shard-size", convert["max_shard_size"]]
         elif rule == "verify_model":
             words = self._model_format()
+        elif rule == "snapshot":
+            convert = self.config["convert"]
+            words = ["--checkpoint", convert["checkpoint"], *self._model_format()]
+            words += ["--max-shard-size", convert["max_shard_size"]]
         else:
             raise AssertionError(f"no arguments are defined for {rule}")
         return shlex.join(map(str, words))
@@ -140,7 +161,9 @@ class Experiment:
                 *("--swap", "auto" if convert["swap"] else "off", "--workers", convert["workers"]),
             ],
             "verify_model": ["--full"] if convert["full_check"] else [],
-        }[rule]
+        }
+        words["snapshot"] = [*words["convert_checkpoint"], *words["verify_model"]]
+        words = words[rule]
         return shlex.join(map(str, words))
 
     def settings(self, rule: str) -> str:
@@ -149,7 +172,7 @@ class Experiment:
             return files.canonical_json(self.preflight_settings())
         if rule in ("plan", "refine_plan"):
             return files.canonical_json(self._planned(rule)[0])
-        if rule == "train":
+        if rule in ("train", "rehearse"):
             return files.canonical_json(configuration.shaping("train", self.config))
         serve = configuration.shaping("serve", self.config)
         # The test compares the prompts that the server renders with those of training.
@@ -162,10 +185,14 @@ class Experiment:
             return files.canonical_json({key: self.config["train"][key] for key in ("environment", "ranks_per_node")})
         if rule in ("plan", "refine_plan"):
             return files.canonical_json(self._planned(rule)[1])
-        if rule == "train":
+        if rule in ("train", "rehearse"):
             peak = self.config["plan"]["gpu_tflops"] if self.config["accelerator"] == "cuda" else None
             return files.canonical_json(configuration.operational("train", self.config) | {"gpu_tflops": peak})
         return files.canonical_json(configuration.operational("serve", self.config))
+
+    def rehearsal_options(self) -> str:
+        """Canonical JSON of what a rehearsal is judged by, training's resources apart."""
+        return files.canonical_json({"accelerator": self.config["accelerator"], **self.config["rehearse"]})
 
     def preflight_settings(self) -> dict[str, Any]:
         """Settings of preflight; the floor of the bandwidth follows from the network that the plan assumes."""
@@ -195,13 +222,16 @@ class Experiment:
         }
         return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
 
-    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool, node_mb: int | None = None) -> None:
+    def check_plan(self, resources: dict[str, Any], tokens_are_current: bool, node_mb: int | None = None) -> Plan:
         """Plan with what is known now, before any job starts.
 
         Args:
             resources: what profile and command line give to ``train``.
             tokens_are_current: whether tokenize_data has nothing to do, so that its receipt counts.
             node_mb: memory of a node as Slurm says it; None where it does not.
+
+        Returns:
+            The plan.
 
         Raises:
             GateError: the plan does not fit, or a time-out would end what is healthy by it, and the configuration does
@@ -214,15 +244,18 @@ class Experiment:
         gate.check_possible(plan)
         gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
         gate.check_limits(plan, self.config["train"]["hang_minutes"], self.config["plan"]["on_misfit"])
+        return plan
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
-        stage = "train" if rule in ("train", "preflight") else "serve"
+        stage = "train" if rule in ("train", "preflight", "rehearse") else "serve"
         words = [
             *("--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]),
             *("--python", self.python(stage), f"--activate={self.activate(stage)}"),
         ]
-        if rule == "train" and self.config["preflight"]["in_training"]:
+        if copies := self.local_copies(stage):
+            words += ["--archive", copies.archive, "--environment", copies.environment, "--code", copies.code]
+        if rule in ("train", "rehearse") and self.config["preflight"]["in_training"]:
             words += ["--preflight", files.canonical_json(self.preflight_settings())]
         return shlex.join(words)
 
@@ -272,8 +305,7 @@ class Experiment:
     def missing_paths(self, rules: Collection[str] = CHAIN) -> list[str]:
         """One sentence for each external path that does not exist and that one of ``rules`` reads."""
         envs, named = self.config["envs"], self._named()
-        stages = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
-        for rule, stage in stages:
+        for rule, stage in STAGE_ENVIRONMENTS:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named.append((rule, f"envs.{stage}.python", own["python"]))
@@ -308,53 +340,12 @@ class Experiment:
                     f"(profile, set-resources: train: gres: {train.gres}); allowed: {allowed}"
                 )
         if preflight := allocations.get("preflight"):
-            problems += self._preflight_problems(preflight)
+            problems += shapes.of_preflight(self.config, preflight)
         for rule in ("smoke_test", "serve"):
             if serve := allocations.get(rule):
-                problems += self._serving_problems(rule, serve)
+                problems += shapes.of_serving(self.config, rule, serve)
         if problems:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))
-
-    def _preflight_problems(self, allocation: Allocation) -> list[str]:
-        """Why preflight's own job would be ended while healthy nodes still import torch and measure."""
-        ranks = allocation.nodes * (allocation.gpus_per_node() or 1)
-        found = limits.under_load(ranks)
-        needed = found.loading + found.measuring
-        if self.config["accelerator"] == "cpu" or needed <= 60 * allocation.runtime:
-            return []
-        return [
-            f"preflight: its job has {allocation.runtime} minutes, but {ranks} ranks may take "
-            f"{found.loading / 60:.0f} to import torch from a shared folder and {found.measuring / 60:.0f} to measure\n"
-            f"    fix: set-resources: preflight: runtime: {-(-needed // 60):.0f} in the profile"
-        ]
-
-    def _serving_problems(self, rule: str, allocation: Allocation) -> list[str]:
-        """Why the shape of ``serve`` cannot run in the allocation of a rule, with ways out that the nodes have."""
-        tensor, pipeline = (self.config["serve"][f"{kind}_parallel_size"] for kind in ("tensor", "pipeline"))
-        ranks, nodes = tensor * pipeline, allocation.nodes
-        sizes = f"serve: tensor_parallel_size {tensor} × pipeline_parallel_size {pipeline} = {ranks}"
-        per_node = allocation.gpus_per_node() if self.config["accelerator"] == "cuda" else None
-        place = f"set-resources: {rule}: nodes"
-        if ranks % nodes:
-            fitting = max(n for n in range(1, nodes + 1) if ranks % n == 0)
-            if per_node:
-                fitting = next((n for n in range(-(-ranks // per_node), ranks + 1) if ranks % n == 0), fitting)
-            return [
-                f"{sizes} cannot be spread evenly over the {nodes} nodes of the profile\n"
-                f"    fix: {place}: {fitting} in the profile, or sizes whose product is a multiple of {nodes}"
-            ]
-        if not per_node or ranks // nodes <= per_node:
-            return []
-        enough = next(n for n in range(-(-ranks // per_node), ranks + 1) if ranks % n == 0)
-        ways = [f"{place}: {enough} in the profile"]
-        if tensor > per_node:
-            ways[0] += f" with tensor_parallel_size {per_node}, pipeline_parallel_size {-(-ranks // per_node)}"
-        held = nodes * per_node
-        ways.append(f"sizes whose product is at most {held}, where the model fits {held} GPUs")
-        return [
-            f"{sizes} needs {ranks // nodes} GPUs on each of {nodes} nodes, and the profile gives {per_node} "
-            f"(set-resources: {rule}: gres: {allocation.gres})\n    fix: {'; or '.join(ways)}"
-        ]
 
     def _patterns(self) -> list[str]:
         sources = self.config["data"]["sources"]

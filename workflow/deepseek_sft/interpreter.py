@@ -5,7 +5,13 @@ import sys
 
 OLDEST = (3, 11)
 # Scripts that run in another environment than the workflow's.
-ENVIRONMENTS = {"train": "train", "preflight": "train", "serve_node": "serve-cpu", "smoke_test": "serve-cpu"}
+ENVIRONMENTS = {
+    "train": "train",
+    "rehearse": "train",
+    "preflight": "train",
+    "serve_node": "serve-cpu",
+    "smoke_test": "serve-cpu",
+}
 CODE = 2  # docs/exit-codes.md: bad input
 
 

@@ -37,9 +37,15 @@ FOLDED = {"reservation": "--reservation", "exclude": "--exclude", "nodelist": "-
 
 
 # These rules run on the nodes of another one: what the profile gives to that one holds for both.
-SAME_NODES = {"preflight": "train"}
-OWN_TIME = {"preflight": 60}  # minutes
-PREVIEWED = {"preflight", "train", "smoke_test", "serve"}  # stages whose sbatch scripts target `render` shows
+SAME_NODES = {"preflight": "train", "rehearse": "train", "snapshot": "convert_checkpoint"}
+OWN_TIME = {"preflight": 60, "rehearse": 60}  # minutes
+PREVIEWED = {
+    "preflight",
+    "rehearse",
+    "train",
+    "smoke_test",
+    "serve",
+}  # stages whose sbatch scripts target `render` shows
 
 
 def _attempt(wildcards: Any, attempt: int) -> int:
@@ -129,7 +135,7 @@ def _share_nodes(workflow: Any) -> None:
         for resource in (*FIELDS, *FOLDED):
             if resource not in own and resource in rules[of].resources:
                 rules[name].resources[resource] = rules[of].resources[resource]
-        if "runtime" not in own:
+        if "runtime" not in own and name in OWN_TIME:
             rules[name].resources["runtime"] = OWN_TIME[name]
         if "slurm_extra" not in own and "slurm_extra" in rules[name].resources:
             # Not the signal by which Slurm asks training to save: it could come at once in so short a job.

@@ -109,7 +109,8 @@ def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
     template = templates.load(f"{stage}.sbatch.j2", sh=_quoted)
     try:
         name = job_names.by_hand(context.get("experiment", ""), stage)
-        return template.render(stage=stage, job=allocation, job_name=name, **context)
+        found = {"local": None, "spare_nodes": 0} | context
+        return template.render(stage=stage, job=allocation, job_name=name, **found)
     except jinja2.UndefinedError as error:
         raise BadInputError(f"template {stage}.sbatch.j2: {error}") from None
 

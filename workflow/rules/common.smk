@@ -29,8 +29,9 @@ try:
     from deepseek_sft.cluster_jobs import start as cluster_start
     from deepseek_sft.command_line import read_yaml
     from deepseek_sft.errors import StageError
-    from deepseek_sft.experiment import CHAIN, Experiment
+    from deepseek_sft.experiment import CHAIN, STAGE_ENVIRONMENTS, Experiment
     from deepseek_sft.files import canonical_json
+    from deepseek_sft.planning import rehearsed
     from deepseek_sft.site import asking
     from deepseek_sft.training import retention, slow_nodes
 except ModuleNotFoundError as error:
@@ -100,9 +101,12 @@ def render(rule, folder, allocation=None):
     )
 
 
-def rendered_stage(rule, folder, arguments=""):
-    """Shell text that writes a rule's sbatch script and runs it, both as one attempt with one log."""
-    return stage(f"{render(rule, folder)} --then bash {RESULTS}/{folder}/{rule}.sbatch {arguments}".rstrip())
+def rendered_stage(rule, folder, arguments="", more=""):
+    """Shell text that writes a rule's sbatch script and runs it, both as one attempt with one log.
+
+    ``more`` are further options of render_sbatch.py.
+    """
+    return stage(f"{render(rule, folder)} {more} --then bash {RESULTS}/{folder}/{rule}.sbatch {arguments}".rstrip())
 
 
 def deploy():
@@ -115,6 +119,11 @@ def deploy():
 def render_place(wildcards):
     """Paths and interpreter of a stage's script, for reading it before anything runs."""
     return EXPERIMENT.render_arguments(wildcards.stage)
+
+
+def judged_by():
+    """Shell text of render_sbatch.py's options that say what a rehearsal is judged by."""
+    return f"--judge {literal(quote(EXPERIMENT.rehearsal_options()))} --training-resources {{params.resources:q}}"
 
 
 def settings_of(wildcards):
@@ -206,10 +215,11 @@ def build_environments(rules):
 
     Their markers are no inputs: Snakemake drops all jobs behind an `ancient()` input that is made anew in the same run.
     """
-    users = (("train", "train"), ("preflight", "train"), ("smoke_test", "serve"), ("serve", "serve"))
-    for name, environment in users:
+    for name, environment in STAGE_ENVIRONMENTS:
         if name in rules and EXPERIMENT.environment_markers(environment):
             command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_env.py"]
+            if kind := EXPERIMENT.config["envs"]["local"].get(environment):
+                command += ["--archive", kind]
             if subprocess.run([*command, EXPERIMENT.environment_name(environment)]).returncode:
                 raise WorkflowError(f"the environment of {name} could not be built, see the message above")
 
@@ -285,11 +295,15 @@ def check_before_start(workflow):
         line = submission.options if submission.is_previewed(workflow) else None
         for warning in job_resources.check_allocations(workflow, rules, line):
             TERMINAL.warn(warning)
-        if rules & {"prepare_model", "train"}:
+        if rules & {"prepare_model", "train", "rehearse"}:
             resources = json_files.parse(resources_of_training(None))
             train = job_resources.allocations(workflow).get("train")
             node_mb = train and asking.node_memory_mb(train.partition, train.nodes)
-            EXPERIMENT.check_plan(resources, "tokenize_data" not in rules, node_mb)
+            plan = EXPERIMENT.check_plan(resources, "tokenize_data" not in rules, node_mb)
+            if "rehearse" in rules:
+                limit = job_resources.allocations(workflow)["rehearse"].runtime
+                if note := rehearsed.too_long(plan.duration, limit):
+                    TERMINAL.warn(note)
         EXPERIMENT.write_config()
         job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
         jobs_of_slurm = submission.is_previewed(workflow)

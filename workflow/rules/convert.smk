@@ -41,3 +41,18 @@ rule verify_model:
             f"--checkpoint {path_from('train', 'checkpoint')} --base {path_from('prepare_model', 'base')} "
             f"--train-receipt {{input.train}} {{params.arguments}} {operational('verify_model')} --workers {{resources.cpus_per_task}} --receipt {{output.receipt}}"
         )
+
+
+# Named on the command line only, also while another snakemake waits for training: it has neither input nor output to lock.
+rule snapshot:
+    log:
+        log_file("snapshot"),
+    params:
+        arguments=EXPERIMENT.arguments("snapshot"),
+    message:
+        "Converting a checkpoint of the training that goes on"
+    shell:
+        script(
+            f"convert_snapshot.py {RESULTS} --base {path_from('prepare_model', 'base')} {{params.arguments}} "
+            f"{operational('snapshot')} --nodes {{resources.nodes}}"
+        )

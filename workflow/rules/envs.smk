@@ -1,5 +1,6 @@
 localrules:
     build_env,
+    pack_env,
     envs,
 
 
@@ -18,6 +19,24 @@ rule build_env:
         f"{SCRIPT}/build_env.py {{wildcards.environment}} --marker {{output}} > {{log}} 2>&1"
 
 
+rule pack_env:
+    input:
+        ".envs/{environment}.json",
+    output:
+        ".envs/{environment}.{kind}",
+    log:
+        "logs/envs/{environment}.{kind}.log",
+    benchmark:
+        "logs/envs/{environment}.{kind}.tsv"
+    wildcard_constraints:
+        kind="tar|squashfs",
+    message:
+        "Packing environment {wildcards.environment} for the nodes' own disks"
+    shell:
+        f"{SCRIPT}/build_env.py {{wildcards.environment}} --archive {{wildcards.kind}} > {{log}} 2>&1"
+
+
 rule envs:
     input:
         [EXPERIMENT.environment_markers(stage) for stage in ("train", "serve")],
+        [copies.archive for copies in [EXPERIMENT.local_copies("train")] if copies],

@@ -7,6 +7,7 @@ other. Uses the standard library alone, since it also builds the workflow's own 
     build_env.py train                        builds .envs/train
     build_env.py --download wheels train      only collects everything that it takes, as wheels, in the folder wheels
     build_env.py --wheelhouse wheels train    builds it from that folder alone: no network
+    build_env.py --archive tar train          also packs it into one file, .envs/train.tar
 """
 
 import fcntl
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, locks
+from deepseek_sft import cli, files, local_copies, locks
 from deepseek_sft.errors import BadInputError, CrashError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,32 @@ def linked(name: str) -> Path | None:
     return folder if place.is_symlink() and current else None
 
 
+def archive(name: str, folder: Path, kind: str) -> None:
+    """Pack a built environment into one file beside it, unless it is there, and link `.envs/NAME.<kind>` to it.
+
+    Raises:
+        BadInputError: the program that packs it is not here.
+    """
+    packed = folder.with_name(f"{folder.name}.{kind}")
+    partial = packed.with_name(f".{packed.name}.{os.getpid()}")
+    commands = {
+        "tar": ["tar", "--create", "--file", str(partial), "--directory", str(folder), "."],
+        "squashfs": ["mksquashfs", str(folder), str(partial), "-quiet", "-no-progress", "-all-root"],
+    }
+    if not packed.exists():
+        if not shutil.which(commands[kind][0]):
+            raise BadInputError(
+                f"{commands[kind][0]} is not here", "install squashfs-tools, or set envs.local.train: tar"
+            )
+        cli.say(f"environment {name}: packing {packed.name}")
+        try:
+            run(commands[kind], fix="see above; the archive takes as much space as the environment at most")
+            os.replace(partial, packed)
+        finally:
+            partial.unlink(missing_ok=True)
+    link(f"{name}.{kind}", packed)
+
+
 def link(name: str, folder: Path) -> None:
     """Point `.envs/NAME` at ``folder``, atomically."""
     place = PROJECT / ".envs" / name
@@ -155,6 +182,9 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="folder of built environments; default $ENVS_CACHE or .envs/store")
     parser.add_argument("--wheelhouse", type=Path, help="install from this folder of wheels only (no network)")
     parser.add_argument("--download", type=Path, metavar="FOLDER", help="collect its wheels in FOLDER, build nothing")
+    parser.add_argument(
+        "--archive", choices=local_copies.KINDS, help="also make .envs/NAME.<this> for the nodes' own disks"
+    )
     parser.add_argument("--marker", type=Path, help="write what was built to this file (JSON)")
     arguments = parser.parse_args()
     if sys.version_info[:2] != (3, 11):
@@ -171,6 +201,8 @@ def main() -> None:
         if folder is None or arguments.store:
             folder = build(arguments.name, store.resolve(), arguments.wheelhouse)
             link(arguments.name, folder)
+        if arguments.archive:
+            archive(arguments.name, folder, arguments.archive)
         if arguments.marker:
             files.write_json(arguments.marker, {"environment": arguments.name, "folder": folder.name})
     except PermissionError as error:

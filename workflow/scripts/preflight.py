@@ -24,6 +24,8 @@ from deepseek_sft.preflight import stage
 from deepseek_sft.preflight.node_report import Place
 from deepseek_sft.training import nodes, slow_nodes
 
+RULES = ("preflight", "train_preflight", "rehearse_preflight")
+
 
 def main() -> None:
     parser = cli.parser(__doc__)
@@ -35,7 +37,8 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda", help="what to train on")
     parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
-    parser.add_argument("--rule", choices=("preflight", "train_preflight"), default="preflight", help="whose it is")
+    parser.add_argument("--rule", choices=RULES, default="preflight", help="whose it is")
+    parser.add_argument("--output", type=Path, help="folder of what is found; default: <results>/preflight")
     parser.add_argument(
         "--train-nodes", type=int, help="nodes to train on, fewer than the job has: the others are spare"
     )
@@ -67,7 +70,7 @@ def main() -> None:
         hosts=hosts,
         accelerator=options.accelerator,
         results=options.results,
-        output=options.results / "preflight",
+        output=options.output or options.results / "preflight",
         folders=folders,
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         wanted=options.train_nodes,

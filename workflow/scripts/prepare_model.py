@@ -6,8 +6,10 @@
 A BF16 folder is checked (config, files, index, names, shapes, dtypes) and used where it lies; nothing is copied.
 A folder in the official release's FP8 format is dequantised to --output by streaming: bounded memory, no GPU; killed at
 any moment, the same command continues after the last complete file.
-The multi-token-prediction layer is not trained: it is recognised, and dropped where the model is dequantised unless
+The multi-token-prediction layer is not trained: it is recognised, and dropped where a model is written unless
 --mtp copy (or keep: if there is one) is given, for convert_checkpoint --mtp copy.
+With --layers N the first N layers become a model of their own in --output: real vocabulary, widths and experts, on one
+node. At least one of them has experts.
 The tiny model has the release's config keys and tensor names and the real tokenizer, and needs no GPU and no torch.
 The receipt's result.base is the folder to train from, result.sums the file with the sums of its files, which training
 compares.
@@ -20,13 +22,12 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
-from deepseek_sft.checkpoint import base_model, base_sums, dequantize, memory
+from deepseek_sft.checkpoint import base_model, base_sums, cut_base, dequantize, memory
 from deepseek_sft.checkpoint.sizes import parse_size
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.model import config_file, release, tiny
 
 DESCRIPTIONS = {
-    "layers": "decoder layers",
     "dense_layers": "leading layers without experts",
     "groups": "expert groups",
     "groups_used": "groups a token may choose from",
@@ -42,7 +43,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file written (tiny model: at most 8MB)")
     parser.add_argument("--replace", action="store_true", help="let an --output made from something else give way")
-    streaming = parser.add_argument_group("dequantising")
+    parser.add_argument(
+        "--layers", type=int, help="decoder layers; of a base, the first so many (default: all of them)"
+    )
+    streaming = parser.add_argument_group("dequantising and cutting")
     streaming.add_argument("--memory", default="auto", help="bound of all buffers together: auto or a size (512MiB)")
     streaming.add_argument(
         "--mtp",
@@ -56,8 +60,12 @@ def arguments() -> argparse.Namespace:
     for field in dataclasses.fields(tiny.TinyShape):
         option = "--" + field.name.replace("_", "-")
         description = DESCRIPTIONS.get(field.name, field.name.replace("_", " "))
-        sizes.add_argument(option, type=type(field.default), default=field.default, help=description)
-    return parser.parse_args()
+        if field.name != "layers":
+            sizes.add_argument(option, type=type(field.default), default=field.default, help=description)
+    args = parser.parse_args()
+    if args.tiny and args.layers is None:
+        args.layers = tiny.TinyShape.layers
+    return args
 
 
 def _has_mtp(base: base_model.BaseModel) -> bool:
@@ -101,12 +109,15 @@ def main() -> None:
         base = base_model.open_model(source)
         _tell(base)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}
-        if base.quantised:
+        if args.layers is not None:
+            base = cut_base.cut_base(base, args.layers)
+            settings = {"layers": args.layers}
+        if base.quantised or args.layers is not None:
             files.require_writable(None if args.output.exists() else args.output)
             mtp = ("copy" if _has_mtp(base) else "drop") if args.mtp == "keep" else args.mtp
             options = dequantize.Options(mtp, largest_shard, args.memory, max(0, args.workers), args.replace)
             dequantize.dequantize(base, args.output, options)
-            source, dequantized = args.output, True
+            source, dequantized = args.output, base.quantised
     prepared = base_model.open_model(source)
     figures = base_model.figures(prepared) | {
         "dequantised": dequantized,

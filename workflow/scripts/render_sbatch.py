@@ -9,10 +9,10 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, receipts, secrets_file, slurm
+from deepseek_sft import cli, files, local_copies, receipts, secrets_file, slurm
 
 PROJECT = Path(__file__).resolve().parents[2]
-STAGES = ("preflight", "train", "smoke_test", "serve")
+STAGES = ("preflight", "rehearse", "train", "smoke_test", "serve")
 
 
 def trained_template(results: Path) -> str:
@@ -29,9 +29,16 @@ def main() -> None:
     parser.add_argument("--logs", required=True, help="logs/<experiment>")
     parser.add_argument("--settings", required=True, help="the stage's settings, a JSON object")
     parser.add_argument("--operational", default="{}", help="settings that only steer the run, a JSON object")
-    parser.add_argument("--preflight", help="settings of train's first step, a JSON object; without it there is none")
+    parser.add_argument(
+        "--preflight", help="settings of a first step that checks the nodes, a JSON object; without it there is none"
+    )
+    parser.add_argument("--judge", help="what a rehearsal is judged by, a JSON object")
+    parser.add_argument("--training-resources", default="{}", help="and what the profile gives to training, likewise")
     parser.add_argument("--python", required=True, help="interpreter of the stage's environment")
     parser.add_argument("--activate", default="", help="shell line that activates the environment")
+    parser.add_argument("--archive", help="archive of the environment, to be unpacked on each node to the two folders:")
+    parser.add_argument("--environment", help="the environment's, from which --python runs")
+    parser.add_argument("--code", help="our code's")
     parser.add_argument("--accelerator", choices=["cuda", "cpu"], required=True)
     fields = dataclasses.fields(slurm.Allocation)
     for field in fields:
@@ -48,8 +55,8 @@ def main() -> None:
     if isinstance(smoke_test, dict) and smoke_test.get("template") == "auto":
         smoke_test["template"] = trained_template(Path(arguments.results))
     allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
-    environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "train") else {}
-    if arguments.stage == "train" and (path := settings.pop("secrets_file", None)):
+    environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "rehearse", "train") else {}
+    if arguments.stage in ("rehearse", "train") and (path := settings.pop("secrets_file", None)):
         environment = environment | {secrets_file.VARIABLE: path}
     ranks_per_node = settings.pop("ranks_per_node", None)
     spare_nodes = settings.pop("spare_nodes", 0) if arguments.stage == "train" else 0
@@ -67,12 +74,20 @@ def main() -> None:
             "environment": environment,
             "ranks_per_node": ranks_per_node,
             "preflight": arguments.preflight is not None,
+            "local": arguments.archive
+            and local_copies.LocalCopies(arguments.archive, arguments.environment, arguments.code),
             "spare_nodes": spare_nodes,
         },
     )
     files.write_json(arguments.output / "settings.json", settings)
     if arguments.preflight is not None:
         files.write_json(arguments.output / "preflight.json", cli.json_object("--preflight", arguments.preflight))
+    if arguments.judge is not None:
+        judge = {
+            "options": cli.json_object("--judge", arguments.judge),
+            "resources": cli.json_object("--training-resources", arguments.training_resources),
+        }
+        files.write_json(arguments.output / "judge.json", judge)
     files.write_text(arguments.output / f"{arguments.stage}.sbatch", script)
     # A job submitted by hand whose output file cannot be made fails without a word.
     Path(arguments.logs, arguments.stage).mkdir(parents=True, exist_ok=True)

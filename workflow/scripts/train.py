@@ -22,7 +22,7 @@ from deepseek_sft.training import early_stop
 early_stop.catch()  # before the slow imports: Slurm's signal would kill this process until then
 
 from deepseek_sft import cli, files  # noqa: E402
-from deepseek_sft.training import launch, nodes, stage  # noqa: E402
+from deepseek_sft.training import launch, nodes, rehearsal, stage  # noqa: E402
 
 
 def main() -> int:
@@ -36,6 +36,12 @@ def main() -> int:
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda", help="what to train on")
     parser.add_argument("--ranks-per-node", type=int, help="processes per node; default: one per GPU")
     parser.add_argument("--stop-file", type=Path, help="file whose appearance makes training save and stop")
+    parser.add_argument(
+        "--rehearse",
+        choices=rehearsal.PARTS,
+        help="train the first steps alone, in an --output of their own: unbroken, or resumed after the third; "
+        "--receipt gets a record of it",
+    )
     options = parser.parse_args()
     try:
         return train(options)
@@ -47,10 +53,15 @@ def train(options: argparse.Namespace) -> int:
     """Train on this node; returns the exit code."""
     files.require_writable(options.output / "runs", options.receipt)
     node = nodes.detect(options.accelerator, options.ranks_per_node)
-    run = stage.prepare(options.base_receipt, options.tokens_receipt, options.settings, options.output, node)
+    inputs = options.base_receipt, options.tokens_receipt, options.settings, options.output, node
     try:
         plan = stage.planned(options.plan_receipt)
-        stage.train(run, node, options.accelerator, options.stop_file, options.receipt, plan)
+        if options.rehearse:
+            run = rehearsal.prepare(*inputs)
+            rehearsal.train(run, node, options.accelerator, options.rehearse, options.receipt, plan)
+        else:
+            run = stage.prepare(*inputs)
+            stage.train(run, node, options.accelerator, options.stop_file, options.receipt, plan)
     except launch.Terminated as end:
         cli.say("terminated: nothing was saved since the last checkpoint; the same command continues from it")
         return end.exit_code

@@ -1,4 +1,4 @@
-"""From the release's FP8 block format to BF16, by streaming, without a GPU."""
+"""From a base to a BF16 model of its own, by streaming, without a GPU: FP8 blocks are dequantised."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ class Options:
 
 
 def dequantize(base: BaseModel, output: Path, options: Options) -> Progress:
-    """Write the BF16 model of an FP8 base to ``output``; goes on after a kill.
+    """Write the BF16 model of a base to ``output``, FP8 or cut (``cut_base``); goes on after a kill.
 
     Raises:
         BadInputError, CrashError: see ``model_writer.write_model``; a value is not finite, naming the tensors.
@@ -47,7 +47,10 @@ def dequantize(base: BaseModel, output: Path, options: Options) -> Progress:
     found = memory.measure()
     buffers = memory.plan_buffers(options.memory, options.workers, BYTES_PER_ELEMENT, found)
     allow_open_files(len(base.files) + len(shards))
-    cli.say(f"{base.folder} is FP8 ({quantised} matrices): dequantising to {output}")
+    if quantised:
+        cli.say(f"{base.folder} is FP8 ({quantised} matrices): dequantising to {output}")
+    else:
+        cli.say(f"writing {base.config['num_hidden_layers']} layers of {base.folder} to {output}")
     cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, no swap used")
     config = output_config(base, "bf16", options.mtp)
     plan = Plan(

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..model import release, tiny
+from ..model import cut, release, tiny
 from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
@@ -29,8 +29,11 @@ def model_of(config: dict[str, Any]) -> Model:
     if small is None:
         there = base and Path(base, "config.json").is_file()
         folder = SHAPES / named if named and not there else Path(base)
+        path = folder / "config.json"
         found = release.read_config(folder)
-        release.require_trainable(found, folder / "config.json")
+        if layers := config["model"].get("layers"):
+            found = release.checked(cut.config_of(release.published_config(folder), layers, path), path)
+        release.require_trainable(found, path)
         return count(found)
     shape = tiny.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
     return count(tiny.config_of(shape))

@@ -37,6 +37,8 @@ PURPOSE = {
     "prepare_model": "Base model in BF16",
     "refine_plan": "The plan again, with counted tokens",
     "preflight": "Nodes checked without training",
+    "rehearse_preflight": "Nodes checked as the rehearsal's first step",
+    "rehearse": "Training rehearsed: left, resumed, held against the plan",
     "train_preflight": "Nodes checked as training's first step",
     "train": "Full-parameter fine-tuning",
     "convert_checkpoint": "Checkpoint to a Hugging Face folder",

@@ -24,13 +24,21 @@ CHAIN = (
     "prepare_model",
     "refine_plan",
     "preflight",
+    "rehearse_preflight",
+    "rehearse",
     "train_preflight",
     "train",
     "convert_checkpoint",
     "verify_model",
     "smoke_test",
 )
-OPTIONAL = {"preflight", "train_preflight", "refine_plan"}  # shown only where they ran
+OPTIONAL = {
+    "preflight",
+    "rehearse_preflight",
+    "rehearse",
+    "train_preflight",
+    "refine_plan",
+}  # shown only where they ran
 UPSTREAM = {
     "tokenize_data": ("prepare_data",),
     "refine_plan": ("tokenize_data",),

@@ -7,7 +7,10 @@ from typing import Any
 from . import collect, formatting, plots, samples
 from .collect import Stage, mapping
 
-ADVISORY = {"plan", "refine_plan", "preflight", "train_preflight"}  # an experiment is complete without them
+ADVISORY = {  # an experiment is complete without them
+    *("plan", "refine_plan", "preflight", "train_preflight"),
+    *("rehearse_preflight", "rehearse"),
+}
 LEVEL = {"complete": "good", "failed": "bad", "unreadable": "bad", "out of date": "warn", "result gone": "warn"}
 
 

@@ -72,6 +72,7 @@ class Start:
         accelerator: ``cuda`` or ``cpu``.
         limits: seconds of each phase before anything is measured.
         stop_file: file whose appearance asks to save and stop.
+        end_after: step after which a rehearsal ends without saving.
         derived: phases whose limit follows from measured times later.
     """
 
@@ -79,6 +80,7 @@ class Start:
     accelerator: str
     limits: dict[str, float]
     stop_file: Path | None = None
+    end_after: int | None = None
     derived: tuple[str, ...] = ()
 
 
@@ -94,6 +96,7 @@ def command_of(node: NodeEnvironment, start: Start) -> list[str]:
     for phase, seconds in start.limits.items():
         command += [f"--hang-{phase}", str(seconds)]
     command += ["--derived-limits", *start.derived] if start.derived else []
+    command += ["--end-after", str(start.end_after)] if start.end_after else []
     return command + (["--stop-file", str(start.stop_file)] if start.stop_file else [])
 
 

@@ -31,6 +31,7 @@ class Run:
         base, tokens: folders of the base model and of the token dataset.
         base_sums: file with the sums of the base's files; None where prepare_model wrote none.
         inputs: receipt entries of what the run was made from.
+        end_after: step after which a rehearsal ends, see ``rehearsal``; None trains to the end.
     """
 
     run_id: str
@@ -42,6 +43,7 @@ class Run:
     schedule: Schedule
     inputs: dict[str, dict[str, str]]
     base_sums: str | None = None
+    end_after: int | None = None
 
     def ends_with(self, checkpoint: checkpoints.Checkpoint) -> bool:
         """Whether nothing is left to train after ``checkpoint``: the last step, or the end of the time."""
@@ -50,13 +52,23 @@ class Run:
         return checkpoint.step >= self.schedule.steps or timed_out
 
 
-def prepare(base_receipt: Path, tokens_receipt: Path, settings_file: Path, output: Path, node: NodeEnvironment) -> Run:
+def prepare(
+    base_receipt: Path,
+    tokens_receipt: Path,
+    settings_file: Path,
+    output: Path,
+    node: NodeEnvironment,
+    change: Callable[[Settings], Settings] = lambda chosen: chosen,
+) -> Run:
     """Read and check everything that can be checked before a process starts.
+
+    Args:
+        change: makes the settings of another run of the file's.
 
     Raises:
         BadInputError: a receipt, a setting, or a combination of them is wrong.
     """
-    chosen = settings.read(settings_file)
+    chosen = change(settings.read(settings_file))
     base, tokens = receipts.read(base_receipt, "prepare_model"), receipts.read(tokens_receipt, "tokenize_data")
     base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
     statistics = _read_statistics(tokens_folder)
@@ -107,7 +119,8 @@ def train(
     for problem, fix in limits.problems(plan, stated, lead=None, ends_within=True):
         raise BadInputError(problem, fix)
     derived = tuple(phase for phase in limits.PHASES if stated.get(phase) is None)
-    start = launch.Start(run.folder, accelerator, limits.before_measuring(plan, stated), stop_file, derived)
+    seconds = limits.before_measuring(plan, stated)
+    start = launch.Start(run.folder, accelerator, seconds, stop_file, run.end_after, derived)
     if node.node_rank > 0:
         if not _is_finished(run, node, stop_file):
             token_files.check_shards(run.tokens)
@@ -124,7 +137,8 @@ def train(
             say(f"token files: {checked} shards as they were written" if checked else "token files: without checksums")
             _write_run(run, node, accelerator)
             _conclude(run, node, _run_ranks(run, node, start, held.check))
-        write_receipt(run, receipt)
+        if run.end_after is None:
+            write_receipt(run, receipt)
 
 
 def write_receipt(run: Run, receipt: Path) -> None:

@@ -87,6 +87,7 @@ class TrainLoop(XtunerTrainLoop):
 
     stopped = False  # ended early on request
     timed_out = False  # ended early by time
+    began: float | None = None  # when the first step of this start began, seconds since the epoch
 
     def run(self) -> None:
         self.runner.call_hook("before_train")
@@ -94,7 +95,9 @@ class TrainLoop(XtunerTrainLoop):
         self.clock = PhaseClock(self.runner.model.model.device)
         batches = iter(self.dataloader)
         self.runner.model.train()
-        while self._iter < self._max_iters and not (self.stopped or self.timed_out):
+        self.began = time.time()
+        end = min(self._max_iters, self.runner.cfg.get("end_after") or self._max_iters)
+        while self._iter < end and not (self.stopped or self.timed_out):
             self.runner.watchdog.enter("step", self._iter + 1)
             started = time.monotonic()
             self.clock.mark("data")

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--stop-file")
+    parser.add_argument("--end-after", type=int, help="step after which a rehearsal ends without saving")
     for phase in time_limits.PHASES:
         parser.add_argument(f"--hang-{phase}", type=float, required=True, help="seconds")
     parser.add_argument("--derived-limits", nargs="*", default=(), help="phases whose limit follows measured times")
@@ -103,6 +104,7 @@ def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
     config.hosts = _hosts()
     config.progress = {}
     config.stop_files = [str(path) for path in stop_files(options.run, options.stop_file)]
+    config.end_after = options.end_after
     config.resume = str(candidates[-1].folder) if candidates else None
     config.model.read_weights = not candidates  # the checkpoint holds them all
     config.work_dir = str(launch.attempt_folder(options.run, options.attempt) / "mmengine")
@@ -116,7 +118,8 @@ def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
             f"stopped on request after step {runner.iter} of {runner.max_iters}; the checkpoint is saved",
             "the same command continues from it",
         )
-    return Status(options.attempt, "finished", f"step {runner.iter} of {runner.max_iters}")
+    figures = {"first_step_at": runner.train_loop.began}
+    return Status(options.attempt, "finished", f"step {runner.iter} of {runner.max_iters}", figures=figures)
 
 
 def _communication() -> str:

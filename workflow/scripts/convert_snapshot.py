@@ -1,0 +1,66 @@
+"""Convert and verify a committed checkpoint of a training that goes on, without disturbing it.
+
+    convert_snapshot.py results/EXPERIMENT --checkpoint step_200 --base DIR --dtype bf16 --mtp drop …
+
+Everything goes to results/EXPERIMENT/snapshots/<run id>-step_200/: the model, and the receipts of convert_checkpoint
+and verify_model. The checkpoint is held by hard links until it is converted, so that training may go on to remove old
+ones. Options that are not named here are convert_checkpoint's.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+from deepseek_sft import cli
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.training import snapshot
+
+SCRIPTS = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("results", type=Path, help="results/<experiment>")
+    parser.add_argument("--checkpoint", default=snapshot.NEWEST, help="newest, or step_<N>")
+    parser.add_argument("--base", type=Path, required=True, help="model folder that training started from")
+    parser.add_argument("--dtype", default="bf16", help="of the weights, as for convert_checkpoint")
+    parser.add_argument("--mtp", default="drop", help="likewise")
+    parser.add_argument("--full", action="store_true", help="compare every value with the checkpoint, not samples")
+    options, rest = parser.parse_known_args()
+    if not snapshot.is_name(options.checkpoint):
+        raise BadInputError(f"--checkpoint {options.checkpoint} is no checkpoint", "write newest or step_<N>")
+    taken = snapshot.hold(options.results, options.checkpoint)
+    try:
+        return convert(options, rest, taken)
+    finally:
+        taken.release()
+
+
+def convert(options, rest: list[str], taken: snapshot.Snapshot) -> int:
+    """Convert, then verify; the exit code of the first that fails, else 0."""
+    model = taken.folder / "model"
+    kind = ["--dtype", options.dtype, "--mtp", options.mtp]
+    common = ["--base", str(options.base), "--checkpoint", str(taken.held)]
+    trained = json.loads((taken.run / "settings.json").read_text(encoding="utf-8"))["settings"]
+    bounds = {
+        "--learning-rate": trained["learning_rate"],
+        "--steps": taken.checkpoint.step,
+        "--weight-decay": trained["weight_decay"],
+        "--balance-bias-speed": trained.get("balance_bias_speed", 0.0),
+    }
+    verify = ["--model", str(model), *(str(word) for pair in bounds.items() for word in pair)]
+    verify += ["--adam-betas", *map(str, trained["adam_betas"]), *(["--full"] if options.full else [])]
+    for name, words in (("convert_checkpoint", ["--output", str(model), *rest]), ("verify_model", verify)):
+        receipt = ["--receipt", str(taken.folder / f"{name}.json")]
+        code = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", *common, *kind, *words, *receipt]).returncode
+        if code:
+            return code if code > 0 else 128 - code
+    cli.say(f"{taken.checkpoint.folder.name} of run {taken.run.name}, converted and verified: {model}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
