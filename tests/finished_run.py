@@ -36,7 +36,8 @@ class Finished:
     def receipt(self, rule: str, finished: str, result: dict, figures: dict, **more) -> None:
         path = self.results / "receipts" / f"{rule}.json"
         path.parent.mkdir(exist_ok=True)
-        content = {"schema": 1, "rule": rule, "finished": finished, "result": result, "figures": figures, "inputs": {}}
+        content = {"schema": 1, "rule": rule, "finished": finished, "result": result, "figures": figures}
+        content |= {"inputs": {}, "settings": {}}
         path.write_text(json.dumps(content | more))
 
     def verify(self, step: int = 30, finished: str = "2026-01-03", figures: dict | None = None) -> None:

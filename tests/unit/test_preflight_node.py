@@ -278,7 +278,7 @@ def test_file_that_never_appears_is_told(tmp_path):
         ({"all_reduce_backend": "mpi"}, "must be one of"),
         ({"clock_skew": 1}, "unknown settings: clock_skew"),
         ({"timeout_s": -1}, "timeout_s must be a number"),
-        ([], "not a JSON object"),
+        ([], "it is a list, not an object"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, values, words):

@@ -7,14 +7,13 @@ and verify_model. The checkpoint is held by hard links until it is converted, so
 ones. Options that are not named here are convert_checkpoint's.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli
+from deepseek_sft import cli, json_files
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.training import snapshot
 
@@ -44,7 +43,7 @@ def convert(options, rest: list[str], taken: snapshot.Snapshot) -> int:
     model = taken.folder / "model"
     kind = ["--dtype", options.dtype, "--mtp", options.mtp]
     common = ["--base", str(options.base), "--checkpoint", str(taken.held)]
-    trained = json.loads((taken.run / "settings.json").read_text(encoding="utf-8"))["settings"]
+    trained = json_files.read(taken.run / "settings.json", {"settings": dict})["settings"]
     bounds = {
         "--learning-rate": trained["learning_rate"],
         "--steps": taken.checkpoint.step,

@@ -9,16 +9,17 @@ removed, logs and metrics stay. Exit code 3 where a check fails; the page is wri
 """
 
 import datetime
-import json
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, receipts
-from deepseek_sft.errors import BadInputError, GateError
+from deepseek_sft import cli, files, json_files, receipts
+from deepseek_sft.errors import GateError
 from deepseek_sft.planning import rehearsed
 from deepseek_sft.planning.resources import read_resources
 from deepseek_sft.training import rehearsal
+
+AGAIN = "rehearse again: snakemake rehearse …"
 
 
 def read_part(folder: Path, part: str) -> dict:
@@ -27,11 +28,7 @@ def read_part(folder: Path, part: str) -> dict:
     Raises:
         BadInputError: it is not there or cannot be read.
     """
-    path = folder / f"{part}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{path} cannot be read: {error}", "rehearse again: snakemake rehearse …") from None
+    return json_files.read(folder / f"{part}.json", fix=AGAIN)
 
 
 def main() -> None:
@@ -60,8 +57,8 @@ def judge(folder: Path, judge_file: Path, plan_receipt: Path, receipt: Path) -> 
     """
     files.require_writable(receipt, folder.parent / "verdict.txt")
     parts = {part: read_part(folder, part) for part in rehearsal.PARTS}
-    chosen = json.loads(judge_file.read_text(encoding="utf-8"))
-    settings = json.loads((folder.parent / "settings.json").read_text(encoding="utf-8"))
+    chosen = json_files.read(judge_file, fix=AGAIN)
+    settings = json_files.read(folder.parent / "settings.json", fix=AGAIN)
     plan = receipts.read(plan_receipt, "refine_plan")
     verdict = rehearsed.judge(
         parts["unbroken"],

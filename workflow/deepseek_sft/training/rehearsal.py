@@ -5,13 +5,12 @@ resumes from step 3 and trains steps 4 and 5 again. Its run is no start of the r
 """
 
 import dataclasses
-import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import files, limits
+from .. import files, json_files, limits
 from ..errors import BadInputError, CrashError
 from . import checkpoints, run_folder, stage
 from .nodes import NodeEnvironment
@@ -82,10 +81,11 @@ def observe(run: stage.Run, node: NodeEnvironment, part: Part, started: float) -
     Raises:
         CrashError: the part ended early, or did not begin where it should.
     """
-    lines = [json.loads(line) for line in (run.folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()]
+    metrics = (run.folder / run_folder.METRICS).read_text(encoding="utf-8")
+    lines = [json_files.parse(line) for line in metrics.splitlines()]
     saved = checkpoints.newest(run.folder, run.run_id)
     steps = [line["step"] for line in lines]
-    status = json.loads((run.folder / run_folder.STATUS).read_text(encoding="utf-8"))
+    status = json_files.read(run.folder / run_folder.STATUS)
     if steps != list(range(1, END + 1)) or saved is None or saved.step != SAVED:
         found = f"metrics of steps {steps}, checkpoint of {f'step {saved.step}' if saved else 'no step'}"
         raise CrashError(f"the {part} part of the rehearsal left {found}", f"look at the ranks' logs in {run.folder}")
