@@ -18,6 +18,7 @@ import yaml
 from . import secrets_file
 from .errors import BadInputError
 from .planning import gpus
+from .training import deepspeed_keys
 from .training.settings import STEERING
 
 SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
@@ -203,6 +204,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     model, train, serve = config["model"], config["train"], config["serve"]
     if (model["base"] is None) == (model["tiny"] is None):
         yield "model: give exactly one of `base` (a folder) and `tiny` (make a small random model)"
+    yield from deepspeed_keys.problems(train["deepspeed"])
     cpu = config["accelerator"] == "cpu"
     if cpu and train["ranks_per_node"] is None:
         yield "train.ranks_per_node: say how many ranks a node runs, since `accelerator: cpu` has no GPUs to count"

@@ -183,8 +183,9 @@ class Experiment:
         """
         config = self.config
         used = [*Training.train_keys(), "ranks_per_node", "hang_minutes"]
-        steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
-        shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
+        train = configuration.settled("train", config)
+        steering = {key: train[key] for key in used if key in train and key in configuration.OPERATIONAL["train"]}
+        shaping = {"train": {key: train[key] for key in used if key in train and key not in steering}}
         others = {
             "accelerator": config["accelerator"],
             "results": config["results"],
