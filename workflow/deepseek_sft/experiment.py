@@ -57,7 +57,9 @@ class Experiment:
     # ---- environments
 
     def environment_name(self, stage: str) -> str:
-        """Locked environment of a stage: ``workflow``, ``train``, ``serve-cpu`` or ``serve-cuda``."""
+        """Locked environment of a stage: ``workflow``, ``train``, ``train-cuda``, ``serve-cpu`` or ``serve-cuda``."""
+        if stage == "train":
+            return "train-cuda" if self.config["accelerator"] == "cuda" else "train"
         return f"serve-{self.config['accelerator']}" if stage == "serve" else stage
 
     def environment_markers(self, stage: str) -> list[str]:
