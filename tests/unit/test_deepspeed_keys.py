@@ -66,7 +66,9 @@ def test_a_new_run_sums_gradients_in_float32(tmp_path):
     assert config.deepspeed(found, "cpu", tmp_path)["communication_data_type"] == "fp32"
 
 
-@pytest.mark.parametrize(("kept", "dtype"), [({}, "bfloat16"), ({"gradient_communication_dtype": "float32"}, "float32")])
+@pytest.mark.parametrize(
+    ("kept", "dtype"), [({}, "bfloat16"), ({"gradient_communication_dtype": "float32"}, "float32")]
+)
 def test_a_begun_run_keeps_its_dtype(tmp_path, kept, dtype):
     (tmp_path / "settings.json").write_text(json.dumps({"settings": kept}))
     found = gradient_communication.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id")

@@ -63,9 +63,7 @@ def device_at_hand(accelerator: str) -> Device:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if accelerator == "cpu":
         return Device(None, (version[0], version[1]), None)
-    device = Device(
-        torch.cuda.get_device_capability(), (version[0], version[1]), torch.backends.cudnn.version()
-    )
+    device = Device(torch.cuda.get_device_capability(), (version[0], version[1]), torch.backends.cudnn.version())
     if attention_choice.cudnn_takes(device, attention_choice.CUDNN_SIZES) and not _cudnn_computes():
         return Device(device.capability, device.torch, None)
     return device
@@ -140,7 +138,9 @@ def by_sample(query, key, value, scaling: float, packing: Packing | None, padded
     one size torch takes its flash kernel on CPU, else it writes out all scores.
     """
     size = value.shape[-1]
-    tensors = [tensor.transpose(1, 2) for tensor in (_of_one_size(query, key, value) if padded else (query, key, value))]
+    tensors = [
+        tensor.transpose(1, 2) for tensor in (_of_one_size(query, key, value) if padded else (query, key, value))
+    ]
     if packing is None:
         return F.scaled_dot_product_attention(*tensors, is_causal=True, scale=scaling)[..., :size].transpose(1, 2)
     rows = []

@@ -63,7 +63,9 @@ def problems(given: dict[str, Any] | None) -> Iterator[str]:
             yield f"train.deepspeed.{ZERO}: is {value!r}, expected keys and their values"
         else:
             for name, inner in value.items():
-                yield from _problem(f"{ZERO}.{name}", inner, {f"{ZERO}.{known}": kind for known, kind in IN_ZERO.items()})
+                yield from _problem(
+                    f"{ZERO}.{name}", inner, {f"{ZERO}.{known}": kind for known, kind in IN_ZERO.items()}
+                )
 
 
 def _problem(key: str, value: Any, known: dict[str, type]) -> Iterator[str]:
