@@ -75,7 +75,12 @@ class Experiment:
 
     def activate(self, stage: str) -> str:
         """Shell line to run before the stage's interpreter, or nothing."""
-        return (self.config["envs"].get(stage) or {}).get("activate", "")
+        own = self.config["envs"].get(stage) or {}
+        line, folder = own.get("activate", ""), own.get("cuda_compat")
+        if not folder:
+            return line
+        first = f"export LD_LIBRARY_PATH={shlex.quote(folder)}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"
+        return f"{line} && {first}" if line else first
 
     # ---- what each rule is given
 
