@@ -59,7 +59,7 @@ def test_compatibility_library_counts_by_its_file_s_version(tmp_path):
 
 
 def test_ampere_is_told_what_does_not_work(monkeypatch):
-    monkeypatch.setattr(cuda_stack, "missing", lambda: [])
+    monkeypatch.setattr(cuda_stack, "missing", list)
     monkeypatch.setattr(cuda_stack, "built_for", lambda: 13)
     found = cuda_stack.check("cuda", "580.65.06", ["8.0", "9.0"], {})
     assert found.passed and "without grouped products" in found.detail

@@ -13,7 +13,7 @@ from .findings import Finding
 from .settings import Needs
 
 PACKAGES = ("torch", "transformers", "deepspeed", "mmengine", "xtuner", "safetensors", "numpy")  # of training's start
-# Oldest driver branch on Linux by CUDA's major version: NVIDIA, CUDA Toolkit release notes, minor-version compatibility.
+# Oldest driver branch on Linux by CUDA's major version (CUDA Toolkit release notes, minor-version compatibility).
 LEAST_DRIVER = {12: 525, 13: 580}
 LEAST_CAPABILITY = {12: (5, 0), 13: (7, 5)}
 BFLOAT16 = (8, 0)
@@ -80,7 +80,7 @@ def problems(cuda: int, driver: str, capability: tuple[int, int] | None, compati
 
 
 def gpus_and_stack(accelerator: str, wanted: int, needs: Needs, visible: str | None) -> tuple[Finding, dict[str, Any]]:
-    """The check ``gpus`` with what this environment needs of the driver and of the GPUs (on CPU: its packages)."""
+    """The check ``gpus`` with what this environment needs of the driver and of the GPUs."""
     finding, same = gpus.gpus(accelerator, wanted, needs, visible)
     if accelerator == "cuda" and "driver" not in same:
         return finding, same
@@ -103,12 +103,10 @@ def check(accelerator: str, driver: str, capabilities: list[str], environment: d
     Args:
         capabilities: of every GPU, as nvidia-smi says them (``9.0``).
     """
+    if accelerator == "cpu":
+        return Finding("cuda stack", None, "training runs on CPU")
     lacking = missing()
     text = [f"the environment lacks {', '.join(lacking)}"] if lacking else []
-    if accelerator == "cpu":
-        return Finding(
-            "cuda stack", False if text else None, "; ".join(text) or "training runs on CPU", "packages" if text else ""
-        )
     cuda = built_for()
     known = [tuple(map(int, c.split("."))) for c in capabilities if re.fullmatch(r"\d+\.\d+", c)]
     lowest = min(known) if known else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..cli import say
 from ..training.nodes import NodeEnvironment
-from . import affinity, cuda_stack, machine, network, software
+from . import affinity, cuda_stack, gpus, machine, network, software
 from .exchange import Folder
 from .findings import Finding
 from .settings import Needs, Settings

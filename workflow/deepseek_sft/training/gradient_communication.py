@@ -1,7 +1,7 @@
 """In what dtype gradients are summed over the ranks.
 
-`train.gradient_communication_dtype: null` is settled when a run begins, and written into its ``settings.json``: float32
-for new runs. A run that was begun before the key existed goes on with what DeepSpeed takes by itself, the model's dtype.
+`train.gradient_communication_dtype: null` is settled when a run begins and written into its ``settings.json``: float32
+for new runs. A run that was begun before the key existed goes on as DeepSpeed does by itself: in the model's dtype.
 """
 
 import dataclasses
