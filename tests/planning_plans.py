@@ -34,7 +34,9 @@ def cluster(nodes: int, **changes) -> Cluster:
 
 
 def training(size: int, strategy: str, micro_batch: int) -> Training:
-    return Training(strategy, size, micro_batch, 4 * size, 1, None, 8, "bfloat16", True, 100, 2, stock_experts=True)
+    """As the published runs were: DeepSpeed sums gradients in the model's dtype unless told otherwise."""
+    shape = (strategy, size, micro_batch, 4 * size, 1, None, 8, "bfloat16", True, 100, 2)
+    return Training(*shape, stock_experts=True, gradient_communication_dtype="bfloat16")
 
 
 def make(config: dict, chosen: Training, where: Cluster, longest_row: int = LONGEST_ROW) -> planning.Plan:

@@ -16,12 +16,13 @@ import build_env  # noqa: E402
 from deepseek_sft import locks  # noqa: E402
 from deepseek_sft.errors import CrashError  # noqa: E402
 
-LOCKS = ["workflow", "dev", "train", "serve-cpu", "serve-cuda"]
+LOCKS = ["workflow", "dev", "train", "train-cuda", "serve-cpu", "serve-cuda"]
+HASHED = ["train-cuda", "train-cuda.no-deps", "serve-cuda"]
 
 
 def requirements(name: str) -> dict[str, str]:
     lines = (PROJECT / "envs" / f"{name}.txt").read_text().splitlines()
-    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    pairs = (line.removesuffix(" \\").split("==") for line in lines if line[:1].isalnum())
     return dict(pairs)
 
 
@@ -32,9 +33,39 @@ def test_every_line_of_a_lock_is_pinned_to_one_version(name):
         assert re.fullmatch(r"[0-9][A-Za-z0-9.!]*", version), f"{package}=={version}"
 
 
-@pytest.mark.parametrize("name", ["train", "serve-cpu", "serve-cuda"])
+@pytest.mark.parametrize("name", ["train", "train-cuda", "serve-cpu", "serve-cuda"])
 def test_torch_is_asked_for_without_a_local_label(name):
     assert requirements(name)["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize("name", HASHED)
+def test_every_package_of_a_cuda_lock_has_a_hash(name):
+    blocks = re.split(r"\n(?=[a-z0-9])", (PROJECT / "envs" / f"{name}.txt").read_text())
+    packages = [block for block in blocks if "==" in block]
+    assert packages and all("--hash=sha256:" in block for block in packages)
+
+
+def test_train_cuda_is_train_with_the_cuda_half_alone_added():
+    cpu, cuda = requirements("train"), requirements("train-cuda")
+    assert {name: cuda[name] for name in cpu} == cpu
+    added = cuda.keys() - cpu.keys()
+    assert all(name == "triton" or name.startswith(("nvidia-", "cuda-")) for name in added)
+    assert {"triton", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"} <= added
+
+
+def test_wheel_that_is_not_the_locked_one_is_refused(small, monkeypatch):
+    monkeypatch.setattr(build_env, "find_uv", lambda: None)
+    (small / "envs/small.txt").write_text(f"first==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(CrashError, match="--require-hashes"):
+        build_env.build("small", small / "store", small / "wheels")
+
+
+def test_wheels_that_were_built_for_a_wheelhouse_have_their_hash_beside_the_lock_s(small):
+    lock = small / "envs/small.txt"
+    lock.write_text(f"first==1.0 \\\n    --hash=sha256:{'0' * 64}\nsecond==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    (small / "wheels/small.txt").write_text(build_env.with_wheels(lock, small / "wheels"))
+    folder = build_env.build("small", small / "store", small / "wheels")
+    assert (folder / "complete.json").exists()
 
 
 def test_dev_holds_the_workflow_environment_unchanged():

@@ -145,6 +145,13 @@ def test_a_layer_that_is_kept_gathered_takes_its_memory_and_saves_its_traffic():
     assert kept.duration.traffic.value / plan.duration.traffic.value == pytest.approx(3 / 4)
 
 
+def test_gradients_summed_in_float32_take_a_quarter_more_traffic_and_room_to_be_widened():
+    plan = published(32, 8, "zero3_offload", 1)
+    wide = with_training(plan, gradient_communication_dtype="float32")
+    assert wide.duration.traffic.value / plan.duration.traffic.value == pytest.approx(5 / 4)
+    assert wide.device_bytes - plan.device_bytes == pytest.approx(1.05 * 6 * 5e8, rel=1e-6)
+
+
 def test_shards_that_do_not_divide_the_experts_are_refused_before_any_job():
     with pytest.raises(BadInputError, match="experts_per_shard 7 does not divide the base's 256 routed experts"):
         gate.check_possible(with_training(published(32, 4, "zero3_offload", 1), experts_per_shard=7))

@@ -90,7 +90,7 @@ def test_search_covers_what_the_nodes_can_do_without_more_of_anything():
 
 def test_every_remedy_keeps_the_samples_of_a_step():
     plan = planned(A100_SITE | {"mem_mb": 1_900_000}, plan={"gpu": "a100-40gb", "longest_row": 32768})
-    found = remedies.remedies(planned(A100_SITE | {"mem_mb": 1_900_000}, plan={"gpu_memory_gib": 25}))
+    found = remedies.remedies(planned(A100_SITE | {"mem_mb": 1_900_000}, plan={"gpu_memory_gib": 28}))
     assert found and plan.duration.global_batch
     for one in found:
         if "nodes" not in one.settings:

@@ -18,6 +18,7 @@ import yaml
 from . import secrets_file
 from .errors import BadInputError
 from .planning import gpus
+from .training import deepspeed_keys
 from .training.settings import STEERING
 
 SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
@@ -207,6 +208,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         yield "model.layers: cuts `model.base`; the tiny model has its own `tiny.layers`"
     if config["envs"]["local"]["train"] and config["envs"]["train"]:
         yield "envs.local.train: copies the locked environment; with one of your own in `envs.train` leave it null"
+    yield from deepspeed_keys.problems(train["deepspeed"])
     cpu = config["accelerator"] == "cpu"
     if cpu and train["ranks_per_node"] is None:
         yield "train.ranks_per_node: say how many ranks a node runs, since `accelerator: cpu` has no GPUs to count"

@@ -64,7 +64,9 @@ class Experiment:
     # ---- environments
 
     def environment_name(self, stage: str) -> str:
-        """Locked environment of a stage: ``workflow``, ``train``, ``serve-cpu`` or ``serve-cuda``."""
+        """Locked environment of a stage: ``workflow``, ``train``, ``train-cuda``, ``serve-cpu`` or ``serve-cuda``."""
+        if stage == "train":
+            return "train-cuda" if self.config["accelerator"] == "cuda" else "train"
         return f"serve-{self.config['accelerator']}" if stage == "serve" else stage
 
     def environment_markers(self, stage: str) -> list[str]:
@@ -89,7 +91,12 @@ class Experiment:
 
     def activate(self, stage: str) -> str:
         """Shell line to run before the stage's interpreter, or nothing."""
-        return (self.config["envs"].get(stage) or {}).get("activate", "")
+        own = self.config["envs"].get(stage) or {}
+        line, folder = own.get("activate", ""), own.get("cuda_compat")
+        if not folder:
+            return line
+        first = f"export LD_LIBRARY_PATH={shlex.quote(folder)}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"
+        return f"{line} && {first}" if line else first
 
     # ---- what each rule is given
 
@@ -210,8 +217,9 @@ class Experiment:
         """
         config = self.config
         used = [*Training.train_keys(), "ranks_per_node", "hang_minutes"]
-        steering = {key: config["train"][key] for key in used if key in configuration.OPERATIONAL["train"]}
-        shaping = {"train": {key: config["train"][key] for key in used if key not in steering}}
+        train = configuration.settled("train", config)
+        steering = {key: train[key] for key in used if key in train and key in configuration.OPERATIONAL["train"]}
+        shaping = {"train": {key: train[key] for key in used if key in train and key not in steering}}
         others = {
             "accelerator": config["accelerator"],
             "results": config["results"],

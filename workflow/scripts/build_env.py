@@ -11,6 +11,7 @@ other. Uses the standard library alone, since it also builds the workflow's own 
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -76,6 +77,10 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
             f"with the same Python and system, by `{again}`"
         )
     for file, options in requirement_files(name):
+        if wheelhouse and (wheelhouse / file.name).exists():
+            file = wheelhouse / file.name  # the lock with the hashes of wheels that were built from sources as well
+        if is_hashed(file):
+            options = [*options, "--require-hashes"]
         run([*base, *options, "-r", str(file)], environment, fix)
     shim = locks.FOLDER / "shims" / name
     if shim.exists():
@@ -105,12 +110,39 @@ def requirement_files(name: str) -> list[tuple[Path, list[str]]]:
     return [(locks.FOLDER / f"{name}.txt", []), *([(without, ["--no-deps"])] if without.exists() else [])]
 
 
+def is_hashed(lock: Path) -> bool:
+    """Whether a lock has hashes, so that nothing else may be installed from it."""
+    return "--hash=" in lock.read_text(encoding="utf-8")
+
+
+def with_wheels(lock: Path, folder: Path) -> str:
+    """The lock's text with the hashes of the wheels in ``folder`` added, since one built from sources has its own.
+
+    Each was made from a file whose hash the lock has.
+    """
+    hashes: dict[str, list[str]] = {}
+    for wheel in sorted(folder.glob("*.whl")):
+        distribution = wheel.name.split("-")[0].replace("_", "-").replace(".", "-").lower()
+        hashes.setdefault(distribution, []).append(hashlib.sha256(wheel.read_bytes()).hexdigest())
+    lines = []
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        lines.append(line)
+        if line[:1].isalnum() and line.endswith("\\"):
+            found = hashes.get(line.split("==")[0].replace("_", "-").replace(".", "-").lower(), [])
+            lines += [f"    --hash=sha256:{value} \\" for value in found]
+    return "\n".join(lines) + "\n"
+
+
 def download(name: str, folder: Path) -> None:
     """Collect every package of an environment as a wheel, those included that indexes have as sources only."""
     locks.lock_files(name)  # an unknown name is told here
     folder.mkdir(parents=True, exist_ok=True)
     for file, options in requirement_files(name):
-        run([sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(folder), *options, "-r", str(file)])
+        hashed = ["--require-hashes"] if is_hashed(file) else []
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(folder)]
+        run([*command, *options, *hashed, "-r", str(file)])
+        if hashed:
+            files.write_text(folder / file.name, with_wheels(file, folder))
     count = len(list(folder.glob("*.whl")))
     cli.say(f"environment {name}: {count} wheels in {folder}; install with --wheelhouse, same Python and system")
 

@@ -134,6 +134,10 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
             f"{width} × {bucket:,} (twice reduce_bucket_size at most)",
         ),
     ]
+    if training.communication_width > training.width:
+        # DeepSpeed copies a bucket's gradients to the wider dtype, and reduce_scatter_coalesced lays them end to end.
+        wider = 2 * training.communication_width - training.width
+        buffers.append(Term("gradients widened to be summed", wider * scattered, f"{wider} × {scattered:,}"))
     if training.keep_layer_gathered:
         layer = release.largest_layer(model.config)
         buffers.append(Term("layer that is kept gathered", width * layer, f"{width} × {layer:,}"))

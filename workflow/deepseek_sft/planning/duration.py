@@ -145,12 +145,11 @@ def starts(found: Duration, cluster: Cluster) -> tuple[int, int] | None:
 
 def _traffic(model: Model, training: Training) -> Term:
     again = training.activation_checkpointing and not training.keep_layer_gathered
-    gathers = 4 if again else 3
-    each = training.width * model.trained
+    gathers = 3 if again else 2
     return Term(
         "ZeRO-3 traffic per rank and micro batch",
-        gathers * each,
-        f"{gathers} × {training.width} × {model.trained:,}: gathered for forward, "
+        (gathers * training.width + training.communication_width) * model.trained,
+        f"({gathers} × {training.width} + {training.communication_width}) × {model.trained:,}: gathered for forward, "
         + ("recomputation, " if again else "")
         + "backward; gradients scattered",
     )
@@ -176,7 +175,8 @@ def _parts(
         speed, crossing = cluster.nvlink_gb_per_second, (cluster.ranks - 1) / cluster.ranks
         link = f"NVLink {speed:g} GB/s"
     moved = training.gradient_accumulation_steps * traffic.value * crossing
-    least = 3 * moved / traffic.value * training.width * model.trained  # the recomputation's gather reused
+    fewest = (2 * training.width + training.communication_width) * model.trained
+    least = moved / traffic.value * fewest  # the recomputation's gather reused
     network = Range(
         "network",
         least / (speed * 1e9) / NETWORK_SHARE[1],

@@ -35,10 +35,11 @@ class Training:
     keep_layer_gathered: bool = False
     stock_experts: bool = False
     save_every_minutes: float | None = None
+    gradient_communication_dtype: str | None = None
 
     @classmethod
     def from_config(cls, train: dict[str, Any], plan: dict[str, Any]) -> "Training":
-        return cls(**{key: train[key] for key in cls.train_keys()}, stock_experts=plan["stock_experts"])
+        return cls(**{key: train[key] for key in cls.train_keys() if key in train}, stock_experts=plan["stock_experts"])
 
     @classmethod
     def train_keys(cls) -> list[str]:
@@ -59,6 +60,11 @@ class Training:
     def width(self) -> int:
         """Bytes of one element of parameters and activations."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def communication_width(self) -> int:
+        """Bytes of one element of gradients while they are summed over the ranks; float32 unless said otherwise."""
+        return DTYPE_BYTES[self.gradient_communication_dtype or "float32"]
 
     @property
     def gradient_width(self) -> int:

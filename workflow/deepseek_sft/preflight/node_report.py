@@ -7,7 +7,7 @@ from typing import Any
 
 from ..cli import say
 from ..training.nodes import NodeEnvironment
-from . import affinity, gpus, machine, network, software
+from . import affinity, cuda_stack, gpus, machine, network, software
 from .exchange import Folder
 from .findings import Finding
 from .settings import Needs, Settings
@@ -102,7 +102,9 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
         guarded("model", hashes)
     guarded(
         "gpus",
-        with_values("gpus", lambda: gpus.gpus(place.accelerator, node.ranks_per_node, needs, place.visible)),
+        with_values(
+            "gpus", lambda: cuda_stack.gpus_and_stack(place.accelerator, node.ranks_per_node, needs, place.visible)
+        ),
     )
     guarded("infiniband", with_values("infiniband", gpus.infiniband))
     guarded("cpus", with_values("cpus", lambda: affinity.affinity(place.accelerator, node.ranks_per_node)))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from .. import files, json_files
 from ..errors import BadInputError
 from ..limits import PHASES
+from . import deepspeed_keys
 
 # Part of the run id: raise it when a change of the training code changes what the same settings train.
 CODE_VERSION = 2
@@ -37,6 +38,7 @@ CHOICES = {
     "lr_schedule": ("cosine", "constant"),
     "dtype": ("bfloat16", "float32"),
     "gradient_accumulation_dtype": ("bfloat16", "float32"),
+    "gradient_communication_dtype": (None, "float32", "bfloat16"),
     "expert_products": ("auto", "grouped", "loop"),
     "attention": ("auto", "sdpa", "flash"),
     "on_not_finite": ("stop", "skip"),
@@ -89,6 +91,8 @@ class Settings:
     run_name: str
     slow_rank_percent: float | None = None
     check_base: str = "auto"
+    gradient_communication_dtype: str | None = None
+    deepspeed: dict[str, Any] | None = None
 
     @property
     def max_seconds(self) -> float | None:
@@ -129,7 +133,7 @@ def read(path: str | Path) -> Settings:
     values = LATER | values
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
-            raise BadInputError(f"{path}: {key} is {values[key]!r}, allowed: {', '.join(allowed)}")
+            raise BadInputError(f"{path}: {key} is {values[key]!r}, allowed: {', '.join(map(str, allowed))}")
     positive = ("sequence_parallel_size", "micro_batch_size", "gradient_accumulation_steps", "experts_per_shard")
     for key in (*positive, "save_every_steps", "keep_checkpoints", "log_every_steps"):
         if not isinstance(values[key], int) or isinstance(values[key], bool) or values[key] < 1:
@@ -142,6 +146,10 @@ def read(path: str | Path) -> Settings:
     for key in ("max_hours", "save_every_minutes", "first_loss_max", "spike_factor", "gpu_tflops", "slow_rank_percent"):
         if values[key] is not None and (not _is_number(values[key]) or values[key] <= 0):
             raise BadInputError(f"{path}: {key} must be above 0 or null, found {values[key]!r}")
+    if values["deepspeed"] is not None and not isinstance(values["deepspeed"], dict):
+        raise BadInputError(f"{path}: deepspeed must be keys and their values or null, found {values['deepspeed']!r}")
+    if wrong := list(deepspeed_keys.problems(values["deepspeed"])):
+        raise BadInputError(f"{path}: " + "; ".join(wrong), "remove them (docs/training.md)")
     limits = values["hang_minutes"]
     if limits is not None and (
         not isinstance(limits, dict)

@@ -16,7 +16,7 @@ from ..cli import say
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
 from ..model import release
-from . import checkpoints, early_stop, launch, lock, loss_rows, run_folder, schedule, settings
+from . import checkpoints, early_stop, gradient_communication, launch, lock, loss_rows, run_folder, schedule, settings
 from .nodes import NodeEnvironment
 from .schedule import Schedule
 from .settings import Settings
@@ -82,6 +82,7 @@ def prepare(
     }
     steps = schedule.plan(chosen, statistics["rows"], node.world_size)
     output = output.resolve()
+    chosen = gradient_communication.settle(chosen, output / "runs" / run_id, run_id)
     return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs, _sums(base))
 
 
@@ -129,6 +130,7 @@ def train(
     say(f"run {run.run_id} in {run.folder}")
     say(run.schedule.describe())
     say(limits.describe(start.limits))
+    say(f"gradients are summed over the ranks in {run.settings.gradient_communication_dtype}")
     with lock.hold(run.folder, node.attempt) as held:
         if _is_finished(run, node, stop_file):
             say("finished already; nothing to train (train.run_name forces a new run)")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import templates
 from ...model import release
-from .. import slow_nodes
+from .. import deepspeed_keys, gradient_communication, slow_nodes
 from ..nodes import NodeEnvironment
 from ..settings import Settings
 
@@ -38,6 +38,24 @@ def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[
     return section
 
 
+def deepspeed(settings: Settings, accelerator: str, base: Path) -> dict[str, Any]:
+    """DeepSpeed's configuration without what the strategy adds; `train.deepspeed` comes last.
+
+    Args:
+        base: folder of the base model.
+    """
+    config: dict[str, Any] = {"bf16": {"enabled": settings.dtype == "bfloat16"}}
+    if settings.gradient_accumulation_steps > 1 and settings.gradient_accumulation_dtype == "float32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    config |= gradient_communication.of_deepspeed(settings)
+    config |= {
+        "zero_optimization": zero_optimization(settings, accelerator, base),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return deepspeed_keys.merged(config, settings.deepspeed)
+
+
 def render(run: "Run", node: NodeEnvironment, accelerator: str) -> str:
     """Text of ``sft_config.py``: a plain mmengine configuration, all values literal."""
     return templates.load(TEMPLATE, python=repr).render(
@@ -50,5 +68,5 @@ def render(run: "Run", node: NodeEnvironment, accelerator: str) -> str:
         node=node,
         accelerator=accelerator,
         slow_rank_percent=slow_nodes.allowed_percent(run.settings.slow_rank_percent, accelerator),
-        zero=zero_optimization(run.settings, accelerator, run.base),
+        deepspeed=deepspeed(run.settings, accelerator, run.base),
     )

@@ -12,6 +12,7 @@ from xtuner.parallel.sequence import (
 
 from ...model import attention as attention_functions
 from ...model.balance_bias import BalanceBias
+from ...model.release import read_config
 from ...model.router import AuxiliaryLoss
 from ...model.training_model import TrainingModel, build
 from .data import NO_LOSS, MicroBatch
@@ -38,6 +39,10 @@ class DeepseekSFT(SupervisedFinetune):
         balance_bias_speed: float = 0.0,
         read_weights: bool = True,
     ):
+        config = read_config(Path(base))
+        sizes = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"])
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            print(attention_functions.describe(attention, accelerator, sizes), flush=True)
         llm = build(
             Path(base),
             experts_per_shard=experts_per_shard,

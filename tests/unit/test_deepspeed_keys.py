@@ -1,0 +1,80 @@
+"""Keys for DeepSpeed are merged last, checked, and part of the run id; the dtype of gradient sums is a run's own."""
+
+import dataclasses
+import json
+
+import pytest
+import training_helpers as helpers
+
+from deepseek_sft.training import deepspeed_keys, gradient_communication, settings
+from deepseek_sft.training.xtuner_engine import config
+
+RECEIPT = {"rule": "x", "inputs": {}, "settings": {}, "figures": {}}
+
+
+def run_id(**changes):
+    return settings.run_id(helpers.settings(**changes), RECEIPT, RECEIPT)
+
+
+def test_keys_are_merged_last_and_the_others_stay(tmp_path):
+    given = {"zero_optimization": {"reduce_bucket_size": 7, "overlap_comm": False}, "steps_per_print": 3}
+    found = config.deepspeed(helpers.settings(deepspeed=given), "cuda", tmp_path)
+    assert found["zero_optimization"]["reduce_bucket_size"] == 7
+    assert found["zero_optimization"]["overlap_comm"] is False
+    assert found["zero_optimization"]["stage"] == 3
+    assert found["steps_per_print"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "checkpoints of stage 3"),
+        ({"zero_optimization": {"offload_param": {}}}, "train.offload"),
+        ({"zero_optimization": {"stage3_max_live_parameter": 1}}, "not one of the keys"),
+        ({"zero_optimization": {"reduce_bucket_size": 5e8}}, "whole number"),
+        ({"zero_optimization": {"overlap_comm": 1}}, "true or false"),
+        ({"zero_optimization": 3}, "expected keys"),
+        ({"gradient_clipping": 1.0}, "train.max_grad_norm"),
+        ({"bf16": {"enabled": False}}, "train.dtype"),
+        ({"nonsense": 1}, "not one of the keys"),
+    ],
+)
+def test_what_would_break_a_run_is_refused_with_its_reason(given, said):
+    (problem,) = deepspeed_keys.problems(given)
+    assert said in problem
+
+
+def test_taken_keys_have_no_problem():
+    assert not list(deepspeed_keys.problems({"zero_optimization": {"sub_group_size": 5}, "dump_state": True}))
+
+
+def test_deepspeed_knows_every_key_that_is_taken():
+    zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    fields = zero.DeepSpeedZeroConfig.model_fields
+    names = fields.keys() | {field.alias for field in fields.values()}
+    assert deepspeed_keys.IN_ZERO.keys() <= names
+
+
+def test_run_id_changes_only_where_keys_are_set():
+    assert run_id() == run_id(deepspeed=None, gradient_communication_dtype=None)
+    assert len({run_id(), run_id(deepspeed={"dump_state": True}), run_id(gradient_communication_dtype="bfloat16")}) == 3
+
+
+def test_a_new_run_sums_gradients_in_float32(tmp_path):
+    found = gradient_communication.settle(helpers.settings(dtype="bfloat16"), tmp_path / "new", "id")
+    assert found.gradient_communication_dtype == "float32"
+    assert config.deepspeed(found, "cpu", tmp_path)["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype"), [({}, "bfloat16"), ({"gradient_communication_dtype": "float32"}, "float32")]
+)
+def test_a_begun_run_keeps_its_dtype(tmp_path, kept, dtype):
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": kept}))
+    found = gradient_communication.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id")
+    assert found.gradient_communication_dtype == dtype
+
+
+def test_what_a_begun_run_did_before_is_left_to_deepspeed(tmp_path):
+    begun = dataclasses.replace(helpers.settings(dtype="bfloat16"), gradient_communication_dtype="bfloat16")
+    assert "communication_data_type" not in config.deepspeed(begun, "cpu", tmp_path)
