@@ -35,6 +35,15 @@ def test_gate_that_failed_is_told_with_fix_log_and_next_command(tmp_path):
     assert said[-1].endswith(f"after that the same again: {COMMAND}")
 
 
+def test_error_of_a_node_is_told_whole_though_srun_labels_its_lines(tmp_path):
+    lines = ["ok", "error: 1 of 22 checks failed:", "  held_out_loss: 0.19", "  fix: look at it"]
+    text = "".join(f"0: {line}\n" for line in lines) + "srun: error: node1: Exited\n"
+    said = ending.failed([Failure("smoke_test", log_of(tmp_path, text, 3))], tmp_path, COMMAND, "")
+    assert "held_out_loss: 0.19" in said
+    assert "fix:    look at it" in said
+    assert "srun" not in said
+
+
 @pytest.mark.parametrize("lines", [1, 40])
 def test_end_of_a_failed_run_has_at_most_ten_lines_however_long_the_error_is(tmp_path, lines):
     problems = "".join(f"  - problem {n} {'x' * 3000}\n" for n in range(lines))

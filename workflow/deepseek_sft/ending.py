@@ -147,8 +147,10 @@ def _last_error(text: str) -> tuple[list[str], list[str]] | None:
     starts = [number for number, line in enumerate(lines) if re.match(r"(\d+: )?error: ", line)]
     if not starts:
         return None
-    block = [lines[starts[-1]].split("error: ", 1)[1]]
+    label, first = lines[starts[-1]].split("error: ", 1)
+    block = [first]
     for line in lines[starts[-1] + 1 :]:
+        line = line.removeprefix(label)  # srun --label writes it before every line
         if not line.startswith((" ", "\t")) or not line.strip():
             break
         block.append(line.strip())
