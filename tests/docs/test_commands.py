@@ -17,7 +17,10 @@ from project_copy import copy_of
 
 # Blocks that no test runs. Whoever adds one says so here.
 NOT_RUN = {
-    "takes long": 1,
+    "takes long": 3,
+    "an excerpt": 1,
+    "needs a cluster": 1,
+    "needs a finished experiment": 1,
     "needs a network": 3,
     "needs root": 1,
     "needs a base model": 1,

@@ -76,6 +76,10 @@ def main() -> None:
 
     # A model of the dequantised base against the FP8 release, in bf16 as it trains.
     figures["fp8"] = weights(fresh(dtype=torch.bfloat16), quantised)[0]
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig.model_fields
+    figures["zero keys"] = sorted({*zero, *(field.alias for field in zero.values() if field.alias)})
     print(json.dumps(figures))
 
 

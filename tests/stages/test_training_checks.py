@@ -9,6 +9,7 @@ import pytest
 import small_models
 
 from deepseek_sft.checkpoint import base_model, dequantize
+from deepseek_sft.training import deepspeed_keys
 
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
@@ -36,6 +37,10 @@ def test_an_intact_model_passes(figures):
     assert figures["intact"] == figures["config"] == []
     assert figures["elements"] > 5000
     assert figures["repeatable"]
+
+
+def test_deepspeed_knows_every_key_that_is_taken(figures):
+    assert deepspeed_keys.IN_ZERO.keys() <= set(figures["zero keys"])
 
 
 def test_a_model_of_an_fp8_release_passes(figures):

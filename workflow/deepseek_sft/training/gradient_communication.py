@@ -5,9 +5,9 @@ for new runs. A run that was begun before the key existed goes on as DeepSpeed d
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
+from .. import json_files
 from ..errors import BadInputError
 from . import checkpoints
 from .settings import Settings
@@ -26,7 +26,7 @@ def settle(chosen: Settings, run: Path, run_id: str) -> Settings:
         return chosen
     path = run / "settings.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["settings"].get(KEY) or chosen.dtype
+        kept = json_files.load(path)["settings"].get(KEY) or chosen.dtype
     except FileNotFoundError:
         kept = NEW if checkpoints.newest(run, run_id) is None else chosen.dtype
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
