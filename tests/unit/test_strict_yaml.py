@@ -63,7 +63,7 @@ def test_shipped_files_are_read_as_yaml_reads_them(path):
         ("a: " + "[" * 300 + "]" * 300, "nested more than 100 levels"),
         ("a: " + "[" * 90000 + "]" * 90000, "nested more than 100 levels"),
         ("__use_yte__: true\nexperiment: ?f'{1}'\n", "a template that runs Python"),
-        ("experiment: caf\xe9\n".encode("latin-1"), "is not UTF-8: line 1 holds bytes of another encoding"),
+        ("experiment: z\xfcrich\n".encode("latin-1"), "is not UTF-8: line 1 holds bytes of another encoding"),
         ("experiment: a\n".encode("utf-16"), "is not UTF-8: it is UTF-16"),
         (b"\x80\x81\x82", "is not UTF-8"),
         ("experiment: a\0b\n", "line 1"),
