@@ -29,6 +29,7 @@ def job(tmp_path: Path):
     while not (tmp_path / "started").exists():
         time.sleep(0.05)
     yield process, tmp_path
+    (tmp_path / "done").touch()  # ends what stands for Snakemake, also where the script above it has gone
     process.kill()
 
 
