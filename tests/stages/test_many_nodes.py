@@ -30,6 +30,7 @@ esac
 LATE = """#!/bin/bash
 # an interpreter that starts slowly on one node, as from a file system under load
 [ "$SLURM_PROCID" != 2 ] || sleep 20
+case "$*" in *train.py*) touch {stop} ;; esac # a stop file that is there before ends the job before its nodes begin
 exec {python} "$@"
 """
 PLAN = {"host_memory_bytes": 1e9, "disk_bytes": 2e8, "checkpoint_bytes": 5e7, "rank_memory_bytes": 7e10}
@@ -111,11 +112,9 @@ def test_node_that_is_still_starting_does_not_hide_how_the_others_ended(
     cluster: Cluster, project: Path, environment: Callable[[str], Path]
 ) -> None:
     late = cluster.folder / "late_python"
-    late.write_text(LATE.format(python=environment("workflow")))
-    late.chmod(0o755)
     job = Job(cluster, project, late, "late", 4)
-    (job.results / "train").mkdir(exist_ok=True)
-    (job.results / "train" / "stop").touch()
+    late.write_text(LATE.format(python=environment("workflow"), stop=job.results / "train" / "stop"))
+    late.chmod(0o755)
     done = job.run()
     assert done.returncode == 4, done.stderr + job.log
     assert "the stop file" in job.log

@@ -1,7 +1,5 @@
 """A driver, GPU or environment that cannot run the torch build is told before training asks for nodes."""
 
-import importlib.metadata
-
 import pytest
 
 from deepseek_sft.preflight import cuda_stack
@@ -34,21 +32,28 @@ def test_missing_package_is_named():
 
 
 @pytest.mark.parametrize(
-    ("installed", "cuda"),
+    ("text", "cuda"),
     [
-        ({"torch": "2.13.0", "nvidia-nccl-cu13": "2"}, 13),
-        ({"torch": "2.13.0+cu126"}, 12),
-        ({"torch": "2.13.0+cpu"}, None),
-        ({}, None),
+        ("from typing import Optional\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", 13),
+        ("cuda = '12.6'\n", 12),
+        ('cuda: str | None = "13.1"\n', 13),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", 0),
+        ("git_version = 'abc'\n", None),
     ],
 )
-def test_cuda_of_the_build_is_read_from_what_is_installed(installed, cuda):
-    def version(name):
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
+def test_cuda_of_the_build_is_read_from_torch_s_own_words(tmp_path, text, cuda):
+    (tmp_path / "version.py").write_text(text)
+    assert cuda_stack.built_for(tmp_path) == cuda
 
-    assert cuda_stack.built_for(version) == cuda
+
+def test_a_build_that_does_not_say_its_cuda_is_not_judged_and_one_for_cpus_refused(monkeypatch, tmp_path):
+    assert cuda_stack.built_for(tmp_path) is None
+    monkeypatch.setattr(cuda_stack, "missing", list)
+    monkeypatch.setattr(cuda_stack, "built_for", lambda: None)
+    found = cuda_stack.check("cuda", "580.65.06", ["9.0"], {})
+    assert found.passed and "not judged" in found.detail
+    monkeypatch.setattr(cuda_stack, "built_for", lambda: 0)
+    assert cuda_stack.check("cuda", "580.65.06", ["9.0"], {}).passed is False
 
 
 def test_compatibility_library_counts_by_its_file_s_version(tmp_path):

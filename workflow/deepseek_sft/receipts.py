@@ -28,6 +28,7 @@ from .errors import BadInputError
 
 SCHEMA = 1
 FIELDS = {"schema": int, "rule": str, "inputs": dict, "settings": dict, "result": dict, "figures": dict}
+OPTIONAL = ("inputs", "settings")  # of receipts that were written by hand
 PACKAGES = ("torch", "deepspeed", "xtuner", "transformers", "tokenizers", "safetensors", "vllm", "ray", "snakemake")
 STARTED = time.time()
 
@@ -145,10 +146,13 @@ def read(path: str | Path, rule: str) -> dict[str, Any]:
 
 
 def check(receipt: dict[str, Any]) -> None:
-    """
+    """Check the fields that every reader relies on, and fill in those that may be left out.
+
     Raises:
-        NotJsonError: a field that every reader relies on is missing or of another type.
+        NotJsonError: one is missing or of another type.
     """
+    for name in OPTIONAL:
+        receipt.setdefault(name, {})
     json_files.require(receipt, FIELDS)
     json_files.require(receipt["result"], dict.fromkeys(receipt["result"], str))
     json_files.require(receipt["inputs"], {name: {"path": str, "fingerprint": str} for name in receipt["inputs"]})

@@ -1,6 +1,5 @@
 """Whether this environment can run on this node's driver and GPUs: packages, CUDA of the torch build, capability."""
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -25,21 +24,25 @@ def missing(names: Iterable[str] = PACKAGES, find: Callable = importlib.util.fin
     return [name for name in names if find(name) is None]
 
 
-def built_for(versions: Callable[[str], str] = importlib.metadata.version) -> int | None:
-    """CUDA's major version of the installed torch, from the NCCL that it brings or its label; None where not said."""
+def built_for(folder: Path | None = None) -> int | None:
+    """CUDA's major version that torch was built for, 0 for a CPU build; None where it does not say.
+
+    Read from its ``version.py``, which every build has (PyPI's, conda's, a container's): importing takes seconds.
+
+    Args:
+        folder: of the package; None looks for the installed one.
+    """
+    if folder is None:
+        spec = importlib.util.find_spec("torch")
+        if spec is None or not spec.origin:
+            return None
+        folder = Path(spec.origin).parent
     try:
-        label = re.search(r"\+cu(\d\d)", versions("torch"))
-    except importlib.metadata.PackageNotFoundError:
+        text = (folder / "version.py").read_text(encoding="utf-8")
+    except OSError:
         return None
-    if label:
-        return int(label[1])
-    for major in sorted(LEAST_DRIVER, reverse=True):
-        try:
-            versions(f"nvidia-nccl-cu{major}")
-            return major
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    found = re.search(r"^cuda\b[^=\n]*=\s*(?:None|['\"](\d+)\.)", text, re.MULTILINE)
+    return int(found[1] or 0) if found else None
 
 
 def compatibility_driver(paths: str) -> int | None:
@@ -110,16 +113,18 @@ def check(accelerator: str, driver: str, capabilities: list[str], environment: d
     cuda = built_for()
     known = [tuple(map(int, c.split("."))) for c in capabilities if re.fullmatch(r"\d+\.\d+", c)]
     lowest = min(known) if known else None
-    if cuda is None:
-        text.append("torch is no CUDA build, or does not say of which CUDA")
-    else:
+    if cuda == 0:
+        text.append("torch is a build for CPUs alone")
+    elif cuda is not None:
         paths = (os.environ if environment is None else environment).get("LD_LIBRARY_PATH", "")
         text += problems(cuda, driver, lowest, compatibility_driver(paths))
     if text:
         return Finding("cuda stack", False, "; ".join(text), "unfit")
     said = f"torch for CUDA {cuda}, driver {driver}"
+    if cuda is None:
+        said = f"torch does not say for which CUDA it was built, so driver {driver} was not judged"
     if lowest is None:
         said += "; compute capability was not judged"
     elif lowest < (9, 0):
         said += f"; compute capability {lowest[0]}.{lowest[1]}: {AMPERE}"
-    return Finding("cuda stack", True, said, f"CUDA {cuda}")
+    return Finding("cuda stack", True, said, f"CUDA {cuda or '?'}")

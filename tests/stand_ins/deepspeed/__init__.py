@@ -1,0 +1,1 @@
+"""A stand-in: preflight looks for deepspeed, and nothing imports it."""

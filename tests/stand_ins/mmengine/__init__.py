@@ -1,0 +1,1 @@
+"""A stand-in: preflight looks for mmengine, and nothing imports it."""

@@ -1,0 +1,1 @@
+"""A stand-in: preflight looks for transformers, and nothing imports it."""

@@ -1,0 +1,1 @@
+"""A stand-in: preflight looks for xtuner, and nothing imports it."""
