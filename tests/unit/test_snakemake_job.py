@@ -24,7 +24,13 @@ def job(tmp_path: Path):
         (tmp_path / name).chmod(0o755)
     own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
     process = subprocess.Popen(
-        ["bash", SCRIPT], cwd=tmp_path, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ["bash", SCRIPT],
+        cwd=tmp_path,
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # A shell cannot trap what was ignored when it began, as in tests that were started in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / "started").exists():
         time.sleep(0.05)
