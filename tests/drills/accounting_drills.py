@@ -3,32 +3,14 @@
 import drill_site
 import pytest
 from drill_site import DrillSite
+from drills.on_every_site import (  # noqa: F401 (pytest collects them here)
+    test_a_controller_that_is_stopped_for_a_minute_is_no_news,
+    test_a_preemption_costs_the_steps_since_the_last_save,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("figures")]
 site, figures = drill_site.site, drill_site.figures
 KIND = ("--accounting",)
-
-
-def test_a_controller_that_is_stopped_for_a_minute_is_no_news(site: DrillSite) -> None:
-    site.plan(steps=400)
-    first = site.start()
-    site.wait_for_steps()
-    site.stop_controller(60)
-    assert first.end(300) == 0, first.text()
-    assert len(site.jobs()) == 1
-    assert site.trained_once_each(400)
-
-
-def test_a_preemption_costs_the_steps_since_the_last_save(site: DrillSite) -> None:
-    site.profile(slurm_partition="preemptible")
-    site.plan(steps=150, save_every=20)
-    first = site.start()
-    site.wait_for_steps(30)
-    site.cluster.submit("--partition=cpu", "--nodes=3", "--exclusive", wrap="sleep 5")
-    assert first.end() == 0, first.text()
-    assert len(site.jobs()) == 1
-    assert len(site.attempts()) == 2
-    assert site.lost() <= 20
 
 
 def test_the_job_of_a_snakemake_that_was_killed_is_found_again(site: DrillSite) -> None:

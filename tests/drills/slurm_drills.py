@@ -13,6 +13,10 @@ from pathlib import Path
 import drill_site
 import pytest
 from drill_site import DrillSite
+from drills.on_every_site import (  # noqa: F401 (pytest collects them here)
+    lose_a_node,
+    test_a_controller_that_is_stopped_for_a_minute_is_no_news,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("figures")]
 site, figures = drill_site.site, drill_site.figures
@@ -131,16 +135,6 @@ def test_ctrl_c_at_any_moment_leaves_no_job(site: DrillSite) -> None:
         site.wait(lambda: not site.living(), f"no job, {delay} s after the start", 30)
 
 
-def test_a_controller_that_is_stopped_for_a_minute_is_no_news(site: DrillSite) -> None:
-    site.plan(steps=400)
-    first = site.start()
-    site.wait_for_steps()
-    site.stop_controller(60)
-    assert first.end(300) == 0, first.text()
-    assert len(site.jobs()) == 1
-    assert site.trained_once_each(400)
-
-
 def test_a_plugin_that_turns_to_sacct_keeps_its_job(site: DrillSite) -> None:
     """It does so for good when the controller is slow at the one moment of a poll; there is no slurmdbd."""
     site.plan(steps=100_000)
@@ -177,18 +171,7 @@ def test_sbatch_that_fails_once_does_not_end_the_chain(site: DrillSite) -> None:
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_save(site: DrillSite) -> None:
-    site.plan(steps=600, save_every=50)
-    first = site.start()
-    site.wait_for_steps(120)
-    node = site.cluster.exec("squeue", "--noheader", "--format=%B").stdout.split()[0]
-    site.cluster.kill_node(node)
-    try:
-        assert first.end(400) == 0, first.text()
-    finally:
-        site.cluster.start_node(node)
-    assert len(site.jobs()) == 1
-    assert len(site.attempts()) == 2
-    assert site.lost() <= 50 + 1
+    lose_a_node(site, steps=600, after=120)
 
 
 def test_an_orphan_beside_its_requeue_is_stopped_by_the_lock(site: DrillSite) -> None:

@@ -48,14 +48,14 @@ def main() -> None:
             parser.error("--logs and --receipt are for one experiment")
         output = arguments.output or places[0][0].resolve().parent / "comparison.html"
         files.require_writable(output)
-        _write(output, compare.compare(places))
+        files.write_text(output, compare.compare(places))
         cli.say(f"comparison: {output}")
         return
     ((results, logs),) = places
     output = arguments.output or results / "report.html"
     files.require_writable(output, arguments.receipt)
     report = build.build(results, logs, arguments.samples)
-    _write(output, report.html)
+    files.write_text(output, report.html)
     cli.say(f"report: {output} ({report.figures['bytes']:,} bytes) · {report.figures['verdict']}")
     if not arguments.receipt:
         return
@@ -72,10 +72,6 @@ def main() -> None:
         result={"report": str(output)},
         figures=report.figures,
     )
-
-
-def _write(path: Path, html: str) -> None:
-    files.write_text(path, html)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,7 @@ def word_encoder(tokenizer: Tokenizer, description: dict[str, Any]) -> WordEncod
 @functools.cache
 def _pattern() -> re.Pattern[str]:
     """The three passes as one. Earlier passes cut the text, so characters they take end a word for later ones."""
-    characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
-    everything = "".join(characters)
+    everything = _everything()
     letters, numbers, punctuation, symbols, marks = (
         _members(everything, name) | {stand_in} for name, stand_in in STAND_INS.items()
     )
@@ -131,7 +130,7 @@ def _pattern() -> re.Pattern[str]:
     cjk_word, cjk_sign = cjk & (letters | marks), cjk & (punctuation | symbols)
     cjk_rest = cjk - cjk_word - cjk_sign  # unassigned
     taken = numbers | cjk
-    rest = set(characters) - taken
+    rest = set(everything) - taken
     before_word = rest - letters - punctuation - symbols - {"\r", "\n"}
     space, ends = _class(spaces - taken), "[\r\n]"
     # Alternatives that cannot begin at the same place are sorted by how often they occur.
@@ -154,6 +153,12 @@ def _pattern() -> re.Pattern[str]:
 
 
 @functools.cache
+def _everything() -> str:
+    """Every character of the Basic Multilingual Plane."""
+    return "".join(chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000)
+
+
+@functools.cache
 def _safe_space() -> re.Pattern[str]:
     """A space after another character than what the library, or Python, takes for white space."""
     return re.compile(rf" (?<![\s{_class(_spaces())[1:-1]}] )")
@@ -162,7 +167,7 @@ def _safe_space() -> re.Pattern[str]:
 @functools.cache
 def _spaces() -> frozenset[str]:
     """What the library's engine counts to white space."""
-    return frozenset(_members("".join(chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000), r"\s"))
+    return frozenset(_members(_everything(), r"\s"))
 
 
 @functools.cache
