@@ -3,6 +3,7 @@
 Rules, stage.sh, templates, Snakemake, its Slurm plugin and Slurm are the real ones (tests/drills/training.py).
 """
 
+import itertools
 import json
 import signal
 import subprocess
@@ -70,6 +71,7 @@ def figures(site: "DrillSite", request: pytest.FixtureRequest) -> Iterator[None]
         "jobs": len(site.jobs()),
         "attempts": len(site.attempts()),
         "steps_lost": len(steps) - len(set(steps)),
+        "seconds_to_recover": site.recoveries(),
         "seconds": round(time.monotonic() - begin),
     }
     with open(FIGURES, "a", encoding="utf-8") as stream:
@@ -186,6 +188,13 @@ class DrillSite(ClusterCopy):
 
     def attempts(self) -> list[str]:
         return list(dict.fromkeys(attempt for _, attempt in self.steps()))
+
+    def recoveries(self) -> list[float]:
+        """Seconds from the last step of each attempt to the first one of the next."""
+        file = self.results / "train/runs/drill/steps"
+        rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+        rows = [row for row in rows if len(row) == 3]
+        return [round(float(b[2]) - float(a[2]), 1) for a, b in itertools.pairwise(rows) if a[1] != b[1]]
 
     def saved(self) -> int:
         marks = self.results.glob("train/runs/drill/step_*/committed.json")

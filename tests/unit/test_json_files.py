@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from training_helpers import write_checkpoint
 
-from deepseek_sft import chain, json_files, receipts
+from deepseek_sft import chain, json_files, limits, receipts
 from deepseek_sft.checkpoint import base_sums, marker, safetensors_files
 from deepseek_sft.cluster_jobs.record import Record
 from deepseek_sft.data import tokens
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.planning.settings import COUNTED, Samples
+from deepseek_sft.preflight import settings as preflight_settings
 from deepseek_sft.report import collect
 from deepseek_sft.serving import lasting, submitting
 from deepseek_sft.training import checkpoints, run_folder
@@ -151,6 +153,49 @@ def test_no_damage_of_a_file_raises_anything_but_the_error_for_bad_input(name, t
         except Exception as error:
             if getattr(error, "exit_code", None) != 3:  # a gate that stands
                 raise AssertionError(f"{content[:200]!r}: {error!r}") from error
+
+
+# What later stages rely on in receipts: figures and their sound values, reader.
+COUNTS = {"rows": 9, "mean_length": 4.5, "longest": 7}
+PLANNED = {
+    **dict.fromkeys(("host_memory_bytes", "disk_bytes", "checkpoint_bytes", "rank_memory_bytes"), 1 << 30),
+    **{"checkpoint_s": 3.5, "loading_s": None, "step_slowest_s": 2},
+}
+RELYING = {
+    "rows that the plan counts": (
+        "tokenize_data",
+        COUNTS,
+        lambda path: Samples.counted(receipts.read(path, "tokenize_data", COUNTED)),
+    ),
+    "memory that preflight looks for": ("plan", PLANNED, preflight_settings.needs_of),
+    "seconds that limits follow from": (
+        "plan",
+        PLANNED,
+        lambda path: limits.Planned.of_figures(receipts.read(path, "plan", limits.Planned.FIGURES)["figures"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", RELYING)
+def test_edited_figures_of_a_receipt_are_refused_by_whoever_relies_on_them(what, tmp_path):
+    rule, figures, reader = RELYING[what]
+    path = tmp_path / f"{rule}.json"
+    receipt = SOUND["receipts/train.json"] | {"rule": rule}
+
+    def read(changed):
+        path.write_text(json.dumps(receipt | {"figures": changed}))
+        return reader(path)
+
+    assert read(figures)
+    refused = 0
+    for name in figures:
+        for value in ("a text", [], {}, True):
+            try:
+                read(figures | {name: value})
+            except BadInputError as error:
+                assert name in error.problem
+                refused += 1
+    assert refused >= 3 * 4  # each reader needs three figures or more
 
 
 def test_a_bad_marker_falls_back_to_the_older_checkpoint(tmp_path):

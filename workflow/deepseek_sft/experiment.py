@@ -23,7 +23,7 @@ from .planning import duration, gate
 from .planning import load as planning
 from .planning.plan import Plan
 from .planning.resources import read_resources
-from .planning.settings import Training
+from .planning.settings import COUNTED, Training
 from .slurm import Allocation
 
 CHAIN = chain.STAGES
@@ -247,7 +247,7 @@ class Experiment:
             BadInputError: it cannot be made.
         """
         receipt = Path(self.results, "receipts", "tokenize_data.json")
-        tokens = receipts.read(receipt, "tokenize_data") if tokens_are_current and receipt.exists() else None
+        tokens = receipts.read(receipt, "tokenize_data", COUNTED) if tokens_are_current and receipt.exists() else None
         plan = planning.from_config(self.config, read_resources(resources), tokens, node_mb)
         gate.check_possible(plan)
         gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])

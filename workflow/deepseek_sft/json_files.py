@@ -5,6 +5,7 @@ refused here, in words: another type than the one needed, a key twice, NaN and i
 takes, deep nesting, bytes that are not UTF-8. Data of users (chats, prompts, answers) has readers of its own.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,13 @@ LARGEST = 1 << 30  # bytes of a file
 WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true/false"}
 WORDS[type(None)] = "null"
 AGAIN = "restore it, or remove it and run the stage that wrote it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Maybe:
+    """In ``require``: the key may be absent or null, else it is of this type."""
+
+    kind: Any
 
 
 class NotJsonError(ValueError):
@@ -89,12 +97,17 @@ def require(value: dict[str, Any], fields: Mapping[str, Any]) -> None:
     """Check that keys are there with values of their types.
 
     Args:
-        fields: key → type (``float``: any number), tuple of types, or, for a nested object, a mapping of the same form.
+        fields: key → type (``float``: any number), tuple of types, for a nested object a mapping of the same form, or
+            one of these in ``Maybe``.
 
     Raises:
         NotJsonError: naming the key.
     """
     for key, kind in fields.items():
+        if isinstance(kind, Maybe):
+            if value.get(key) is None:
+                continue
+            kind = kind.kind
         if key not in value:
             raise NotJsonError(f"{key} is missing")
         nested = isinstance(kind, Mapping)

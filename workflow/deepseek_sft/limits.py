@@ -8,7 +8,9 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from .json_files import Maybe
 
 PHASES = ("start", "step", "save")  # what the watchdog tells apart
 LEAST = {"start": 3600.0, "step": 1800.0, "save": 3600.0}  # before anything is measured, and where no plan knows better
@@ -34,6 +36,9 @@ class Planned:
     start: float = 0.0
     step: float = 0.0
     save: float = 0.0
+
+    # What is needed of the plan's receipt.
+    FIGURES: ClassVar = {"figures": dict.fromkeys(("checkpoint_s", "loading_s", "step_slowest_s"), Maybe(float))}
 
     @classmethod
     def of_figures(cls, figures: Mapping[str, Any]) -> "Planned":

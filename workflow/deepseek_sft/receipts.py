@@ -20,6 +20,7 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,15 @@ def write_failed(receipt: str | Path, rule: str, figures: dict[str, Any]) -> Non
     files.write_json(failed_path(receipt), {"rule": rule, "finished": _iso(time.time()), "figures": figures})
 
 
-def read(path: str | Path, rule: str) -> dict[str, Any]:
+def read(path: str | Path, rule: str, needs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read the receipt of ``rule`` and check that what it names is still there.
 
+    Args:
+        needs: what the caller relies on beside the fields of every receipt, as ``json_files.require`` takes it:
+            ``{"figures": {"steps": int}}``.
+
     Raises:
-        BadInputError: missing, unreadable, of another rule, or its result has gone.
+        BadInputError: missing, unreadable, of another rule, without what is needed, or its result has gone.
     """
     again = f"snakemake --profile <profile> --forcerun {rule}"
     try:
@@ -135,6 +140,7 @@ def read(path: str | Path, rule: str) -> dict[str, Any]:
         if receipt.get("schema") != SCHEMA or receipt.get("rule") != rule:
             raise BadInputError(f"{path} is not a receipt of {rule}", f"make it again: {again}")
         check(receipt)
+        json_files.require(receipt, needs or {})
     except FileNotFoundError:
         raise BadInputError(f"no receipt of {rule} at {path}", f"run that stage first: {again}") from None
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.planning import alternatives, gate, load, show
 from deepseek_sft.planning.remedies import for_the_disk, suffices
 from deepseek_sft.planning.resources import read_resources
+from deepseek_sft.planning.settings import COUNTED
 from deepseek_sft.site import asking
 
 DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
@@ -92,7 +93,7 @@ def main() -> None:
     inputs = {}
     tokens = None
     if args.tokens_receipt:
-        tokens = receipts.read(args.tokens_receipt, "tokenize_data")
+        tokens = receipts.read(args.tokens_receipt, "tokenize_data", COUNTED)
         inputs["tokens"] = receipts.input_entry(args.tokens_receipt)
     node_mb = asking.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
     plan = load.from_config(settings, resources, tokens, node_mb)

@@ -60,7 +60,7 @@ def main() -> None:
         ("tokens", "tokenize_data", options.tokens_receipt),
     ):
         if path is not None:
-            folders[name] = Path(receipts.read(path, rule)["result"][name])
+            folders[name] = Path(receipts.read(path, rule, {"result": {name: str}})["result"][name])
             inputs[name] = receipts.input_entry(path)
     if options.plan_receipt is not None:
         inputs["plan"] = receipts.input_entry(options.plan_receipt)

@@ -59,7 +59,7 @@ def judge(folder: Path, judge_file: Path, plan_receipt: Path, receipt: Path) -> 
     parts = {part: read_part(folder, part) for part in rehearsal.PARTS}
     chosen = json_files.read(judge_file, fix=AGAIN)
     settings = json_files.read(folder.parent / "settings.json", fix=AGAIN)
-    plan = receipts.read(plan_receipt, "refine_plan")
+    plan = receipts.read(plan_receipt, "refine_plan", {"figures": rehearsed.PLANNED})
     verdict = rehearsed.judge(
         parts["unbroken"],
         parts["resumed"],

@@ -18,7 +18,7 @@ STAGES = ("preflight", "rehearse", "train", "smoke_test", "serve")
 def trained_template(results: Path) -> str:
     """The template that training chose by itself; ``auto`` before it did."""
     receipt = results / "receipts" / "tokenize_data.json"
-    return receipts.read(receipt, "tokenize_data")["settings"]["template"] if receipt.exists() else "auto"
+    return receipts.read(receipt, "tokenize_data", {"settings": {"template": str}})["settings"]["template"] if receipt.exists() else "auto"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, receipts
+from deepseek_sft import cli, files, json_files, receipts
 from deepseek_sft.checkpoint import base_model, memory, outputs, verify, zero
 from deepseek_sft.checkpoint.weight_checks import ChangeBound
 from deepseek_sft.errors import BadInputError
@@ -46,7 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="files checked at the same time")
     args = parser.parse_args()
     if args.train_receipt:
-        train = receipts.read(args.train_receipt, "train")
+        rates = {"learning_rate": float, "weight_decay": float, "balance_bias_speed": json_files.Maybe(float)}
+        needs = {"settings": {**rates, "adam_betas": list}, "figures": {"steps": int}}
+        train = receipts.read(args.train_receipt, "train", needs)
         for name in ("learning_rate", "weight_decay", "adam_betas"):
             setattr(args, name, train["settings"][name])
         args.balance_bias_speed = train["settings"].get("balance_bias_speed", 0.0)

@@ -7,11 +7,20 @@ import dataclasses
 import statistics
 from typing import Any
 
+from ..json_files import Maybe
 from .duration import Duration
 from .settings import GIB, MB
 
 STEPS = 7  # of both parts together
 LIMIT_SHARE = 0.5  # of a watchdog's limit: what a healthy step, save or start may take of it
+# Figures that are needed of a plan.
+PLANNED: dict[str, Any] = dict.fromkeys(
+    (
+        *(f"{what}_{end}_s" for what in ("step", "run") for end in ("fastest", "slowest")),
+        *("rank_memory_bytes", "host_memory_bytes", "checkpoint_s", "checkpoint_bytes"),
+    ),
+    Maybe(float),
+) | {"gpu_hours": Maybe(list), "limits": Maybe(dict)}
 TIME_MARGIN = 1.1  # over the plan's slowest
 NORM_FACTOR = 10  # gradient norms may differ by this much more than losses: they sum squares of every element
 

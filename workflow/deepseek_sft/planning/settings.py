@@ -73,6 +73,10 @@ class Training:
         return max(self.width, DTYPE_BYTES[self.gradient_accumulation_dtype]) if several else self.width
 
 
+# What is needed of the receipt of tokenize_data.
+COUNTED = {"figures": {"rows": int, "mean_length": float, "longest": int}}
+
+
 @dataclass(frozen=True)
 class Samples:
     """The rows to train on.
@@ -98,7 +102,7 @@ class Samples:
 
     @classmethod
     def counted(cls, receipt: dict[str, Any]) -> "Samples":
-        """From the receipt of tokenize_data."""
+        """From the receipt of tokenize_data, read with ``COUNTED``."""
         figures = receipt["figures"]
         return cls(figures["rows"], figures["mean_length"], figures["longest"], "counted")
 

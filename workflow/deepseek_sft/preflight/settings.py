@@ -99,10 +99,6 @@ def needs_of(plan_receipt: Path | None) -> Needs:
     """
     if plan_receipt is None:
         return Needs()
-    figures: dict[str, Any] = receipts.read(plan_receipt, plan_receipt.stem)["figures"]
-    return Needs(
-        figures["host_memory_bytes"],
-        figures["disk_bytes"],
-        figures["checkpoint_bytes"],
-        figures["rank_memory_bytes"],
-    )
+    names = ("host_memory_bytes", "disk_bytes", "checkpoint_bytes", "rank_memory_bytes")
+    figures = receipts.read(plan_receipt, plan_receipt.stem, {"figures": dict.fromkeys(names, int)})["figures"]
+    return Needs(*(figures[name] for name in names))

@@ -13,6 +13,7 @@ from . import checkpoints
 from .settings import Settings
 
 NEW = "float32"
+NAMES = {"float32": "fp32", "bfloat16": "bf16"}  # ours → DeepSpeed's
 KEY = "gradient_communication_dtype"
 
 
@@ -27,6 +28,8 @@ def settle(chosen: Settings, run: Path, run_id: str) -> Settings:
     path = run / "settings.json"
     try:
         kept = json_files.load(path)["settings"].get(KEY) or chosen.dtype
+        if kept not in NAMES:
+            raise ValueError(f"{KEY} is {kept!r}")
     except FileNotFoundError:
         kept = NEW if checkpoints.newest(run, run_id) is None else chosen.dtype
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -41,4 +44,4 @@ def of_deepspeed(settings: Settings) -> dict[str, str]:
     """DeepSpeed's key; none where it would say the model's dtype, which is its default."""
     if settings.gradient_communication_dtype in (None, settings.dtype):
         return {}
-    return {"communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[settings.gradient_communication_dtype]}
+    return {"communication_data_type": NAMES[settings.gradient_communication_dtype]}

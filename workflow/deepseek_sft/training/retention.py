@@ -8,15 +8,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .. import receipts
+from .. import json_files, receipts
 from ..cli import say
-from ..errors import GateError, StageError
+from ..errors import BadInputError, GateError, StageError
+from ..json_files import Maybe
 from ..report.formatting import byte_size
 from . import checkpoints, lock
 
 AGAIN = "snakemake --profile <profile> convert"
 VERIFY = "snakemake --profile <profile> --forcerun verify_model -- convert"
 HASHED = 64 << 20  # bytes; larger files of the model are judged by their time: hashing 1.3 TB takes an hour
+
+MODEL = {"result": {"model": str}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +60,11 @@ def choose(results: Path, newest: bool = False) -> Removal:
         BadInputError: a receipt or what it names is missing.
         GateError: the converted model is not verified, has changed since, or is not made from the last checkpoint.
     """
-    train = receipts.read(results / "receipts" / "train.json", "train")
-    converted = receipts.read(results / "receipts" / "convert_checkpoint.json", "convert_checkpoint")
-    verified = receipts.read(results / "receipts" / "verify_model.json", "verify_model")
+    train = _read(results, "train", {"result": {"run": str, "checkpoint": str}, "figures": {"run_id": str}})
+    converted = _read(results, "convert_checkpoint", MODEL)
+    verified = _read(results, "verify_model", MODEL | {"figures": {"checks": Maybe(dict), "sha256": Maybe(dict)}})
     run, last = Path(train["result"]["run"]), Path(train["result"]["checkpoint"])
-    failed = [name for name, check in verified["figures"].get("checks", {}).items() if check["passed"] is not True]
+    failed = [name for name, check in (verified["figures"].get("checks") or {}).items() if check["passed"] is not True]
     if failed or not verified["figures"].get("checks"):
         raise GateError(f"the converted model is not verified: {', '.join(failed) or 'no checks'}", AGAIN)
     of = Path(verified["inputs"].get("checkpoint", {}).get("path", "none"))
@@ -82,6 +85,19 @@ def choose(results: Path, newest: bool = False) -> Removal:
         if re.fullmatch(rf"step_\d+({re.escape(checkpoints.INCOMPLETE)})?", folder.name):
             items.append(_item(folder, "not a committed checkpoint"))
     return Removal(run, items, kept)
+
+
+def _read(results: Path, rule: str, needs: dict[str, Any]) -> dict[str, Any]:
+    """A receipt with the time at which its stage finished, and its checks, as far as it names some."""
+    path = results / "receipts" / f"{rule}.json"
+    receipt = receipts.read(path, rule, needs | {"finished": str})
+    try:
+        datetime.datetime.fromisoformat(receipt["finished"])
+        checks = receipt["figures"].get("checks") or {}
+        json_files.require(checks, {name: {"passed": (bool, type(None))} for name in checks})
+    except ValueError as error:
+        raise BadInputError(f"{path} cannot be read: {error}", VERIFY) from None
+    return receipt
 
 
 def _check_model(converted: dict[str, Any], verified: dict[str, Any]) -> None:

@@ -69,7 +69,8 @@ def prepare(
         BadInputError: a receipt, a setting, or a combination of them is wrong.
     """
     chosen = change(settings.read(settings_file))
-    base, tokens = receipts.read(base_receipt, "prepare_model"), receipts.read(tokens_receipt, "tokenize_data")
+    base = receipts.read(base_receipt, "prepare_model", {"result": {"base": str}})
+    tokens = receipts.read(tokens_receipt, "tokenize_data", {"result": {"tokens": str}})
     base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
     statistics = _read_statistics(tokens_folder)
     config = release.read_config(base_folder)
@@ -91,7 +92,7 @@ def planned(plan_receipt: Path | None) -> limits.Planned:
     if plan_receipt is None:
         return limits.Planned()
     try:
-        return limits.Planned.of_figures(receipts.read(plan_receipt, plan_receipt.stem)["figures"])
+        return limits.Planned.of_figures(receipts.read(plan_receipt, plan_receipt.stem, limits.Planned.FIGURES)["figures"])
     except BadInputError as error:
         say(f"warning: {error.problem}; time limits are the least ones, whatever the plan said")
         return limits.Planned()
