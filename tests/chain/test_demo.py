@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from project_copy import copy_of
 pytestmark = [pytest.mark.chain, pytest.mark.cluster]
 
 CONFIG = ["--configfile", "config/experiments/demo.yaml"]
+CANARY = "6f1d0c-nobody-may-read-this"
 
 
 class Demo:
@@ -70,6 +72,40 @@ class Demo:
         return found
 
 
+class SecretsSeen(threading.Thread):
+    """Looks at all processes once a second: who has the secret on its command line, and who in its environment."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.on_command_lines: set[str] = set()
+        self.in_environments_of: set[str] = set()
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        secret = CANARY.encode()
+        while not self.over.wait(1):
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    command, environment = ((process / name).read_bytes() for name in ("cmdline", "environ"))
+                except OSError:
+                    continue  # it has ended
+                if secret in command:
+                    self.on_command_lines.add(command.decode(errors="replace"))
+                if secret in environment:
+                    self.in_environments_of.add(command.replace(b"\0", b" ").decode(errors="replace"))
+
+
+def plant_secrets(folder: Path) -> None:
+    """Give training and serving a file of secrets; these keys re-run nothing."""
+    (folder / "secrets").write_text(f"HF_TOKEN={CANARY}\n")
+    (folder / "secrets").chmod(0o600)
+    path = folder / "config/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for section in ("train", "serve"):
+        config[section] = (config.get(section) or {}) | {"secrets_file": "secrets"}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
 def traces(demo: Demo) -> dict[str, object]:
     """What an emulated cluster could leave behind."""
     return {
@@ -95,7 +131,10 @@ def demo(project, tmp_path_factory) -> Iterator[Demo]:
     folder = tmp_path_factory.mktemp("demo")
     store = (project / ".envs" / "workflow").resolve().parent
     demo = Demo(copy_of(project, folder), store)
+    plant_secrets(demo.folder)
     before = traces(demo)
+    demo.secrets = SecretsSeen()
+    demo.secrets.start()
 
     interrupted = folder / "interrupted.log"
     running = demo.make(interrupted)
@@ -108,6 +147,7 @@ def demo(project, tmp_path_factory) -> Iterator[Demo]:
     finished = folder / "finished.log"
     code = demo.make(finished).wait(timeout=3000)
     demo.log = finished.read_text()
+    demo.secrets.over.set()
     if code:
         logs = "".join(f"\n== {p}\n{p.read_text()[-3000:]}" for p in demo.folder.glob("logs/demo/*.log"))
         pytest.fail(f"make demo exited with {code}\n{demo.log[-5000:]}{logs}")
@@ -125,6 +165,18 @@ def test_interrupted_demo_fails_and_leaves_nothing_behind(demo):
 
 def test_finished_demo_leaves_nothing_behind(demo):
     assert demo.after == demo.left_behind[0]
+
+
+def test_secrets_are_in_environments_alone(demo):
+    seen = demo.secrets
+    assert any("xtuner_engine" in command for command in seen.in_environments_of)
+    assert any("vllm" in command for command in seen.in_environments_of)
+    assert seen.on_command_lines == set()
+    files = [path for path in demo.folder.parent.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 100
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == [
+        demo.folder / "secrets",
+    ]
 
 
 def test_second_run_resumed_from_the_last_checkpoint(demo):

@@ -265,6 +265,17 @@ def test_a_requeued_job_takes_over_its_own_lock_from_another_host(monkeypatch):
     assert lock.reason_to_respect(holder) is None
 
 
+def test_a_requeued_job_takes_over_its_own_lock_from_a_container_of_the_same_host(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    before = holders.own() | {"restarts": "0"}
+    assert "runs on this host" in lock.reason_to_respect(before)  # an orphan that is seen to live
+    before["pids"] = "pid:[1]"
+    assert lock.reason_to_respect(before) is None
+    assert lock.reason_to_respect(before | {"restarts": "1"}) is not None
+    assert lock.reason_to_respect(before | {"job_id": None}) is not None
+
+
 def example_run(tmp_path, **changes):
     chosen = settings(**changes)
     steps = schedule.plan(chosen, rows=20, world_size=2)

@@ -60,11 +60,12 @@ def reason_to_respect(
     own_job = me["job_id"]
     if job and job != own_job:
         return _reason_of_job(job, patience)
+    # A job runs once at a time: what another host or another container left of this very job is from before a requeue.
+    restarted = bool(job) and holder.get("restarts") != me["restarts"]
     if host == socket.gethostname():
-        return _reason_of_process(holder)
-    if job and job == own_job:
-        # A job runs once at a time: another host's file of this very job is from before a requeue.
-        restarted = holder.get("restarts") != me["restarts"]
+        reason = _reason_of_process(holder)
+        return None if restarted and reason and UNCERTAIN in reason else reason
+    if job:
         return None if restarted else f"this job's process {pid} on {host} may still run"
     return f"whether process {pid} on {host} still runs {UNCERTAIN} from here"
 
