@@ -34,7 +34,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        [receipt(rule) for rule in (*CHAIN, "build_report")],
+        [receipt(rule) for rule in stages.NEEDS],
 
 
 rule data:

@@ -10,19 +10,9 @@ from pathlib import Path
 
 from project_copy import copy_of
 
+from deepseek_sft import stages
+
 EXPERIMENT = "mine"
-STAGES = (
-    "prepare_data",
-    "plan",
-    "prepare_model",
-    "tokenize_data",
-    "refine_plan",
-    "train",
-    "convert_checkpoint",
-    "verify_model",
-    "smoke_test",
-    "build_report",
-)
 RESULTS = {
     "prepare_data": {"data": "data/train.jsonl"},
     "plan": {"plan": "plan/plan.json"},
@@ -46,7 +36,7 @@ class Chain:
         (self.clone / ".envs").symlink_to(project / ".envs")
         self.results = self.clone / "results" / EXPERIMENT
         (self.clone / "mine.yaml").write_text(f"experiment: {EXPERIMENT}\n")
-        for number, rule in enumerate(STAGES):
+        for number, rule in enumerate(stages.NEEDS):
             self.write(rule, number)
 
     def write(self, rule: str, number: int) -> None:

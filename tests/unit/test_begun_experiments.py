@@ -1,14 +1,21 @@
-"""An update leaves experiments alone that were begun before it: the params of their rules and their run ids stay."""
+"""An update leaves experiments alone that were begun before it: params of rules, run ids and sbatch scripts stay."""
 
+import contextlib
 import dataclasses
+import difflib
+import importlib.util
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from deepseek_sft import config as configuration
+from deepseek_sft import profile, resources
 from deepseek_sft.experiment import Experiment
+from deepseek_sft.slurm import Allocation
 from deepseek_sft.training import settings
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -23,6 +30,15 @@ OWN = {
     "model": {"base": "/models/DeepSeek-R1"},
     "train": {"learning_rate": 2e-6, "max_steps": 500},
 }
+# Against which scripts the differences stand, so that a changed template renews those alone.
+AGAINST = {
+    "preflight": "preflight.slurm",
+    "rehearse": "rehearse.slurm",
+    "train": "train.slurm",
+    "smoke_test": "smoke_test.bf16-4x8",
+    "serve": "serve.bf16-4x8",
+}
+NODES_OF = {"preflight": "train", "rehearse": "train", "serve": "smoke_test"}
 
 
 def experiment_of(overlay: dict) -> Experiment:
@@ -51,3 +67,71 @@ def test_params_and_run_id_of_a_begun_experiment_stay(name, tmp_path):
     overlay = OWN if name == "own" else yaml.safe_load((PROJECT / "config/experiments" / name).read_text())
     kept = json.loads((GOLDEN / f"{name.replace('/', '.').removesuffix('.yaml')}.json").read_text())
     assert what_is_kept(experiment_of(overlay), tmp_path) == kept
+
+
+@pytest.fixture(scope="module")
+def render_sbatch():
+    path = PROJECT / "workflow/scripts/render_sbatch.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec = importlib.util.spec_from_file_location("render_sbatch", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def allocation(name: str, stage: str) -> Allocation:
+    """What the profile gives to a stage."""
+    path = PROJECT / "profiles" / ("demo" if name == "demo.yaml" else "slurm") / "config.yaml"
+    stated = yaml.safe_load(path.read_text())
+    given = stated["set-resources"]
+    found = stated["default-resources"] | given.get(NODES_OF.get(stage), {})
+    if NODES_OF.get(stage) == "train":
+        found |= {"runtime": 60, "slurm_extra": profile.with_option(found["slurm_extra"], "--signal", "")}
+    found |= given.get(stage, {})
+    return Allocation(**{resources.FIELDS[key]: value for key, value in found.items()})
+
+
+def scripts(name: str, overlay: dict, render_sbatch, folder: Path) -> dict[str, list[str]]:
+    """Stage → lines of its script, of the profile that goes with the experiment ``name``."""
+    experiment, found = experiment_of(overlay), {}
+    for stage in AGAINST:
+        command = (
+            f"{stage} --output {folder} {experiment.render_arguments(stage)} {allocation(name, stage).arguments()}"
+        )
+        settings = ["--settings", experiment.settings(stage), "--operational", experiment.operational(stage)]
+        with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+            patch.setattr(render_sbatch, "PROJECT", Path("/shared/project with space"))
+            patch.setattr(sys, "argv", ["render_sbatch.py", *shlex.split(command), *settings])
+            render_sbatch.main()
+        found[stage] = (folder / f"{stage}.sbatch").read_text().splitlines()
+    return found
+
+
+def differences(name: str, render_sbatch, folder: Path) -> str:
+    """Lines in which scripts differ: the own experiment's from golden ones, others from the own's of the same name."""
+    if name == "own":
+        reference = {stage: golden(stage) for stage in AGAINST}
+        rendered = scripts(name, OWN, render_sbatch, folder)
+    else:
+        overlay = yaml.safe_load((PROJECT / "config/experiments" / name).read_text())
+        reference = scripts("own", OWN | {"experiment": overlay["experiment"]}, render_sbatch, folder)
+        rendered = scripts(name, overlay, render_sbatch, folder)
+    found = []
+    for stage, script in rendered.items():
+        lines = list(difflib.unified_diff(reference[stage], script, n=0, lineterm=""))[2:]
+        found += [f"==== {stage}", *(line for line in lines if not line.startswith("@@"))]
+    return "\n".join(found) + "\n"
+
+
+def golden(stage: str) -> list[str]:
+    return (GOLDEN.parent / f"{AGAINST[stage]}.sbatch").read_text().splitlines()
+
+
+def golden_file(name: str) -> Path:
+    return GOLDEN.parent / "scripts" / f"{name.replace('/', '.').removesuffix('.yaml')}.diff"
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "own"])
+def test_sbatch_scripts_of_a_begun_experiment_stay(name, render_sbatch, tmp_path):
+    assert differences(name, render_sbatch, tmp_path) == golden_file(name).read_text()

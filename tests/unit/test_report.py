@@ -6,6 +6,7 @@ import pytest
 from unit import report_results as made
 from unit.report_page import Page, section
 
+from deepseek_sft import stages
 from deepseek_sft.report import build, collect, formatting, overview, samples
 
 SOURCES = (("bad", "0 of 3"), ("good", "1,000 of 1,000"))
@@ -26,7 +27,7 @@ def page(tmp_path_factory):
 
 def test_every_stage_appears_in_chain_order(page):
     found = re.findall(r'<section id="(\w+)">', page)
-    shown = [rule for rule in collect.CHAIN if rule not in collect.OPTIONAL]
+    shown = [stage.name for stage in stages.ROWS if stage.purpose and not stage.shown_where_run]
     assert found == [*shown, "config", "versions", "commands"]
 
 

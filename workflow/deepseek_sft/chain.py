@@ -10,42 +10,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from . import json_files, receipts
+from . import json_files, receipts, stages
 from .errors import BadInputError, StageError
 
-REPORT = "build_report"
-STAGES = (
-    "prepare_data",
-    "tokenize_data",
-    "plan",
-    "prepare_model",
-    "refine_plan",
-    "train",
-    "convert_checkpoint",
-    "verify_model",
-    "smoke_test",
-)
-UPSTREAM: dict[str, tuple[str, ...]] = {
-    "prepare_data": (),
-    "tokenize_data": ("prepare_data",),
-    "plan": (),
-    "prepare_model": (),
-    "refine_plan": ("tokenize_data",),
-    "train": ("prepare_model", "tokenize_data", "refine_plan"),
-    "convert_checkpoint": ("train", "prepare_model"),
-    "verify_model": ("convert_checkpoint", "train", "prepare_model"),
-    "smoke_test": ("verify_model",),
-    REPORT: STAGES,
-}
-# What a stage reads: the result of that name of another one. Listed apart, since not every result is an input.
-READS = {
-    "tokenize_data": {"prepare_data": "data"},
-    "train": {"prepare_model": "base", "tokenize_data": "tokens"},
-    "convert_checkpoint": {"train": "checkpoint", "prepare_model": "base"},
-    "verify_model": {"convert_checkpoint": "model", "train": "checkpoint", "prepare_model": "base"},
-    "smoke_test": {"verify_model": "model"},
-}
-# A file without which such a folder is none any more.
+# A file without which the folder that is a stage's result is none any more.
 INSIDE = {"model": "config.json", "base": "config.json", "tokens": "tokens.json", "checkpoint": "committed.json"}
 AGAIN = "snakemake --profile <profile> [--configfile <yours>] --forcerun"
 
@@ -81,15 +49,6 @@ class Verdict:
     lost: dict[str, BadInputError]
 
 
-def below(rule: str) -> set[str]:
-    """All rules that stand on ``rule``."""
-    found: set[str] = set()
-    for name in (*STAGES, REPORT):
-        if set(UPSTREAM[name]) & ({rule} | found):
-            found.add(name)
-    return found
-
-
 def state(results: Path, rule: str) -> State:
     """The receipt of a rule, and which of its results are still there."""
     path = results / "receipts" / f"{rule}.json"
@@ -110,11 +69,11 @@ def _is_there(name: str, place: Any) -> bool:
 
 def judge(results: Path) -> Verdict:
     """What must run again, cannot run any more, or is worth saying, whatever Snakemake thinks of it."""
-    states = {rule: state(results, rule) for rule in (*STAGES, REPORT)}
+    states = {rule: state(results, rule) for rule in stages.NEEDS}
     verdict = Verdict({}, [], {})
     for rule, found in states.items():
         if found.receipt is None:
-            if found.exists or any(states[name].exists for name in below(rule)):
+            if found.exists or any(states[name].exists for name in stages.below(rule)):
                 verdict.forced[rule] = "its receipt cannot be read" if found.exists else "its receipt is missing"
         elif found.gone:
             _judge_gone(found, states, verdict)
@@ -133,7 +92,7 @@ def _judge_gone(found: State, states: dict[str, State], verdict: Verdict) -> Non
             verdict.lost["convert_checkpoint"] = _lost(states["train"].gone["checkpoint"], missing)
     elif rule == "verify_model" and states["convert_checkpoint"].gone:
         pass  # the same folder; it is verified again once it is converted again
-    elif trained and "train" in below(rule):
+    elif trained and "train" in stages.below(rule):
         verdict.notes.append(
             f"{what} of {rule} has gone; training is done and does not need it. To make it again, with whatever "
             f"follows from it: {AGAIN} {rule}"
@@ -159,8 +118,8 @@ def check_inputs(results: Path, rules: Collection[str]) -> None:
     Raises:
         BadInputError: a rule of ``rules`` reads a result that has gone.
     """
-    for rule in (name for name in STAGES if name in rules):
-        for upstream, name in READS.get(rule, {}).items():
+    for rule in (name for name in stages.CHAIN if name in rules):
+        for upstream, name in stages.BY_NAME[rule].needs.items():
             found = state(results, upstream)
             if upstream in rules or name not in found.gone:
                 continue
@@ -196,7 +155,7 @@ def check_training(results: Path, rules: Collection[str], on_purpose: bool) -> N
 def check_complete(results: Path) -> None:
     """Raise BadInputError naming every stage without which the chain is not complete."""
     verdict = judge(results)
-    missing = [rule for rule in STAGES if state(results, rule).receipt is None or rule in verdict.forced]
+    missing = [rule for rule in stages.CHAIN if state(results, rule).receipt is None or rule in verdict.forced]
     missing += [rule for rule in verdict.lost if rule not in missing]
     if missing:
         raise BadInputError(f"the chain is not complete: {', '.join(missing)}", "the report has no receipt before")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import chain
+from . import chain, stages
 
 LINES = 10
 PROBLEM_LINES, FIX_LINES, WIDTH = 3, 2, 220
@@ -69,7 +69,7 @@ def failed(failures: Sequence[Failure], results: Path, command: str, report: str
         report: the report's path, or why there is none; may be empty.
         other: what went wrong where no rule failed.
     """
-    done = [rule for rule in chain.STAGES if chain.state(results, rule).receipt is not None]
+    done = [rule for rule in stages.CHAIN if chain.state(results, rule).receipt is not None]
     again = f"{command}    (goes on after what is done)"
     if failures:
         first, *rest = failures
@@ -99,10 +99,10 @@ def finished(rules: Sequence[str], results: Path, seconds: float) -> str:
         rules: stages that ran now.
         seconds: since its start.
     """
-    states = {rule: chain.state(results, rule) for rule in (*chain.STAGES, chain.REPORT)}
-    open_stages = [rule for rule in chain.STAGES if states[rule].receipt is None]
+    states = {rule: chain.state(results, rule) for rule in stages.NEEDS}
+    open_stages = [rule for rule in stages.CHAIN if states[rule].receipt is None]
     rows = [(f"done: {results.name}, {', '.join(rules)} in {_duration(seconds)}", "")]
-    for name, rule in (("report", chain.REPORT), ("model", "verify_model")):
+    for name, rule in (("report", stages.REPORT), ("model", "verify_model")):
         receipt = states[rule].receipt
         if receipt and not states[rule].gone and not open_stages:
             rows.append((f"  {name}", str(receipt["result"].get(name, ""))))

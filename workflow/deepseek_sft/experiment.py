@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from . import chain, files, place, receipts, secrets_file, shapes
 from . import config as configuration
+from . import files, place, receipts, secrets_file, shapes, stages
 from .data.sources import split_argument
 from .errors import BadInputError
 from .local_copies import LocalCopies, copies_of
@@ -25,13 +25,6 @@ from .planning.plan import Plan
 from .planning.resources import read_resources
 from .planning.settings import COUNTED, Training
 from .slurm import Allocation
-
-CHAIN = chain.STAGES
-
-STAGE_ENVIRONMENTS = (  # rules that run in another environment than the workflow's
-    *(("train", "train"), ("preflight", "train"), ("rehearse", "train")),
-    *(("smoke_test", "serve"), ("serve", "serve")),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +249,7 @@ class Experiment:
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
-        stage = "train" if rule in ("train", "preflight", "rehearse") else "serve"
+        stage = stages.environment_of(rule)
         words = [
             *("--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]),
             *("--python", self.python(stage), f"--activate={self.activate(stage)}"),
@@ -310,13 +303,13 @@ class Experiment:
         ]
         return named
 
-    def missing_paths(self, rules: Collection[str] = CHAIN) -> list[str]:
+    def missing_paths(self, rules: Collection[str] = stages.CHAIN) -> list[str]:
         """One sentence for each external path that does not exist and that one of ``rules`` reads."""
         envs, named = self.config["envs"], self._named()
-        for rule, stage in STAGE_ENVIRONMENTS:
+        for stage in ("train", "serve"):
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
-                named.append((rule, f"envs.{stage}.python", own["python"]))
+                named += [(rule, f"envs.{stage}.python", own["python"]) for rule in stages.run_by(stage)]
         missing = [
             f"{key}: {path} does not exist{_near(path)}"
             for rule, key, path in named
@@ -324,7 +317,7 @@ class Experiment:
         ]
         return list(dict.fromkeys(missing))  # several rules read the same path
 
-    def check_external_paths(self, rules: Collection[str] = CHAIN) -> None:
+    def check_external_paths(self, rules: Collection[str] = stages.CHAIN) -> None:
         """Raises BadInputError naming every missing path that ``rules`` read."""
         for rule, section in (("train", "train"), ("smoke_test", "serve"), ("serve", "serve")):
             if rule in rules and (path := self.config[section]["secrets_file"]):
@@ -349,7 +342,7 @@ class Experiment:
                 )
         if preflight := allocations.get("preflight"):
             problems += shapes.of_preflight(self.config, preflight)
-        for rule in ("smoke_test", "serve"):
+        for rule in stages.run_by("serve"):
             if serve := allocations.get(rule):
                 problems += shapes.of_serving(self.config, rule, serve)
         if problems:

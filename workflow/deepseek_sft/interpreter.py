@@ -3,14 +3,15 @@
 import shlex
 import sys
 
+from . import stages
+
 OLDEST = (3, 11)
 # Scripts that run in another environment than the workflow's.
 ENVIRONMENTS = {
-    "train": "train",
-    "rehearse": "train",
-    "preflight": "train",
-    "serve_node": "serve-cpu",
-    "smoke_test": "serve-cpu",
+    script: {"serve": "serve-cpu"}.get(stage.environment, stage.environment)
+    for stage in stages.ROWS
+    for script in stage.scripts or (stage.name,)
+    if stage.environment != "workflow"
 }
 CODE = 2  # docs/exit-codes.md: bad input
 

@@ -3,14 +3,15 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from . import stages
 from .checkpoint.base_model import lacks_prediction_layer
 from .errors import BadInputError
-from .experiment import CHAIN, Experiment
+from .experiment import Experiment
 from .planning import load as planning
 from .serving import gates
 
 
-def unjudged_gates(experiment: Experiment, rules: Collection[str] = CHAIN) -> list[gates.Problem]:
+def unjudged_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> list[gates.Problem]:
     """What ``rules`` would refuse after the training although it is known now; see ``serving/gates.py``.
 
     Raises:
@@ -38,7 +39,7 @@ def gate_warnings(experiment: Experiment) -> list[str]:
         return [error.problem]
 
 
-def check_gates(experiment: Experiment, rules: Collection[str] = CHAIN) -> None:
+def check_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> None:
     """Raises BadInputError where a gate of ``rules`` is set and could not be judged once training is done."""
     if found := unjudged_gates(experiment, rules):
         raise BadInputError(
@@ -46,7 +47,7 @@ def check_gates(experiment: Experiment, rules: Collection[str] = CHAIN) -> None:
         )
 
 
-def check_template(experiment: Experiment, rules: Collection[str] = CHAIN) -> list[str]:
+def check_template(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> list[str]:
     """Compare the template with the base's own, where ``tokenize_data`` is to run and the base is there already.
 
     Returns:

@@ -12,7 +12,7 @@ from typing import Any
 
 from snakemake.iocontainers import InputFiles, Wildcards
 
-from . import command_line, profile, submission
+from . import command_line, profile, stages, submission
 from .errors import BadInputError
 from .site import checks
 from .slurm import Allocation, option
@@ -37,15 +37,7 @@ FOLDED = {"reservation": "--reservation", "exclude": "--exclude", "nodelist": "-
 
 
 # These rules run on the nodes of another one: what the profile gives to that one holds for both.
-SAME_NODES = {"preflight": "train", "rehearse": "train", "snapshot": "convert_checkpoint"}
-OWN_TIME = {"preflight": 60, "rehearse": 60}  # minutes
-PREVIEWED = {
-    "preflight",
-    "rehearse",
-    "train",
-    "smoke_test",
-    "serve",
-}  # stages whose sbatch scripts target `render` shows
+SAME_NODES = {stage.name: stage.nodes_of for stage in stages.ROWS if stage.nodes_of and not stage.local}
 
 
 def _attempt(wildcards: Any, attempt: int) -> int:
@@ -84,7 +76,8 @@ def _own(workflow: Any, rule_name: str) -> Any:
 
 def key(workflow: Any, rule_name: str, resource: str) -> str:
     """Where a rule's resource is written, for messages."""
-    for name in (rule_name, SAME_NODES.get(rule_name), "smoke_test" if rule_name == "serve" else None):
+    stage = stages.BY_NAME.get(rule_name)
+    for name in (rule_name, stage and stage.nodes_of):
         if name and resource in _own(workflow, name):
             return f"profile, set-resources: {name}: {resource}"
     if resource in (workflow.resource_settings.default_resources or {}):
@@ -135,8 +128,8 @@ def _share_nodes(workflow: Any) -> None:
         for resource in (*FIELDS, *FOLDED):
             if resource not in own and resource in rules[of].resources:
                 rules[name].resources[resource] = rules[of].resources[resource]
-        if "runtime" not in own and name in OWN_TIME:
-            rules[name].resources["runtime"] = OWN_TIME[name]
+        if "runtime" not in own and stages.BY_NAME[name].minutes:
+            rules[name].resources["runtime"] = stages.BY_NAME[name].minutes
         if "slurm_extra" not in own and "slurm_extra" in rules[name].resources:
             # Not the signal by which Slurm asks training to save: it could come at once in so short a job.
             extra = value(rules[name], "slurm_extra")
@@ -264,7 +257,7 @@ def requested(workflow: Any) -> set[str]:
         paths = {str(path) for name in open_ends for path in rules[name].input if not callable(path)}
         open_ends = {makers[path] for path in paths if path in makers} - found
     if any("render" in name for name in found):
-        found |= PREVIEWED
+        found |= set(stages.OVER_NODES)
     return found
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, f"{workflow.basedir}/workflow")
 from snakemake.exceptions import WorkflowError
 
 try:
-    from deepseek_sft import chain as stages_chain
+    from deepseek_sft import chain as stages_chain  # Snakemake has a `chain` of its own among these names
     from deepseek_sft import (
         adoption,
         ending,
@@ -20,6 +20,7 @@ try:
         known_at_start,
         locks,
         place,
+        stages,
         starting,
         submission,
         terminal,
@@ -29,7 +30,7 @@ try:
     from deepseek_sft.cluster_jobs import start as cluster_start
     from deepseek_sft.command_line import read_yaml
     from deepseek_sft.errors import StageError
-    from deepseek_sft.experiment import CHAIN, STAGE_ENVIRONMENTS, Experiment
+    from deepseek_sft.experiment import Experiment
     from deepseek_sft.files import canonical_json
     from deepseek_sft.planning import rehearsed
     from deepseek_sft.site import asking
@@ -215,13 +216,14 @@ def build_environments(rules):
 
     Their markers are no inputs: Snakemake drops all jobs behind an `ancient()` input that is made anew in the same run.
     """
-    for name, environment in STAGE_ENVIRONMENTS:
-        if name in rules and EXPERIMENT.environment_markers(environment):
+    for environment in ("train", "serve"):
+        users = sorted(rules & set(stages.run_by(environment)))
+        if users and EXPERIMENT.environment_markers(environment):
             command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_env.py"]
             if kind := EXPERIMENT.config["envs"]["local"].get(environment):
                 command += ["--archive", kind]
             if subprocess.run([*command, EXPERIMENT.environment_name(environment)]).returncode:
-                raise WorkflowError(f"the environment of {name} could not be built, see the message above")
+                raise WorkflowError(f"the environment of {', '.join(users)} could not be built, see the message above")
 
 
 def lock_files(wildcards):
@@ -248,7 +250,7 @@ def check_targets():
     wanted = {name: one for name, one in job_resources.allocations(workflow).items() if name in asked}
     try:
         EXPERIMENT.check_shapes(wanted)
-        if asked & set(stages_chain.UPSTREAM):
+        if asked & set(stages.NEEDS):
             adoption.check(Path(RESULTS))
             verdict = stages_chain.judge(Path(RESULTS))
             CHAIN_LOST.update({name: error for name, error in verdict.lost.items() if name in asked})
@@ -319,13 +321,13 @@ def tell_end(workflow, ok):
     if not TERMINAL:
         return
     seen = TERMINAL.seen
-    stages = [rule for rule in dict.fromkeys(seen.finished) if rule in stages_chain.UPSTREAM]
+    done = [rule for rule in dict.fromkeys(seen.finished) if rule in stages.NEEDS]
     if ok:
-        if stages:
-            TERMINAL.at_end(ending.finished(stages, Path(RESULTS), time.monotonic() - TERMINAL.started))
+        if done:
+            TERMINAL.at_end(ending.finished(done, Path(RESULTS), time.monotonic() - TERMINAL.started))
         return
     failures = [] if seen.interrupted else list(seen.failures.values())
-    page = build_partial_report() if any(one.rule in (*stages_chain.STAGES, "preflight") for one in failures) else ""
+    page = build_partial_report() if any(one.rule in stages.SECTIONS for one in failures) else ""
     other = "interrupted: running jobs were cancelled" if seen.interrupted else "\n".join(seen.errors[-1:])
     TERMINAL.at_end(ending.failed(failures, Path(RESULTS), terminal.command_line(), page, other))
 

@@ -5,7 +5,7 @@ localrules:
 
 
 wildcard_constraints:
-    stage="preflight|rehearse|train|smoke_test|serve",
+    stage="|".join(stages.OVER_NODES),
 
 
 rule render_sbatch:
@@ -48,5 +48,5 @@ rule render:
         submissions=jobs_to_preview,
         scripts=expand(
             f"{RESULTS}/render/{{stage}}/{{stage}}.sbatch",
-            stage=["preflight", "rehearse", "train", "smoke_test", "serve"],
+            stage=stages.OVER_NODES,
         ),

@@ -5,7 +5,7 @@ localrules:
 
 rule build_report:
     input:
-        [receipt(rule) for rule in CHAIN],
+        [receipt(rule) for rule in stages.CHAIN],
     output:
         receipt=receipt("build_report"),
     log:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, local_copies, receipts, secrets_file, slurm
+from deepseek_sft import cli, files, local_copies, receipts, secrets_file, slurm, stages
 
 PROJECT = Path(__file__).resolve().parents[2]
-STAGES = ("preflight", "rehearse", "train", "smoke_test", "serve")
 
 
 def trained_template(results: Path) -> str:
@@ -23,7 +22,7 @@ def trained_template(results: Path) -> str:
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=stages.OVER_NODES)
     parser.add_argument("--output", type=Path, required=True, help="folder for <stage>.sbatch and settings.json")
     parser.add_argument("--results", required=True, help="results/<experiment>")
     parser.add_argument("--logs", required=True, help="logs/<experiment>")
@@ -55,7 +54,7 @@ def main() -> None:
     if isinstance(smoke_test, dict) and smoke_test.get("template") == "auto":
         smoke_test["template"] = trained_template(Path(arguments.results))
     allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
-    environment = settings.pop("environment", {}) if arguments.stage in ("preflight", "rehearse", "train") else {}
+    environment = settings.pop("environment", {}) if stages.environment_of(arguments.stage) == "train" else {}
     if arguments.stage in ("rehearse", "train") and (path := settings.pop("secrets_file", None)):
         environment = environment | {secrets_file.VARIABLE: path}
     ranks_per_node = settings.pop("ranks_per_node", None)

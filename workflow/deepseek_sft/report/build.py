@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
+from .. import stages as stage_rows
 from ..training import loss_rows, slow_nodes
 from . import (
     calibration,
@@ -30,21 +31,6 @@ from .collect import Stage, mapping
 from .drawing import Plot
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
-PURPOSE = {
-    "prepare_data": "Raw chats to one checked format",
-    "tokenize_data": "Chats to token ids and loss masks",
-    "plan": "Whether the run fits the cluster",
-    "prepare_model": "Base model in BF16",
-    "refine_plan": "The plan again, with counted tokens",
-    "preflight": "Nodes checked without training",
-    "rehearse_preflight": "Nodes checked as the rehearsal's first step",
-    "rehearse": "Training rehearsed: left, resumed, held against the plan",
-    "train_preflight": "Nodes checked as training's first step",
-    "train": "Full-parameter fine-tuning",
-    "convert_checkpoint": "Checkpoint to a Hugging Face folder",
-    "verify_model": "Converted model against base and checkpoint",
-    "smoke_test": "Served model tested over its API",
-}
 NOT_IN_TABLES = ("example", "skipped", "samples", "benchmark", loss_rows.KEY)  # figures shown in a form of their own
 MOST_COLUMNS = 15  # of a figure drawn as a table of its own
 
@@ -206,7 +192,7 @@ def _view(
     plan = formatting.clean(str(figures.get("verdict") or "")) if stage.rule in ("plan", "refine_plan") else ""
     return {
         "rule": formatting.clean(stage.rule),
-        "purpose": PURPOSE.get(stage.rule, ""),
+        "purpose": stage_rows.BY_NAME[stage.rule].purpose if stage.rule in stage_rows.BY_NAME else "",
         "word": plan or stage.state,
         "level": "warn" if plan == "tight" else (overview.LEVEL | {"not finished": "warn"}).get(stage.state, "none"),
         "note": formatting.clean(stage.note, 500),

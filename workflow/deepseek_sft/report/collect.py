@@ -13,46 +13,17 @@ from typing import Any
 import yaml
 
 from .. import json_files
+from .. import stages as stage_rows
 from ..errors import BadInputError
 from ..training import run_folder
 from . import formatting
 
-CHAIN = (
-    "prepare_data",
-    "tokenize_data",
-    "plan",
-    "prepare_model",
-    "refine_plan",
-    "preflight",
-    "rehearse_preflight",
-    "rehearse",
-    "train_preflight",
-    "train",
-    "convert_checkpoint",
-    "verify_model",
-    "smoke_test",
-)
-OPTIONAL = {
-    "preflight",
-    "rehearse_preflight",
-    "rehearse",
-    "train_preflight",
-    "refine_plan",
-}  # shown only where they ran
-UPSTREAM = {
-    "tokenize_data": ("prepare_data",),
-    "refine_plan": ("tokenize_data",),
-    "train": ("tokenize_data", "prepare_model"),
-    "convert_checkpoint": ("train",),
-    "verify_model": ("convert_checkpoint",),
-    "smoke_test": ("convert_checkpoint",),
-}
 # Where a result has gone: what brings it back. Later stages do not need it, or run again with it.
 REMAKES = {
     "train": "nothing needs it once the model is verified; to train again, on purpose: snakemake … --forcerun train",
     **{
         rule: f"to make it again, with what follows from it: snakemake … --forcerun {rule}"
-        for rule in ("prepare_data", "tokenize_data", "plan", "prepare_model", "refine_plan")
+        for rule in stage_rows.CHAIN[: stage_rows.CHAIN.index("train")]
     },
 }
 LOG_LINES = 30
@@ -155,16 +126,19 @@ def default_logs(results: Path) -> Path | None:
 
 def stages(results: Path, logs: Path | None) -> dict[str, Stage]:
     """Every stage of the chain in order, then receipts of rules that are not part of it."""
-    known = {path.stem for path in (results / "receipts").glob("*.json")} - {"build_report"}
-    rules = [rule for rule in CHAIN if rule not in OPTIONAL or rule in known] + sorted(known - set(CHAIN))
+    known = {path.stem for path in (results / "receipts").glob("*.json")} - {stage_rows.REPORT}
+    sections = [name for name in stage_rows.SECTIONS if name in known or not stage_rows.BY_NAME[name].shown_where_run]
+    rules = sections + sorted(known - set(sections))
     found = {rule: _stage(results, logs, rule) for rule in rules}
     for rule, stage in found.items():
         stage.warnings = log_warnings(logs / f"{rule}.log") if logs else []
-    for rule, upstream in UPSTREAM.items():
+    for rule in stage_rows.CHAIN:
         if rule not in found:
             continue
         stage = found[rule]
-        newer = [name for name in upstream if _finished(found[name]) > _finished(stage) > ""]
+        newer = [
+            name for name in stage_rows.above(rule) if name in found and _finished(found[name]) > _finished(stage) > ""
+        ]
         if stage.state == "complete" and newer:
             stage.state, stage.note = "out of date", f"finished before {' and '.join(newer)} ran again; run it again"
     return found

@@ -4,19 +4,16 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from .. import stages as stage_rows
 from . import collect, formatting, plots, samples
 from .collect import Stage, mapping
 
-ADVISORY = {  # an experiment is complete without them
-    *("plan", "refine_plan", "preflight", "train_preflight"),
-    *("rehearse_preflight", "rehearse"),
-}
 LEVEL = {"complete": "good", "failed": "bad", "unreadable": "bad", "out of date": "warn", "result gone": "warn"}
 
 
 def verdict(stages: dict[str, Stage]) -> tuple[str, str]:
     """Level (good, warn, bad) and one sentence on the whole experiment."""
-    counted = [stage for stage in stages.values() if stage.state != "not run" or stage.rule not in ADVISORY]
+    counted = [stage for stage in stages.values() if stage.state != "not run" or not _advisory(stage.rule)]
     by_state = {state: [stage.rule for stage in counted if stage.state == state] for state in LEVEL}
     missing = [stage.rule for stage in counted if stage.state in ("not run", "not finished")]
     problems = [f"{state}: {', '.join(rules)}" for state in LEVEL if state != "complete" and (rules := by_state[state])]
@@ -27,6 +24,11 @@ def verdict(stages: dict[str, Stage]) -> tuple[str, str]:
     if missing:
         return "warn", f"Not complete: {missing[0]} is next"
     return "good", "Complete: every stage passed"
+
+
+def _advisory(rule: str) -> bool:
+    """Whether an experiment is complete without it."""
+    return rule in stage_rows.BY_NAME and stage_rows.BY_NAME[rule].advisory
 
 
 def headline(stages: dict[str, Stage], metrics: list[dict[str, Any]]) -> list[tuple[str, str, str]]:

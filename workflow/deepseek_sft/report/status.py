@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .. import stages as stage_rows
 from ..cluster_jobs import holders, record
 from ..errors import BadInputError
 from ..training import checkpoints, run_folder, slow_nodes
@@ -207,8 +208,13 @@ def _current(found: list[Progress]) -> Progress:
     for states in (("running",), ("seems to run",), ("queued",), ("failed", "stopped", "unreadable")):
         if fitting := [one for one in found if one.state in states]:
             return fitting[-1]
-    waiting = [one for one in found if one.state != "complete" and one.rule not in collect.OPTIONAL]
+    waiting = [one for one in found if one.state != "complete" and not _is_asked_for(one.rule)]
     return waiting[0] if waiting else found[-1]
+
+
+def _is_asked_for(rule: str) -> bool:
+    """Whether a stage without a receipt is no gap: it is made by name only, or with training."""
+    return rule in stage_rows.BY_NAME and stage_rows.BY_NAME[rule].shown_where_run
 
 
 def _snakemakes(logs: Path | None) -> list[str]:
@@ -217,7 +223,7 @@ def _snakemakes(logs: Path | None) -> list[str]:
     return [
         f"process {one.holder.get('pid')} on {one.holder.get('host')} since {one.holder.get('time')}"
         for one in found
-        if set(one.rules) & set(collect.CHAIN) and holders.surely_lives(one.holder, ANSWER_S)
+        if set(one.rules) & set(stage_rows.SECTIONS) and holders.surely_lives(one.holder, ANSWER_S)
     ]
 
 
