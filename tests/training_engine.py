@@ -1,9 +1,10 @@
-"""A training engine inside a probe's process, built from the rendered configuration, many times in one launch.
+"""A training engine inside a probe's process, built as in training, many times in one launch.
 
 For programs run by the train environment's Python under torchrun; they install the engine's shims first.
 """
 
 import gc
+import tempfile
 import time
 import types
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ import torch
 from training_helpers import settings as make_settings
 from xtuner.parallel.sequence import setup_distributed
 
+from deepseek_sft.data.tokens import TokenDataset
 from deepseek_sft.training import nodes, schedule, stage
 from deepseek_sft.training.health import StepHealth
 from deepseek_sft.training.xtuner_engine import config, data, loop, phases, step_guard
-from deepseek_sft.training.xtuner_engine.balance_bias import BalanceBiasHook
+from deepseek_sft.training.xtuner_engine.engine import XtunerEngine
 
 
 class Engine:
@@ -31,31 +33,23 @@ class Engine:
     """
 
     def __init__(self, base: Path, tokens: Path, zero: dict[str, Any] | None = None, **changes: Any):
-        import deepspeed
-        from mmengine.config import Config
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-        from deepseek_sft.training.xtuner_engine.sft_model import DeepseekSFT
-
         self.settings = make_settings(**changes)
-        self.rows = data.TokenRows(str(tokens))
         world = torch.distributed.get_world_size()
-        plan = schedule.plan(self.settings, len(self.rows), world)
+        plan = schedule.plan(self.settings, len(TokenDataset(tokens)), world)
         run = stage.Run("probe", tokens, tokens, base, tokens, self.settings, plan, {})
-        rendered = Config.fromstring(config.render(run, nodes.detect("cpu", world, {}), "cpu"), ".py")
+        told = config.of(run, nodes.detect("cpu", world, {}), "cpu")
+        told.deepspeed["zero_optimization"].update(zero or {})
+        self.rows = data.StepRows(
+            tokens,
+            self.settings.seed,
+            self.settings.micro_batch_size,
+            self.settings.gradient_accumulation_steps,
+            multiple=self.settings.sequence_parallel_size,
+        )
         _split_sequences(self.settings.sequence_parallel_size)
-        strategy = rendered.strategy.to_dict()
-        deepspeed_config = strategy["config"] | {
-            key: strategy[key]
-            for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        }
-        deepspeed_config["zero_optimization"] |= zero or {}
-        self._keep = HfDeepSpeedConfig(deepspeed_config)
-        model = DeepseekSFT(**{key: value for key, value in rendered.model.to_dict().items() if key != "type"})
-        options = rendered.optim_wrapper.to_dict()["optimizer"]
-        kinds = {"AdamW": torch.optim.AdamW, "DeepSpeedCPUAdam": deepspeed.ops.adam.DeepSpeedCPUAdam}
-        optimizer = kinds[options.pop("type")](model.parameters(), **options)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+        self._log = tempfile.TemporaryDirectory()
+        self.built = XtunerEngine(told, Path(self._log.name))
+        self.engine = self.built.deepspeed
         self.engine.train()
         guard = step_guard.StepGuard(self.engine, StepHealth("stop", None, "warn"))
         clock = phases.PhaseClock(self.engine.device)
@@ -69,26 +63,14 @@ class Engine:
 
     def batches(self, step: int) -> list[data.MicroBatch]:
         """This rank's micro batches of a step (from 0)."""
-        chosen = self.settings
-        rows = schedule.rows_of_step(
-            len(self.rows),
-            chosen.seed,
-            step,
-            micro_batch=chosen.micro_batch_size,
-            accumulation=chosen.gradient_accumulation_steps,
-            groups=setup_distributed.get_data_parallel_world_size(),
-            group=setup_distributed.get_data_parallel_rank(),
-        )
-        return data.collate([self.rows[row] for row in rows], chosen.micro_batch_size, chosen.sequence_parallel_size)
+        return self.rows.of_step(step + 1)
 
     def step(self) -> float:
         """Train one step; its loss."""
         result = loop.train_step(
             self.engine, self.batches(self.steps_done), self.steps_done + 1, self.tools, time.monotonic()
         )
-        if self.model.balance_bias is not None:
-            runner = types.SimpleNamespace(model=types.SimpleNamespace(model=self.engine))
-            BalanceBiasHook().after_train_iter(runner, self.steps_done, outputs=result)
+        self.model.move_balance_bias(result.verdict.apply)
         self.steps_done += 1
         self.result = result
         return result.loss
@@ -111,7 +93,7 @@ def engine(base: Path, tokens: Path, **changes: Any) -> Iterator[Engine]:
         yield made
     finally:
         made.engine.destroy()
-        del made.engine, made._keep
+        del made.engine, made.built
         gc.collect()
 
 

@@ -24,7 +24,10 @@ SPREADS += [(8, 8, 1)]
 LONG = {(1, 1, 4), (2, 2, 4), (4, 1, 1), (4, 4, 1)}  # these train 20 steps
 BF16 = {"dtype": "bfloat16", "micro_batch_size": 2, "learning_rate": 5e-4}
 MIXED = {
-    "zero3": {"strategy": "zero3"},
+    "zero3": {
+        "strategy": "zero3",
+        "deepspeed": {"steps_per_print": 1000, "zero_optimization": {"sub_group_size": 200_000}},
+    },
     "offload-both": {"strategy": "zero3_offload"},
     "offload-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "sequence_parallel_size": 2},
     "offload-parameters": {"strategy": "zero3_offload", "offload": "parameters"},
@@ -142,6 +145,11 @@ def test_bf16_with_fp32_masters_follows_a_plain_loop_for_fifty_steps(figures, wa
     assert np.abs(found / wanted - 1).max() < 0.01
     assert found[-10:].mean() == pytest.approx(wanted[-10:].mean(), rel=5e-3)
     assert found[-10:].mean() < found[0] - 1
+
+
+def test_keys_for_deepspeed_reach_its_engine(figures):
+    assert figures["zero3"]["deepspeed"] == [1000, 200_000]
+    assert figures["offload-both"]["deepspeed"][0] > 10**9, "else it says nothing of its progress"
 
 
 def test_gradients_are_the_same_when_layers_are_kept_gathered(figures):

@@ -39,6 +39,17 @@ def test_a_checkpoint_of_the_first_format_goes_on_as_it_was_begun(resumed):
     assert resumed.receipt["figures"]["resumed_from_step"] == 3
 
 
+def test_a_checkpoint_has_the_keys_that_it_had_under_xtuners_own_runner(resumed):
+    """Also of the client state, which earlier versions resume from; the stored one was written under that runner."""
+    file = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    folders = (stored.STORED / f"step_{stored.STEP}", resumed.run_folder / "step_6")
+    before, now = (torch_pickle.load(torch_pickle.open_archive(folder / file)) for folder in folders)
+    for part in ("meta", "message_hub", "optim_wrapper"):
+        assert now[part].keys() == before[part].keys()
+    assert now.keys() == before.keys()
+    assert (before["meta"]["iter"], now["meta"]["iter"]) == (stored.STEP, 6)
+
+
 def test_the_base_is_not_read_when_a_checkpoint_is_there(environment, inputs, tmp_path):
     """Its weights are gone here, its configuration is not."""
     trainer = Trainer(environment("train"), inputs, tmp_path)

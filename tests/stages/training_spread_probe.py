@@ -41,6 +41,7 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
                 if run.model.balance_bias is not None:
                     biases = [router.e_score_correction_bias.tolist() for router in run.model.llm.routers()]
                     figures["biases"].append(biases)
+            figures["deepspeed"] = [run.engine.steps_per_print(), run.engine.zero_sub_group_size()]
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, (run.model.llm.bytes_read, figures["biases"]))
         figures["bytes_read"] = [entry[0] for entry in everyone]

@@ -18,20 +18,10 @@ from deepseek_sft.checkpoint import base_model, convert, zero
 from deepseek_sft.checkpoint.safetensors_files import read_header
 from deepseek_sft.data import messages
 from deepseek_sft.slurm import Allocation
-from deepseek_sft.training import nodes, schedule, stage
 from deepseek_sft.training.xtuner_engine import config
 
 LARGE = 70_000.0  # finite in bf16, infinite in fp16
 PROGRAM = re.compile(r"workflow/scripts/[\w./-]+")
-
-
-def rendered_config(tmp_path) -> dict:
-    chosen = settings()
-    steps = schedule.plan(chosen, rows=20, world_size=2)
-    run = stage.Run("abc", tmp_path / "runs/abc", tmp_path, tmp_path / "base", tmp_path / "tokens", chosen, steps, {})
-    values: dict = {}
-    exec(config.render(run, nodes.detect("cpu", 2, {}), "cuda"), values)
-    return values
 
 
 def test_a_converted_model_is_bf16_and_keeps_what_fp16_cannot_hold(tmp_path, project):
@@ -57,20 +47,23 @@ def test_a_converted_model_is_bf16_and_keeps_what_fp16_cannot_hold(tmp_path, pro
     assert "invalid choice: 'fp16'" in done.stderr
 
 
-def hooks_that_gather(values: dict) -> list[str]:
-    """What of a rendered configuration collects whole models in one process."""
-    found = [hook["type"] for hook in values["custom_hooks"] if "deepseek_sft" not in hook["type"]]
-    found += [name for name, hook in values["default_hooks"].items() if hook is not None]
-    if values["strategy"]["config"]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]:
-        found.append("stage3_gather_16bit_weights_on_model_save")
-    return found
+# What of xtuner and DeepSpeed collects a whole model in one process.
+GATHERING = re.compile(r"HFCheckpointHook|GatheredParameters|_zero3_consolidated_16bit_state_dict|save_16bit_model")
 
 
-def test_no_hook_gathers_the_whole_model_on_rank_0(tmp_path):
-    values = rendered_config(tmp_path)
-    assert hooks_that_gather(values) == []
-    values["custom_hooks"].append({"type": "xtuner.engine.hooks.HFCheckpointHook"})  # as the old configuration
-    assert hooks_that_gather(values) == ["xtuner.engine.hooks.HFCheckpointHook"]
+def what_gathers(deepspeed: dict, sources: str) -> list[str]:
+    key = "stage3_gather_16bit_weights_on_model_save"
+    return GATHERING.findall(sources) + [key] * deepspeed["zero_optimization"][key]
+
+
+def test_nothing_gathers_the_whole_model_on_rank_0(tmp_path, project):
+    told = config.deepspeed(settings(), "cuda", tmp_path)
+    engine = project / "workflow/deepseek_sft/training/xtuner_engine"
+    sources = "".join(path.read_text() for path in engine.glob("*.py"))
+    assert "deepspeed.initialize" in sources
+    assert what_gathers(told, sources) == []
+    old = 'custom_hooks = [dict(type="xtuner.engine.hooks.HFCheckpointHook")]'  # of its configuration
+    assert what_gathers(told, old) == ["HFCheckpointHook"]
 
 
 def programs_that_do_not_exist(script: str, project) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_helpers import settings
 
-from deepseek_sft import secrets_file
+from deepseek_sft import files, secrets_file
 from deepseek_sft.cluster_jobs import holders, queue
 from deepseek_sft.errors import BadInputError, CrashError
 from deepseek_sft.training import launch, lock, nodes, schedule, stage
@@ -284,16 +284,16 @@ def example_run(tmp_path, **changes):
 
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 @pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
-def test_the_rendered_configuration_is_python_with_the_settings_in_it(tmp_path, accelerator, strategy):
+def test_what_the_ranks_are_told_is_data_and_reads_back_the_same(tmp_path, accelerator, strategy):
     run = example_run(tmp_path, strategy=strategy, sequence_parallel_size=2, learning_rate=3e-7, weight_decay=0.1)
-    values: dict = {}
-    exec(config.render(run, nodes.detect("cpu", 2, {}), accelerator), values)
-    assert values["optim_wrapper"]["optimizer"]["lr"] == 3e-7
-    assert values["strategy"]["sequence_parallel_size"] == 2
-    zero = values["strategy"]["config"]["zero_optimization"]
+    told = config.of(run, nodes.detect("cpu", 2, {}), accelerator)
+    files.write_json(tmp_path / "engine.json", told.as_json())
+    assert config.EngineConfig.from_json(json.loads((tmp_path / "engine.json").read_text())) == told
+    assert told.settings == run.settings and told.schedule == run.schedule
+    zero = told.deepspeed["zero_optimization"]
     assert zero["stage"] == 3
     assert ("offload_optimizer" in zero) == (strategy == "zero3_offload")
-    assert values["custom_hooks"][0]["schedule"]["steps"] == run.schedule.steps
+    assert told.deepspeed["gradient_clipping"] == run.settings.max_grad_norm
 
 
 def test_the_command_starts_every_rank_of_this_node_and_no_rendezvous_server(tmp_path):

@@ -17,6 +17,7 @@ import yaml
 from . import config as configuration
 from . import files, place, receipts, secrets_file, shapes, stages
 from .data.sources import split_argument
+from .engines import ENGINES
 from .errors import BadInputError
 from .local_copies import LocalCopies, copies_of
 from .planning import duration, gate
@@ -59,7 +60,8 @@ class Experiment:
     def environment_name(self, stage: str) -> str:
         """Locked environment of a stage: ``workflow``, ``train``, ``train-cuda``, ``serve-cpu`` or ``serve-cuda``."""
         if stage == "train":
-            return "train-cuda" if self.config["accelerator"] == "cuda" else "train"
+            name = ENGINES[self.config["train"]["engine"]].environment
+            return f"{name}-cuda" if self.config["accelerator"] == "cuda" else name
         return f"serve-{self.config['accelerator']}" if stage == "serve" else stage
 
     def environment_markers(self, stage: str) -> list[str]:

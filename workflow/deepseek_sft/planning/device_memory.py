@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from ..engines import XTUNER
 from ..model import release
 from .counting import Model
 from .settings import GIB, Cluster, Samples, Training
@@ -17,10 +18,7 @@ MAX_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}  # elements, as in model/loss.py
 CONTEXT = 1.0 * GIB  # CUDA context, kernels, cuBLAS and flash-attention workspaces
 NCCL = 2.0 * GIB  # buffers of the world, sequence-parallel and data-parallel communicators over several nodes
 SLACK = 0.05  # of what PyTorch allocates: blocks rounded to 2 MiB and cut, not given back
-# A rank on CPU, measured by the run that docs/planning.md names; each run measures the first two anew.
-CPU_PROCESS = 0.53 * GIB  # resident size before the model: interpreter, torch, deepspeed, xtuner, transformers, gloo
-CPU_LATER = 0.13 * GIB  # what the libraries take later and no formula here counts: compiled kernels, buffers, objects
-CPU_KEPT = 0.75 * GIB  # freed memory that glibc keeps, once it is flat: blocks below its 32 MiB threshold leave gaps
+PROCESS = XTUNER.memory
 
 
 @dataclass(frozen=True)
@@ -223,9 +221,13 @@ def _outside(cluster: Cluster) -> list[Term]:
     """Memory that PyTorch's allocator does not count."""
     if cluster.cpu:
         return [
-            Term("process", CPU_PROCESS, "resident size of a rank before the model is built, measured"),
-            Term("libraries while training", CPU_LATER, "kernels they compile and buffers, measured"),
-            Term("freed memory that glibc keeps", CPU_KEPT, "gaps of blocks below MALLOC_MMAP_THRESHOLD_, measured"),
+            Term("process", PROCESS.cpu, "resident size of a rank before the model is built, measured"),
+            Term("libraries while training", PROCESS.cpu_later, "kernels they compile and buffers, measured"),
+            Term(
+                "freed memory that glibc keeps",
+                PROCESS.cpu_kept,
+                "gaps of blocks below MALLOC_MMAP_THRESHOLD_, measured",
+            ),
         ]
     several = cluster.ranks > 1
     return [

@@ -2,12 +2,13 @@
 
 import math
 
+from ..engines import XTUNER
 from .counting import Model
 from .device_memory import SUB_GROUP, Peak
 from .settings import GIB, Cluster, Training
 from .terms import Term
 
-PROCESS = 3.0 * GIB  # resident size of a CUDA rank: libraries, driver mappings, NCCL's host side
+PROCESS = XTUNER.memory.cuda_host
 CPU_NODE = 0.3 * GIB  # torchrun 0.22, train.py 0.06; measured
 NODE = 4.0 * GIB  # torchrun, train.py, kernel memory charged to the job
 ESTIMATOR_BYTES, ESTIMATOR_FACTOR = 18, 1.5  # of DeepSpeed's own estimator

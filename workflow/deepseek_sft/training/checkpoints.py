@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import files, json_files
 from ..cli import say
+from ..engines import ENGINES, XTUNER, CheckpointLayout
 
 MARKER = "committed.json"
 FORMAT = 1
@@ -46,9 +47,9 @@ def sizes(folder: Path) -> dict[str, int]:
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in found if p.name != MARKER and p.name[0] != "."}
 
 
-def files_of_rank(folder: Path, rank: int) -> dict[str, int]:
+def files_of_rank(folder: Path, rank: int, layout: CheckpointLayout = XTUNER.checkpoint) -> dict[str, int]:
     """Name and size of the files that ``rank`` wrote."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_*"))}
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if layout.of_rank(p.name, rank)}
 
 
 def commit(folder: Path, marker: dict[str, Any], written: dict[str, int], patience: float = 60.0) -> Checkpoint:
@@ -71,11 +72,9 @@ def commit(folder: Path, marker: dict[str, Any], written: dict[str, int], patien
             f"checkpoint {folder} is not complete: {len(different)} files differ from what their ranks wrote; "
             f"{name}: {found.get(name, 'no')} bytes here, {written.get(name, 'none')} written"
         )
-    ranks = {m[1] for name in found if (m := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states", name))}
-    models = {m[1] for name in found if (m := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_model_states", name))}
-    expected = {str(rank) for rank in range(marker["world_size"])}
-    if ranks != expected or models != expected or 0 in found.values():
-        raise RuntimeError(f"checkpoint {folder} is not complete: {len(ranks)} of {len(expected)} ranks wrote theirs")
+    layout, expected = ENGINES[marker.get("engine", XTUNER.name)].checkpoint, marker["world_size"]
+    if (written_by := layout.complete(list(found), expected)) != expected or 0 in found.values():
+        raise RuntimeError(f"checkpoint {folder} is not complete: {written_by} of {expected} ranks wrote theirs")
     complete = {"format": FORMAT} | marker | {"files": found}
     files.write_json(folder / MARKER, complete)
     files.fsync_directory(folder.parent)  # the folder's own name

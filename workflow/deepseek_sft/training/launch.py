@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import environment_faults, files, json_files, secrets_file
+from .. import engines, environment_faults, files, json_files, secrets_file
 from ..cli import say
 from ..errors import BadInputError
 from ..python_path import with_library
@@ -22,7 +22,6 @@ from . import early_stop, run_folder, watchdog
 from .nodes import NodeEnvironment, threads_per_rank
 
 TORCHRUN = "deepseek_sft.training.torchrun"
-WORKER = "deepseek_sft.training.xtuner_engine.worker"
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30
 CHECK_EVERY = 10.0  # seconds between two looks at the run folder's lock
 TAIL_LINES, HANG_LINES = 25, 80  # shown of a rank's log; a hang's ends with all its threads
@@ -74,6 +73,7 @@ class Start:
         stop_file: file whose appearance asks to save and stop.
         end_after: step after which a rehearsal ends without saving.
         derived: phases whose limit follows from measured times later.
+        worker: the engine's module that each rank runs.
     """
 
     run: Path
@@ -82,6 +82,7 @@ class Start:
     stop_file: Path | None = None
     end_after: int | None = None
     derived: tuple[str, ...] = ()
+    worker: str = engines.XTUNER.worker
 
 
 def command_of(node: NodeEnvironment, start: Start) -> list[str]:
@@ -91,7 +92,7 @@ def command_of(node: NodeEnvironment, start: Start) -> list[str]:
     command += ["--nproc-per-node", str(node.ranks_per_node), "--max-restarts", "0"]
     command += ["--master-addr", node.main_host, "--master-port", str(node.main_port)]
     logs = attempt_folder(start.run, node.attempt) / f"node{node.node_rank}"
-    command += ["--log-dir", str(logs), "--redirects", "3", "--tee", "3", "--module", WORKER]
+    command += ["--log-dir", str(logs), "--redirects", "3", "--tee", "3", "--module", start.worker]
     command += ["--run-folder", str(start.run), "--attempt", node.attempt, "--accelerator", start.accelerator]
     for phase, seconds in start.limits.items():
         command += [f"--hang-{phase}", str(seconds)]

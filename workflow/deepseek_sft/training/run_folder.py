@@ -2,6 +2,7 @@
 
 ``metrics.jsonl``      one object per logged step, in order
 ``expert_load.jsonl``  load of every expert, some 40 times in a run
+``engine.json``        what all ranks of the newest start read
 ``status.json``        how the last start ended, written by rank 0: torchrun turns every exit code into 1
 ``gate.json``          a failed gate; a start of the same run stops at it at once
 ``stop``               request to save and stop, made by a signal
@@ -17,7 +18,8 @@ from ..errors import BadInputError, GateError, StageError, StoppedError
 from .settings import Settings
 
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
-STATUS, GATE, STOP, CONFIG = "status.json", "gate.json", "stop", "sft_config.py"
+STATUS, GATE, STOP, CONFIG = "status.json", "gate.json", "stop", "engine.json"
+EARLIER_CONFIG = "sft_config.py"  # of earlier versions: another start's, once there is CONFIG
 
 
 @dataclasses.dataclass(frozen=True)

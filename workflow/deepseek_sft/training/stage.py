@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import files, json_files, leftovers, limits, receipts
+from .. import engines, files, json_files, leftovers, limits, receipts
 from ..cli import say
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
@@ -122,7 +122,8 @@ def train(
         raise BadInputError(problem, fix)
     derived = tuple(phase for phase in limits.PHASES if stated.get(phase) is None)
     seconds = limits.before_measuring(plan, stated)
-    start = launch.Start(run.folder, accelerator, seconds, stop_file, run.end_after, derived)
+    worker = engines.ENGINES[run.settings.engine].worker
+    start = launch.Start(run.folder, accelerator, seconds, stop_file, run.end_after, derived, worker)
     if node.node_rank > 0:
         if not _is_finished(run, node, stop_file):
             token_files.check_shards(run.tokens)
@@ -219,12 +220,11 @@ def _is_finished(run: Run, node: NodeEnvironment, stop_file: Path | None) -> boo
 
 def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
     """Make the run folder ready for a start: configuration written, unfinished checkpoints set aside."""
-    from .xtuner_engine import config
-
     leftovers.sweep([run.folder, *run.folder.glob("step_*")])
     checkpoints.set_aside(run.folder, run.run_id)
-    for name in (run_folder.STOP, run_folder.STATUS):
+    for name in (run_folder.STOP, run_folder.STATUS, run_folder.EARLIER_CONFIG):
         (run.folder / name).unlink(missing_ok=True)
+    (run.output / run_folder.EARLIER_CONFIG).unlink(missing_ok=True)
     files.write_json(
         run.folder / "settings.json",
         {
@@ -237,9 +237,9 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
             "inputs": run.inputs,
         },
     )
-    text = config.render(run, node, accelerator)
-    files.write_text(run.folder / run_folder.CONFIG, text)
-    files.write_text(run.output / run_folder.CONFIG, text)
+    told = engines.ENGINES[run.settings.engine].config.of(run, node, accelerator).as_json()
+    for folder in (run.folder, run.output):
+        files.write_json(folder / run_folder.CONFIG, told)
 
 
 def _run_ranks(run: Run, node: NodeEnvironment, start: launch.Start, check: Callable[[], None] | None = None) -> int:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ...checkpoint import base_sums
 from ...cli import say
 from ...errors import BadInputError
-from .metrics import GIB
+from .memory import GIB
 
 
 def check(base: Path, sums_file: str | None, mode: str) -> None:

@@ -1,11 +1,11 @@
-"""Rows of the token dataset as micro batches: sampler, collate function, the batch on the device."""
+"""Rows of the token dataset as micro batches: which of a step, padded, and the batch on the device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
 from xtuner.parallel.sequence import get_data_parallel_rank, get_data_parallel_world_size
 
 from ...data.tokens import TokenDataset
@@ -53,41 +53,30 @@ class MicroBatch:
         return MicroBatch(**moved)
 
 
-class TokenRows(Dataset):
-    """The token dataset, memory-mapped; pickles as its path."""
+class StepRows:
+    """The rows that this rank's data-parallel group trains on, by step: resuming skips nothing one by one.
 
-    def __init__(self, path: str):
-        self.rows = TokenDataset(path)
+    Args:
+        tokens: folder of the token dataset, which is memory-mapped.
+        multiple: of which every row's padded length is one: ranks of a sequence-parallel group.
+    """
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, tokens: str | Path, seed: int, micro_batch: int, accumulation: int, multiple: int):
+        self.dataset, self.seed = TokenDataset(tokens), seed
+        self.micro_batch, self.accumulation, self.multiple = micro_batch, accumulation, multiple
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-class StepSampler(Sampler):
-    """Row indices for this rank's data-parallel group from ``start_step`` on: resuming skips nothing one by one."""
-
-    def __init__(self, dataset: TokenRows, seed: int, micro_batch: int, accumulation: int, steps: int):
-        self.rows, self.seed, self.steps = len(dataset), seed, steps
-        self.micro_batch, self.accumulation = micro_batch, accumulation
-        self.start_step = 0
-
-    def __len__(self) -> int:
-        return self.steps * self.micro_batch * self.accumulation
-
-    def __iter__(self) -> Iterator[int]:
-        for step in range(self.start_step, self.steps):
-            yield from rows_of_step(
-                self.rows,
-                self.seed,
-                step,
-                micro_batch=self.micro_batch,
-                accumulation=self.accumulation,
-                groups=get_data_parallel_world_size(),
-                group=get_data_parallel_rank(),
-            )
+    def of_step(self, step: int) -> list[MicroBatch]:
+        """Micro batches of a step, from 1: all of them, so that its trained tokens are known before it begins."""
+        chosen = rows_of_step(
+            len(self.dataset),
+            self.seed,
+            step - 1,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            groups=get_data_parallel_world_size(),
+            group=get_data_parallel_rank(),
+        )
+        return collate([self.dataset[row] for row in chosen], self.micro_batch, self.multiple)
 
 
 def collate(rows: list[dict[str, Any]], micro_batch: int, multiple: int) -> list[MicroBatch]:
@@ -120,3 +109,25 @@ def pad(rows: list[dict[str, Any]], multiple: int) -> MicroBatch:
         sample_of[i, length:] = len(row["sample_lengths"])
     packed = any(len(row["sample_lengths"]) > 1 for row in rows)
     return MicroBatch(input_ids, targets, position_ids, sample_of, valid, packed)
+
+
+def shown_rows(batches: list[MicroBatch]) -> Iterator[tuple[str, list[int], list[bool]]]:
+    """Samples of micro batches as they are trained on: name, tokens, and whether the position before learns each.
+
+    Raises:
+        RuntimeError: a target is not the token that follows.
+    """
+    for number, batch in enumerate(batches):
+        for row in range(batch.input_ids.shape[0]):
+            valid = int(batch.valid[row].sum())
+            ids, targets = batch.input_ids[row, :valid], batch.targets[row, :valid]
+            learned = targets != NO_LOSS
+            following = ids.roll(-1)
+            if bool((targets[learned] != following[learned]).any()):
+                raise RuntimeError(f"micro batch {number}, row {row}: a target is not the token that follows")
+            of_token = [False, *learned[:-1].tolist()]
+            samples = batch.sample_of[row, :valid].tolist()
+            for sample in sorted(set(samples)):
+                start, end = samples.index(sample), valid - samples[::-1].index(sample)
+                name = f"micro batch {number}, row {row}, sample {sample}"
+                yield name, ids[start:end].tolist(), of_token[start:end]

@@ -1,141 +1,41 @@
-"""The training loop: one iteration is one optimizer step, with its loss normalised over the whole global batch."""
+"""One start of a run on one rank, from top to bottom: what comes before the first step, a step, and what follows it."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from xtuner.engine.runner import TrainLoop as XtunerTrainLoop
-from xtuner.parallel.sequence import get_sequence_parallel_rank
+from xtuner.parallel.sequence import get_sequence_parallel_rank, init_sequence_parallel
 
-from ...errors import GateError
-from .. import run_folder
-from ..health import Verdict
+from ...cli import say
+from .. import first_batch
+from ..health import StepHealth
 from ..watchdog import Watchdog
+from . import base_check, data, gates, resuming, start_checks
+from .config import Attempt, EngineConfig
 from .data import MicroBatch
+from .engine import XtunerEngine
+from .metrics import Metrics
 from .phases import PhaseClock
+from .saving import Checkpoints
 from .step_guard import StepGuard
+from .step_result import Requests, StepResult
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step did, summed over all ranks.
+class Ending:
+    """How a start ended by itself.
 
     Attributes:
-        loss: mean cross-entropy over the step's trained tokens.
-        gradient_norm: before clipping.
-        tokens, trained_tokens: without padding; with loss.
-        pairs: queries and the keys before them in their sample: what causal attention computes.
-        seconds: wall time of the step, data included.
-        phases: this rank's seconds by phase.
-        verdict: whether the update was applied, and why not.
-        stop_requested: someone asked to save and stop.
-        save_due: so many minutes have passed since the last checkpoint.
-        time_is_up: the run has trained as long as it may.
+        step: the last that is done.
+        stopped: on request, with steps left.
+        began: when its first step began, seconds since the epoch.
     """
 
-    loss: float
-    gradient_norm: float
-    tokens: int
-    trained_tokens: int
-    pairs: int
-    seconds: float
-    phases: dict[str, float] = field(default_factory=dict)
-    verdict: Verdict = field(default_factory=Verdict)
-    stop_requested: bool = False
-    save_due: bool = False
-    time_is_up: bool = False
-
-
-class Requests:
-    """What rank 0 alone decides, from files and clocks, before each step; all ranks learn it with the step's counts.
-
-    Args:
-        stop_files: files whose existence asks for a stop.
-        save_seconds: between checkpoints; None saves by steps alone.
-        end_seconds: of training in all starts, after which the run ends; None for no limit.
-        trained_seconds: of earlier starts.
-    """
-
-    def __init__(
-        self,
-        stop_files: list[Path],
-        save_seconds: float | None = None,
-        end_seconds: float | None = None,
-        trained_seconds: float = 0.0,
-    ):
-        self.stop_files, self.save_seconds, self.end_seconds = stop_files, save_seconds, end_seconds
-        self.started = self.saved = time.monotonic()
-        self.trained_seconds = trained_seconds
-
-    def wall_seconds(self) -> float:
-        """Seconds of training up to now: this start's, and what the earlier ones kept."""
-        return self.trained_seconds + time.monotonic() - self.started
-
-    def flags(self) -> tuple[bool, bool, bool]:
-        """Stop, save, end."""
-        return (
-            any(Path(file).exists() for file in self.stop_files),
-            self.save_seconds is not None and time.monotonic() - self.saved >= self.save_seconds,
-            self.end_seconds is not None and self.wall_seconds() >= self.end_seconds,
-        )
-
-
-class TrainLoop(XtunerTrainLoop):
-    """xtuner's iteration-based loop with gradient accumulation inside an iteration and resume at any step."""
-
-    stopped = False  # ended early on request
-    timed_out = False  # ended early by time
-    began: float | None = None  # when the first step of this start began, seconds since the epoch
-
-    def run(self) -> None:
-        self.runner.call_hook("before_train")
-        self.dataloader.sampler.start_step = self._iter
-        self.clock = PhaseClock(self.runner.model.model.device)
-        batches = iter(self.dataloader)
-        self.runner.model.train()
-        self.began = time.time()
-        end = min(self._max_iters, self.runner.cfg.get("end_after") or self._max_iters)
-        while self._iter < end and not (self.stopped or self.timed_out):
-            self.runner.watchdog.enter("step", self._iter + 1)
-            started = time.monotonic()
-            self.clock.mark("data")
-            self.runner.watchdog.place = "data"
-            self.run_iter(next(batches), started)
-        self.runner.call_hook("after_train")
-
-    def run_iter(self, data_batch: list[MicroBatch], started: float) -> None:
-        step = self._iter + 1
-        # Random numbers, where a layer draws any, are a function of the step: a resumed run draws the same.
-        torch.manual_seed(self.runner.seed * 1_000_003 + step)
-        self.runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
-        runner = self.runner
-        tools = StepTools(runner.guard, runner.requests, self.clock, runner.watchdog)
-        result = train_step(runner.model.model, data_batch, step, tools, started)
-        if result.verdict.stop:
-            if dist.get_rank() == 0:
-                value = result.loss if result.verdict.kind == "spike" else None
-                run_folder.write_gate(Path(self.runner.cfg.run), result.verdict.kind, result.verdict.message, value)
-            raise GateError(result.verdict.message, CAUSES[result.verdict.kind])
-        runner.watchdog.took("step", result.seconds)
-        last = step == self._max_iters
-        self.stopped = result.stop_requested and not last
-        self.timed_out = result.time_is_up and not last and not self.stopped
-        self.runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=result)
-        self._iter += 1
-
-
-CAUSES = {
-    "not_finite": (
-        "the weights are as before this step, and the last checkpoint is kept. Lower train.learning_rate, look at the "
-        "step's rows, or set train.on_not_finite: skip to go on without such steps"
-    ),
-    "spike": (
-        "the weights are as before this step, and the last checkpoint is kept. Look at the step's rows, raise "
-        "train.spike_factor, or set train.on_spike: skip"
-    ),
-}
+    step: int
+    stopped: bool
+    began: float
 
 
 @dataclass(frozen=True)
@@ -153,6 +53,82 @@ class StepTools:
         self.clock.mark(phase)
 
 
+def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
+    """Train from the newest checkpoint, or from the base, to the last step, a stop, or the end of the time.
+
+    Raises:
+        GateError, BadInputError: on all ranks alike.
+    """
+    settings, schedule, rank = config.settings, config.schedule, dist.get_rank()
+    candidates = resuming.candidates_of(attempt.run, config.run_id)
+    init_sequence_parallel(settings.sequence_parallel_size)
+    if not candidates:
+        base_check.check(Path(config.base), config.base_sums, settings.check_base)
+    # What the strategy logs goes to a folder of this start.
+    engine = XtunerEngine(config, attempt.logs / "mmengine", read_weights=not candidates)
+    done, before = 0, {}
+    if candidates:
+        resumed = resuming.resume_newest(engine.deepspeed, candidates)
+        done, before = resumed.step, resumed.progress
+    start_checks.check(engine.model.llm, Path(config.base), attempt.run, settings.dtype, fresh=done == 0)
+
+    health = StepHealth(settings.on_not_finite, settings.spike_factor, settings.on_spike, before.get("health"))
+    requests = Requests(
+        attempt.stop_files,
+        save_seconds=settings.save_every_minutes and settings.save_every_minutes * 60,
+        end_seconds=settings.max_seconds,
+        trained_seconds=before.get("wall_seconds", 0.0),
+    )
+    guard, clock = StepGuard(engine.deepspeed, health), PhaseClock(engine.device)
+    tools = StepTools(guard, requests, clock, watchdog)
+    metrics = Metrics(config, attempt, engine, done, before)
+    saved = Checkpoints(config, attempt, engine, watchdog)
+    rows = data.StepRows(
+        config.tokens,
+        settings.seed,
+        settings.micro_batch_size,
+        settings.gradient_accumulation_steps,
+        multiple=settings.sequence_parallel_size,
+    )
+
+    engine.deepspeed.train()
+    began, stopped = time.time(), False
+    step, end = done, min(schedule.steps, attempt.end_after or schedule.steps)
+    while step < end:
+        step += 1
+        last = step == schedule.steps
+        watchdog.enter("step", step)
+        started = time.monotonic()
+        tools.begin("data")
+        batches = rows.of_step(step)
+        # Random numbers, where a layer draws any, are a function of the step: a resumed run draws the same.
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        learning_rate = schedule.learning_rate(step)
+        engine.set_learning_rate(learning_rate)
+        if step == 1 and rank == 0:
+            _show_first_batch(Path(config.base), attempt.run, batches)
+
+        result = train_step(engine.deepspeed, batches, step, tools, started)
+        gates.check_health(attempt.run, result)
+        watchdog.took("step", result.seconds)
+
+        engine.model.move_balance_bias(result.verdict.apply)  # before the step's checkpoint, of which biases are a part
+        metrics.add(step, result, learning_rate)
+        if step == 1:
+            gates.check_first_loss(attempt.run, result, settings.first_loss_max)
+        if saved.is_due(step, result):
+            seconds = saved.save(step, lambda: metrics.snapshot(requests.wall_seconds(), health.state()))
+            metrics.saved(seconds)
+            requests.saved()
+        if last or result.time_is_up:
+            saved.leave_losses(step)
+        stopped = result.stop_requested and not last
+        if stopped or result.time_is_up:
+            break
+    metrics.close()
+    return Ending(step, stopped, began)
+
+
 def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, started: float) -> StepResult:
     """One optimizer step over ``batches``, this rank's micro batches.
 
@@ -161,6 +137,7 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
     spread over ranks and micro batches. The guard decides whether the gradient is applied.
 
     Args:
+        engine: DeepSpeed's.
         started: monotonic time at which the step began to read its data.
     """
     device = engine.device
@@ -205,9 +182,9 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
     )
 
 
-def stop_files(run: Path, stop_file: str | None) -> list[Path]:
-    """Files whose existence asks for a stop: the run's own, made by a signal, and the user's."""
-    return [run / run_folder.STOP] + ([Path(stop_file)] if stop_file else [])
+def _show_first_batch(base: Path, run: Path, batches: list[MicroBatch]) -> None:
+    path = first_batch.write(run, data.shown_rows(batches), first_batch.read_tokenizer(base))
+    say(f"first batch, decoded: {path}")
 
 
 def _sum_over_ranks(*values: float, device: torch.device) -> list[float]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmengine.runner import FlexibleRunner
 
 from ...checkpoint import rank_state
 from ...checkpoint.rank_state import RankState, RecordingFiles
@@ -22,24 +21,12 @@ from ...cli import say
 from ...errors import BadInputError
 from .. import checkpoints
 from ..checkpoints import Checkpoint
-from .metrics import GIB, rank_device
+from .memory import GIB, rank_device
 
 BLOCK = 1 << 26  # bytes read at a time, where the target is not in host memory
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
 # Hyperparameters that decide what a step does; the learning rate is set anew before each step.
 COMPARED = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
-
-
-class ResumingRunner(FlexibleRunner):
-    """xtuner's runner, which resumes through ``resume_newest``."""
-
-    candidates: Sequence[Checkpoint] = ()
-
-    def resume(self, filename: str, *_: Any, **__: Any) -> None:
-        """Called by ``train`` once the engine is there, where ``candidates`` are given."""
-        chosen = resume_newest(self.model.model, self.candidates)
-        self.cfg.progress = chosen.progress
-        self.train_loop._epoch, self.train_loop._iter = 0, chosen.step
 
 
 def resume_newest(engine: Any, candidates: Sequence[Checkpoint]) -> Checkpoint:

@@ -17,6 +17,7 @@ from ...model.router import AuxiliaryLoss
 from ...model.training_model import TrainingModel, build
 from .data import NO_LOSS, MicroBatch
 from .expert_load import ExpertLoad
+from .memory import rank_device
 
 
 class DeepseekSFT(SupervisedFinetune):
@@ -55,7 +56,21 @@ class DeepseekSFT(SupervisedFinetune):
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight
         self.balance_bias = BalanceBias(llm.routers(), balance_bias_speed) if balance_bias_speed > 0 else None
-        self.expert_load: ExpertLoad | None = None  # counts, once training begins
+        self._expert_load: ExpertLoad | None = None
+
+    def count_experts(self) -> ExpertLoad:
+        """From now on count the tokens that each router sends to each expert."""
+        self._expert_load = ExpertLoad(self.llm.routers(), rank_device())
+        return self._expert_load
+
+    def move_balance_bias(self, applied: bool) -> None:
+        """After a step, where the run moves biases; a step that was not applied moves nothing. A collective."""
+        if self.balance_bias is None:
+            return
+        if applied:
+            self.balance_bias.apply()
+        else:
+            self.balance_bias.load = []
 
     def build_llm_from_cfg(
         self, llm: TrainingModel, use_varlen_attn: bool, max_position_embeddings: None
@@ -78,8 +93,8 @@ class DeepseekSFT(SupervisedFinetune):
                 router.auxiliary = auxiliary
         if self.balance_bias is not None:
             self.balance_bias.begin(self._part(batch.valid))
-        if self.expert_load is not None:
-            self.expert_load.valid = self._part(batch.valid)
+        if self._expert_load is not None:
+            self._expert_load.valid = self._part(batch.valid)
         hidden = self.llm.model(
             input_ids=self._part(batch.input_ids), position_ids=self._part(batch.position_ids), packing=packing
         ).last_hidden_state

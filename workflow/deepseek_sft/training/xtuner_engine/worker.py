@@ -1,4 +1,4 @@
-"""One rank: started by torchrun, trains under xtuner's runner, and leaves word of how it ended.
+"""One rank: started by torchrun, trains, and leaves word of how it ended.
 
 An end that all ranks agree on (finished, stopped, a gate, bad input) is written by rank 0 to the run's status.json and
 exits 0; torchrun would turn any other exit code into 1. Anything else is a crash and exits 1.
@@ -24,6 +24,7 @@ from deepseek_sft.errors import StageError, StoppedError
 from deepseek_sft.training import launch, process_memory, run_folder
 from deepseek_sft.training.run_folder import Status
 from deepseek_sft.training.watchdog import Watchdog
+from deepseek_sft.training.xtuner_engine.config import Attempt, EngineConfig
 
 COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "IBV_")  # prefixes of variables worth a line
 
@@ -89,37 +90,28 @@ def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
 
 
 def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
-    from mmengine.config import Config
-    from xtuner.parallel.sequence import init_sequence_parallel
+    from deepseek_sft.training.xtuner_engine import loop
+    from deepseek_sft.training.xtuner_engine.step_result import stop_files
 
-    from deepseek_sft.training.xtuner_engine import base_check, resuming
-    from deepseek_sft.training.xtuner_engine.loop import stop_files
-
-    config = Config.fromstring(_read_config(options, rank), ".py")
-    candidates = resuming.candidates_of(options.run, options.run.name)
-    init_sequence_parallel(config.sequence_parallel)
-    if not candidates:
-        base_check.check(*_base(options, rank))
-    config.run, config.attempt = str(options.run), options.attempt
-    config.hosts = _hosts()
-    config.progress = {}
-    config.stop_files = [str(path) for path in stop_files(options.run, options.stop_file)]
-    config.end_after = options.end_after
-    config.resume = str(candidates[-1].folder) if candidates else None
-    config.model.read_weights = not candidates  # the checkpoint holds them all
-    config.work_dir = str(launch.attempt_folder(options.run, options.attempt) / "mmengine")
-    # What the plan calls `process`: interpreter, libraries, communication, and nothing of the model yet.
-    config.memory_before_model_gib = round(process_memory.resident() / (1 << 30), 3)
-    runner = resuming.ResumingRunner.from_cfg(config)
-    runner.watchdog, runner.candidates = watchdog, candidates
-    runner.train()
-    if runner.train_loop.stopped:
+    config = EngineConfig.from_json(_read_config(options, rank))
+    attempt = Attempt(
+        run=options.run,
+        name=options.attempt,
+        hosts=_hosts(),
+        stop_files=stop_files(options.run, options.stop_file),
+        end_after=options.end_after,
+        logs=launch.attempt_folder(options.run, options.attempt),
+        # What the plan calls `process`: interpreter, libraries, communication, and nothing of the model yet.
+        memory_before_model_gib=round(process_memory.resident() / (1 << 30), 3),
+    )
+    ending = loop.run(config, attempt, watchdog)
+    if ending.stopped:
         raise StoppedError(
-            f"stopped on request after step {runner.iter} of {runner.max_iters}; the checkpoint is saved",
+            f"stopped on request after step {ending.step} of {config.schedule.steps}; the checkpoint is saved",
             "the same command continues from it",
         )
-    figures = {"first_step_at": runner.train_loop.began}
-    return Status(options.attempt, "finished", f"step {runner.iter} of {runner.max_iters}", figures=figures)
+    said = f"step {ending.step} of {config.schedule.steps}"
+    return Status(options.attempt, "finished", said, figures={"first_step_at": ending.began})
 
 
 def _communication() -> str:
@@ -128,26 +120,15 @@ def _communication() -> str:
     return "".join(f"  {name}={os.environ[name]}" for name in names)
 
 
-def _read_config(options: argparse.Namespace, rank: int) -> str:
-    """Text of the run's configuration, read by rank 0 alone: all ranks start from the same."""
-    import torch.distributed as dist
-
-    box: list[str | None] = [None]
-    if rank == 0:
-        box[0] = (options.run / run_folder.CONFIG).read_text(encoding="utf-8")
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _base(options: argparse.Namespace, rank: int) -> tuple[Path, str | None, str]:
-    """Base folder, file of its sums and whether to compare them, as the first node's program wrote them down."""
+def _read_config(options: argparse.Namespace, rank: int) -> dict[str, Any]:
+    """What the ranks are told, read by rank 0 alone: all start from the same."""
     import torch.distributed as dist
 
     box: list[Any] = [None]
     if rank == 0:
-        box[0] = json_files.load(options.run / "settings.json")
+        box[0] = json_files.load(options.run / run_folder.CONFIG)
     dist.broadcast_object_list(box)
-    return Path(box[0]["base"]), box[0]["base_sums"], box[0]["settings"]["check_base"]
+    return box[0]
 
 
 def _hosts() -> list[str]:

@@ -1,0 +1,81 @@
+"""What a step did, and what is asked for after it."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import run_folder
+from ..health import Verdict
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, summed over all ranks.
+
+    Attributes:
+        loss: mean cross-entropy over the step's trained tokens.
+        gradient_norm: before clipping.
+        tokens, trained_tokens: without padding; with loss.
+        pairs: queries and the keys before them in their sample: what causal attention computes.
+        seconds: wall time of the step, data included.
+        phases: this rank's seconds by phase.
+        verdict: whether the update was applied, and why not.
+        stop_requested: someone asked to save and stop.
+        save_due: so many minutes have passed since the last checkpoint.
+        time_is_up: the run has trained as long as it may.
+    """
+
+    loss: float
+    gradient_norm: float
+    tokens: int
+    trained_tokens: int
+    pairs: int
+    seconds: float
+    phases: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
+    stop_requested: bool = False
+    save_due: bool = False
+    time_is_up: bool = False
+
+
+class Requests:
+    """What rank 0 alone decides, from files and clocks, before each step; all ranks learn it with the step's counts.
+
+    Args:
+        stop_files: files whose existence asks for a stop.
+        save_seconds: between checkpoints; None saves by steps alone.
+        end_seconds: of training in all starts, after which the run ends; None for no limit.
+        trained_seconds: of earlier starts.
+    """
+
+    def __init__(
+        self,
+        stop_files: list[Path],
+        save_seconds: float | None = None,
+        end_seconds: float | None = None,
+        trained_seconds: float = 0.0,
+    ):
+        self.stop_files, self.save_seconds, self.end_seconds = stop_files, save_seconds, end_seconds
+        self._started = self._saved = time.monotonic()
+        self.trained_seconds = trained_seconds
+
+    def wall_seconds(self) -> float:
+        """Seconds of training up to now: this start's, and what the earlier ones kept."""
+        return self.trained_seconds + time.monotonic() - self._started
+
+    def saved(self) -> None:
+        """There is a checkpoint; minutes to the next are counted from now."""
+        self._saved = time.monotonic()
+
+    def flags(self) -> tuple[bool, bool, bool]:
+        """Stop, save, end."""
+        return (
+            any(Path(file).exists() for file in self.stop_files),
+            self.save_seconds is not None and time.monotonic() - self._saved >= self.save_seconds,
+            self.end_seconds is not None and self.wall_seconds() >= self.end_seconds,
+        )
+
+
+def stop_files(run: Path, stop_file: str | None) -> list[Path]:
+    """Files whose existence asks for a stop: the run's own, made by a signal, and the user's."""
+    return [run / run_folder.STOP] + ([Path(stop_file)] if stop_file else [])
