@@ -217,8 +217,8 @@ class Experiment:
         """
         config = self.config
         used = [*Training.train_keys(), "ranks_per_node", "hang_minutes"]
-        train = configuration.settled("train", config)
-        steering = {key: train[key] for key in used if key in train and key in configuration.OPERATIONAL["train"]}
+        train, steers = configuration.settled("train", config), configuration.operational("train", config)
+        steering = {key: train[key] for key in used if key in train and key in steers}
         shaping = {"train": {key: train[key] for key in used if key in train and key not in steering}}
         others = {
             "accelerator": config["accelerator"],
