@@ -16,8 +16,8 @@ from . import fields
 Settings = TypeVar("Settings")
 
 
-def read(kind: type[Settings], path: str | Path) -> Settings:
-    """Read and check a stage's settings file.
+def read(kind: type[Settings], path: str | Path, complete: bool = False) -> Settings:
+    """Read and check a stage's settings file; see ``parse``.
 
     Raises:
         BadInputError: unreadable, a key missing or unknown, or a value that is not allowed; names file and keys.
@@ -26,7 +26,7 @@ def read(kind: type[Settings], path: str | Path) -> Settings:
         values = json_files.load(path)
     except (OSError, ValueError) as error:
         raise BadInputError(f"settings {path} cannot be read: {error}") from None
-    return parse(kind, values, str(path))
+    return parse(kind, values, str(path), complete)
 
 
 def parse(kind: type[Settings], values: Any, where: str, complete: bool = False) -> Settings:

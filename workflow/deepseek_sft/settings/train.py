@@ -126,7 +126,7 @@ class Training:
     """A step whose gradient norm is above this many times the median of the last 50 is a spike; null looks for none."""
     on_spike: Literal["warn", "skip", "stop"] = setting("warn", operational=True)
     """A spike: note it, `skip` its update, or `stop` with a failed gate."""
-    slow_rank_percent: AboveZero | None = setting(None, operational=True)
+    slow_rank_percent: AboveZero | None = setting(None, operational=True, later=True)
     """A rank that computes this many percent slower than the median for 20 steps is named, and the next start leaves
     its node out; null is 10 on GPUs and judges nothing on CPU."""
     hang_minutes: HangMinutes | None = setting(None, operational=True)
