@@ -77,11 +77,18 @@ class Serve:
                 "environment.VLLM_API_KEY: would stand in the results for all to read; put the key into a file of mode "
                 "0600 and set serve.api_key_file"
             )
+        if len(self.flags) < len(self.engine_args):
+            yield f"engine_args: the same flag stands there twice, with - and with _: {', '.join(self.engine_args)}"
         for flag in self.flags:
             if flag in UNSUPPORTED_FLAGS:
                 yield f"engine_args.{flag}: is not supported; serve plain HTTP and put a proxy or a tunnel before it"
             elif flag in DECIDED_FLAGS:
                 yield f"engine_args.{flag}: is decided by {DECIDED_FLAGS[flag]}; remove {flag} from engine_args"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """``environment`` as text."""
+        return {name: str(value) for name, value in self.environment.items()}
 
     @property
     def flags(self) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""Settings as options of a script, one each: their help, their values, and the command line that gives them."""
+
+import argparse
+from collections.abc import Callable
+from types import NoneType
+from typing import Any, TypeVar
+
+from . import fields, reading
+
+Settings = TypeVar("Settings")
+
+
+def add(parser: argparse.ArgumentParser, kind: Any) -> None:
+    """One option for each key of a section."""
+    for name, key in fields.keys(kind).items():
+        option, help_ = f"--{name.replace('_', '-')}", key.meaning.replace("%", "%%")
+        if bool in fields.members(key.hint):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=key.default, help=help_)
+        else:
+            choices = f" One of {', '.join(map(_word, key.choices))}." if key.choices[:-1] else ""
+            default = ",".join(map(str, key.default)) if isinstance(key.default, list) else key.default
+            parser.add_argument(option, type=_reader(key), default=default, help=help_ + choices)
+
+
+def chosen(kind: type[Settings], arguments: argparse.Namespace) -> Settings:
+    """The settings that a command line gives.
+
+    Raises:
+        BadInputError: naming the setting, its value and what is expected.
+    """
+    return reading.parse(kind, {name: getattr(arguments, name) for name in fields.keys(kind)}, "command line")
+
+
+def words(settings: Any) -> list[str]:
+    """The command line that gives these settings."""
+    found = []
+    for name in fields.keys(type(settings)):
+        option, value = name.replace("_", "-"), getattr(settings, name)
+        if isinstance(value, bool):
+            found.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            found.append(f"--{option}={','.join(map(str, value)) if isinstance(value, tuple) else _word(value)}")
+    return found
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _reader(key: fields.Key) -> Callable[[str], Any]:
+    kind = next(member for member in fields.members(key.hint) if member is not NoneType)
+    several = isinstance(key.default, list)
+
+    def parse(text: str) -> Any:
+        if several:
+            return [int(word) for word in text.split(",")]
+        return None if key.nullable and text == "none" else kind(text) if kind in (int, float) else text
+
+    parse.__name__ = "list of integers" if several else getattr(kind, "__name__", "text")  # argparse names it
+    return parse
