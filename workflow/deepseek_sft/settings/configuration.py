@@ -48,6 +48,8 @@ class Configuration:
             if path.rpartition("=")[2].startswith("~"):
                 written = Path(path.rpartition("=")[2]).expanduser()
                 yield f"{key}: {path!r} begins with ~, which nothing here expands; write {written}"
+            if path.startswith("-"):
+                yield f"{key}: {path!r} begins with -, which programs take for an option; write ./{path}"
         train, cpu, tiny = self.train, self.accelerator == "cpu", self.model.tiny is not None
         ranks, size, key = train.ranks_per_node, train.sequence_parallel_size, "train.ranks_per_node"
         if cpu and ranks is None:

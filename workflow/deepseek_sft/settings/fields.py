@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ..checkpoint.sizes import parse_size
 from ..errors import BadInputError
+from ..json_files import LONGEST_NUMBER
 
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 BOUNDS = {Ge: "of at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}
@@ -45,6 +46,8 @@ def _whole(value: Any) -> int:
     """500.0 is 500; true is not 1."""
     if isinstance(value, str) or _number(value) != int(value):
         raise ValueError("no integer")
+    if len(str(int(value))) > LONGEST_NUMBER:
+        raise ValueError("no reader of settings takes it")
     return int(value)
 
 
@@ -137,10 +140,11 @@ class Key:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values that it, or each of its entries, may have, where these are few; null last."""
+        """The values that it, or each of its entries, may have, where these are named; null last."""
         inner = [part for one in members(self.hint) if typing.get_origin(one) is tuple for part in typing.get_args(one)]
         literal = [one for one in (*members(self.hint), *inner) if typing.get_origin(one) is Literal]
-        return (*(choice for one in literal for choice in typing.get_args(one)), *((None,) if self.nullable else ()))
+        found = tuple(choice for one in literal for choice in typing.get_args(one))
+        return (*found, None) if found and self.nullable else found
 
 
 @functools.cache

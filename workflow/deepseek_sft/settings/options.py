@@ -10,16 +10,16 @@ from . import fields, reading
 Settings = TypeVar("Settings")
 
 
-def add(parser: argparse.ArgumentParser, kind: Any) -> None:
-    """One option for each key of a section."""
-    for name, key in fields.keys(kind).items():
+def add(parser: argparse.ArgumentParser, kind: Any, *names: str) -> None:
+    """One option for each key of a section, or for these; a value that is not allowed is refused with what is."""
+    for name in names or fields.keys(kind):
+        key = fields.keys(kind)[name]
         option, help_ = f"--{name.replace('_', '-')}", key.meaning.replace("%", "%%")
         if bool in fields.members(key.hint):
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=key.default, help=help_)
         else:
-            choices = f" One of {', '.join(map(_word, key.choices))}." if key.choices[:-1] else ""
             default = ",".join(map(str, key.default)) if isinstance(key.default, list) else key.default
-            parser.add_argument(option, type=_reader(key), default=default, help=help_ + choices)
+            parser.add_argument(option, type=_reader(key), default=default, choices=key.choices or None, help=help_)
 
 
 def chosen(kind: type[Settings], arguments: argparse.Namespace) -> Settings:
@@ -49,12 +49,16 @@ def _word(value: Any) -> str:
 
 def _reader(key: fields.Key) -> Callable[[str], Any]:
     kind = next(member for member in fields.members(key.hint) if member is not NoneType)
-    several = isinstance(key.default, list)
 
-    def parse(text: str) -> Any:
-        if several:
+    def value(text: str) -> Any:
+        if isinstance(key.default, list):
             return [int(word) for word in text.split(",")]
         return None if key.nullable and text == "none" else kind(text) if kind in (int, float) else text
 
-    parse.__name__ = "list of integers" if several else getattr(kind, "__name__", "text")  # argparse names it
-    return parse
+    def parse(text: str) -> Any:
+        try:
+            return reading.value(key.hint, value(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed, expected {fields.expected(key.hint)}") from None
+
+    return parse if not key.choices else value

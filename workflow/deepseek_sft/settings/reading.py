@@ -52,7 +52,7 @@ def parse(kind: type[Settings], values: Any, where: str, complete: bool = False)
 
 def check(kind: type[Settings], values: dict[str, Any]) -> tuple[Settings, list[str]]:
     """Settings and what is wrong with them; checks of several keys together need each of them to be right."""
-    if found := [f"{key}: is infinite or not a number, which no bound would notice" for key in _not_finite(values)]:
+    if found := list(_unwritable(values)):
         return None, found  # type: ignore[return-value]
     try:
         settings = _adapter(kind).validate_python(values)
@@ -60,6 +60,11 @@ def check(kind: type[Settings], values: dict[str, Any]) -> tuple[Settings, list[
         told = (_explain(kind, one) for one in error.errors(include_url=False, include_context=False))
         return None, list(dict.fromkeys(told))  # type: ignore[return-value]
     return settings, list(problems(settings))
+
+
+def value(hint: Any, given: Any) -> Any:
+    """One value of a type; raises ValueError where it is not allowed."""
+    return _adapter(hint).validate_python(given)
 
 
 def problems(settings: Any, prefix: str = "") -> Iterator[str]:
@@ -136,10 +141,28 @@ def _unknown_key(kind: Any, hint: Any, path: list[str], value: Any) -> str:
     return f"{place}: unknown key; did you mean `{near[0]}`? Write:{written}"
 
 
-def _not_finite(value: Any, key: str = "") -> Iterator[str]:
-    """Keys whose value YAML's ``.nan`` or ``.inf`` makes pass every comparison."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield key
+def _unwritable(value: Any, key: str = "", depth: int = 0) -> Iterator[str]:
+    """Keys whose values YAML knows and settings files, command lines or bounds do not, each with the reason."""
+    if why := _why_unwritable(value, depth):
+        yield f"{key}: {why}"
+        return
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for name, part in items:
-        yield from _not_finite(part, f"{key}.{name}" if key else str(name))
+        inner = f"{key}.{name}" if key else str(name)
+        if depth > 1 and not isinstance(name, str) and isinstance(value, dict):
+            yield f"{inner}: is no text as a key; write it in quotation marks"
+        else:
+            yield from _unwritable(part, inner, depth + 1)
+
+
+def _why_unwritable(value: Any, depth: int) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is infinite or not a number, which no bound would notice"
+    if isinstance(value, int) and abs(value) >= 10**json_files.LONGEST_NUMBER:
+        return f"is a number of more than {json_files.LONGEST_NUMBER} digits"
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        return "holds a character that no file or command line takes"
+    if depth > json_files.DEEPEST - 4:  # that a settings file puts around it
+        return "is nested too deep"
+    known = isinstance(value, dict | list | tuple | str | bool | int | float | None)
+    return "" if known else f"is {type(value).__name__} in YAML; write it as text, in quotation marks"
