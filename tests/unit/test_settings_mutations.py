@@ -1,6 +1,6 @@
 """What is accepted at start is accepted by the stage that reads it; what is refused is refused with the key's name.
 
-Each shipped configuration is changed at random: SETTINGS_CASES changes of each (`make settings-mutations`: 2,000).
+Each shipped configuration is changed at random: SETTINGS_CASES changes of each (`make mutations`: 2,000).
 """
 
 import argparse
@@ -46,16 +46,7 @@ ANY: list[Any] = [
     *("a=b", "é💣", "-x", "x" * 99, "true", [], [1], [0.9, 0.99], [None], {}, {"a": 1}, {"a": None}, {"a": [1]}),
     *({"port": 1}, {"tensor-parallel-size": 16}, {"VLLM_API_KEY": "x"}, {"HF_TOKEN": "x"}, {1: 2}, {"path": "x"}),
     *({"zero_optimization": {"stage": 2}}, {"zero_optimization": {"overlap_comm": True}}, {"mask": "loss"}, {True: 1}),
-    *(
-        "a\0b",
-        "\ud800",
-        datetime.date(2026, 1, 2),
-        b"x",
-        {"a": {1: 2, "b": 3}},
-        {"a": 10**50},
-        {"a": "\0"},
-        {"a": DEEP},
-    ),
+    *("a\0b", "\ud800", datetime.date(2026, 1, 2), b"x", {"a": {1: 2, "b": 3}}, {"a": 10**50}, {"a": DEEP}),
     *([{"path": "x", "weight": 0}], [{"path": "x", "format": "openai"}], [{"paht": "x"}], ["all_reduce", "all_reduce"]),
 ]
 REQUIRED = {  # what a rule gives its script beside the arguments of the configuration
