@@ -9,6 +9,8 @@ import yaml
 
 from deepseek_sft import config
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.settings import document, fields
+from deepseek_sft.settings.configuration import Configuration
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -118,23 +120,15 @@ def test_a_number_that_no_bound_would_notice_is_refused(production, value):
         config.resolve(production)
 
 
-def test_operational_keys_are_known_keys():
-    properties = config.schema()["properties"]
-    for section, keys in config.OPERATIONAL.items():
-        assert keys <= set(properties[section]["properties"])
-
-
 def test_every_key_is_described():
-    def described(node, path=""):
-        for key, child in node.get("properties", {}).items():
-            if "properties" in child and not path:
-                assert child.get("properties"), key
-            else:
-                assert child.get("description"), f"{path}{key}"
-            described(child, f"{path}{key}.")
+    def described(kind, path=""):
+        for name, key in fields.keys(kind).items():
+            assert key.meaning or (key.section and not path), f"{path}{name}"
+            if key.section:
+                described(key.section, f"{path}{name}.")
 
-    described(config.schema())
+    described(Configuration)
 
 
 def test_documentation_is_current():
-    assert (PROJECT / "config/README.md").read_text() == config.documentation()
+    assert (PROJECT / "config/README.md").read_text() == document.documentation()

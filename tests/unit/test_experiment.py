@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_sft import rule_settings
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
 from deepseek_sft.slurm import Allocation
@@ -84,11 +85,11 @@ def test_conversion_and_its_check_are_given_the_same_format():
 
 def test_bandwidth_floor_follows_from_the_planned_network_on_gpus_alone():
     cuda = {"accelerator": "cuda", "train": {"ranks_per_node": None}, "plan": {"node_gb_per_second": 200}}
-    plain = demo(**cuda).preflight_settings()
+    plain = rule_settings.preflight(demo(**cuda))
     assert plain["all_reduce_min_gb_per_second"] == 80
-    stated = demo(**cuda, preflight={"all_reduce_min_gb_per_second": 7}).preflight_settings()
+    stated = rule_settings.preflight(demo(**cuda, preflight={"all_reduce_min_gb_per_second": 7}))
     assert stated["all_reduce_min_gb_per_second"] == 7
-    assert demo().preflight_settings()["all_reduce_min_gb_per_second"] is None
+    assert rule_settings.preflight(demo())["all_reduce_min_gb_per_second"] is None
 
 
 def test_preflight_is_a_step_of_training_unless_switched_off():

@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import subprocess
+import typing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import yaml
 from deepseek_sft import config, slurm
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
+from deepseek_sft.settings import fields
+from deepseek_sft.settings.configuration import Configuration
 
 PROJECT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("HOSTILE_CASES", "200"))
@@ -41,18 +44,15 @@ def demo() -> dict:
     return config.merge(found, yaml.safe_load((PROJECT / "config/experiments/demo.yaml").read_text()))
 
 
-def places(node: dict, path: tuple = ()) -> list[tuple]:
-    """Paths of all keys of the schema that may hold text; of a mapping's own keys a name and a value."""
+def places(kind: type = Configuration, path: tuple = ()) -> list[tuple]:
+    """Paths of all keys that may hold text; of a mapping's own keys a name and a value, of a list an entry."""
     found = []
-    kinds = node.get("type", [])
-    if "string" in (kinds if isinstance(kinds, list) else [kinds]) or ("enum" in node and path):
-        found.append(path)
-    for name, child in node.get("properties", {}).items():
-        found += places(child, (*path, name))
-    if isinstance(more := node.get("additionalProperties"), dict) or more is True:
-        found += [(*path, "A_NAME"), (*path, None)]
-    if "items" in node:
-        found.append((*path, 0))
+    for name, key in fields.keys(kind).items():
+        kinds = [typing.get_origin(member) or member for member in fields.members(key.hint)]
+        found += [(*path, name)] if {str, typing.Literal} & set(kinds) else []
+        found += places(key.section, (*path, name)) if key.section else []
+        found += [(*path, name, "A_NAME"), (*path, name, None)] if dict in kinds else []
+        found += [(*path, name, 0)] if tuple in kinds else []
     return found
 
 
@@ -76,7 +76,7 @@ def put(tree: dict, path: tuple, text: str) -> dict:
     return tree
 
 
-ALL = places(config.schema())
+ALL = places()
 RULES = ("prepare_data", "tokenize_data", "prepare_model", "convert_checkpoint", "verify_model")
 SETTINGS = ("preflight", "plan", "refine_plan", "train", "smoke_test", "serve")
 

@@ -159,7 +159,9 @@ def test_no_damage_of_a_file_raises_anything_but_the_error_for_bad_input(name, t
 COUNTS = {"rows": 9, "mean_length": 4.5, "longest": 7}
 PLANNED = {
     **dict.fromkeys(("host_memory_bytes", "disk_bytes", "checkpoint_bytes", "rank_memory_bytes"), 1 << 30),
-    **{"checkpoint_s": 3.5, "loading_s": None, "step_slowest_s": 2},
+    "checkpoint_s": 3.5,
+    "loading_s": None,
+    "step_slowest_s": 2,
 }
 RELYING = {
     "rows that the plan counts": (

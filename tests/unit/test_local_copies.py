@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from deepseek_sft import config as configuration
 from deepseek_sft import local_copies
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
+from deepseek_sft.settings import fields
+from deepseek_sft.settings.envs import Local
 
 
 @pytest.fixture
@@ -154,4 +155,4 @@ def test_where_it_runs_shapes_nothing():
     at_home, local = experiment(), experiment(local={"train": "tar"})
     for rule in ("train", "preflight", "plan", "rehearse"):
         assert at_home.settings(rule) == local.settings(rule)
-    assert configuration.schema()["properties"]["envs"]["properties"]["local"]["properties"]["train"]["default"] is None
+    assert fields.keys(Local)["train"].default is None

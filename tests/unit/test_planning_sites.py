@@ -14,6 +14,8 @@ from deepseek_sft import config as configuration
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.planning import advice, gpus, load, remedies
 from deepseek_sft.planning.resources import read_resources
+from deepseek_sft.settings import fields
+from deepseek_sft.settings.plan import Plan
 from deepseek_sft.site import asking
 from deepseek_sft.slurm import Allocation
 
@@ -143,8 +145,7 @@ def test_gpu_by_name_stands_for_its_numbers_and_explicit_ones_win():
 
 
 def test_every_named_gpu_is_in_the_schema_and_the_documentation():
-    schema = configuration.schema()["properties"]["plan"]["properties"]["gpu"]["enum"]
-    assert schema == [*gpus.GPUS, None]
+    assert fields.keys(Plan)["gpu"].choices == (*gpus.GPUS, None)
     page = (PROJECT / "docs/planning.md").read_text()
     for name, gpu in gpus.GPUS.items():
         assert f"| `{name}` | {gpu.memory_gib:g} | {gpu.tflops:,} |" in page
@@ -180,8 +181,7 @@ def test_shipped_shapes_are_those_of_the_public_models():
 
     assert shape("deepseek-v3") == shape("deepseek-r1") == models.DEEPSEEK_V3
     assert shape("moonlight-16b-a3b") == models.MOONLIGHT_16B
-    schema = configuration.schema()["properties"]["plan"]["properties"]["model"]["enum"]
-    assert sorted(filter(None, schema)) == load.shapes()
+    assert sorted(filter(None, fields.keys(Plan)["model"].choices)) == load.shapes()
 
 
 def test_named_model_stands_for_a_base_that_is_not_there_and_only_then(tmp_path):

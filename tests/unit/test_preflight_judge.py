@@ -4,6 +4,8 @@ import pytest
 
 from deepseek_sft.preflight import judge, table
 from deepseek_sft.preflight.findings import CHECKS, Finding
+from deepseek_sft.settings import fields
+from deepseek_sft.settings.preflight import Checks
 
 HOSTS = ["a", "b", "c", "d"]
 
@@ -174,7 +176,4 @@ def test_table_shows_what_is_bad_and_leaves_unused_columns_out():
 
 
 def test_every_check_of_the_configuration_exists_and_the_other_way_round(project):
-    from deepseek_sft import config
-
-    allowed = config.schema()["properties"]["preflight"]["properties"]["skip"]["items"]["enum"]
-    assert set(allowed) == set(CHECKS)
+    assert fields.keys(Checks)["skip"].choices == tuple(CHECKS)

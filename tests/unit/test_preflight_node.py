@@ -274,10 +274,13 @@ def test_file_that_never_appears_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"skip": ["gpu"]}, "no check is named gpu"),
-        ({"all_reduce_backend": "mpi"}, "must be one of"),
-        ({"clock_skew": 1}, "unknown settings: clock_skew"),
-        ({"timeout_s": -1}, "timeout_s must be a number"),
+        ({"skip": ["gpu"]}, "skip.0: .gpu. is not allowed, expected one of host_memory"),
+        (
+            {"all_reduce_backend": "mpi"},
+            "all_reduce_backend: .mpi. is not allowed, expected one of auto, nccl, gloo",
+        ),
+        ({"clock_skew": 1}, "clock_skew: unknown key; did you mean `clock_skew_s`"),
+        ({"timeout_s": -1}, "timeout_s: -1 is not allowed, expected a number above 0"),
         ([], "it is a list, not an object"),
     ],
 )

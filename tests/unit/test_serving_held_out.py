@@ -5,7 +5,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy
 import pytest
+import safetensors.numpy
 from serving_fakes import LOGPROB, MODEL, FakeServer, fake_server
 from unit.data_helpers import TOKENIZER
 
@@ -59,6 +61,7 @@ def model_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", "eos_token_id": 1}))
+    safetensors.numpy.save_file({"weight": numpy.zeros(1, numpy.float32)}, folder / "model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).symlink_to(TOKENIZER / name)
     return folder
@@ -125,13 +128,13 @@ def test_loss_before_and_after_is_measured_on_the_references(tmp_path, prompts, 
 def test_model_that_tuning_left_as_it_was_fails(tmp_path, prompts, model_dir):
     measure(prompts, LOGPROB).write(tmp_path / "base.json")
     with fake_server() as server, pytest.raises(GateError, match=r"loss_drop: 1.5000 → 1.5000.*drop of more than 0"):
-        run(server, tmp_path, model_dir, base_measured=str(tmp_path / "base.json"), logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, base_measured=str(tmp_path / "base.json"), logprobs_max_parameters=0)
 
 
 def test_large_model_takes_the_bases_loss_from_a_measurement(tmp_path, prompts, model_dir):
     measure(prompts, BASE_LOGPROB).write(tmp_path / "base.json")
     with fake_server() as server:
-        report = run(server, tmp_path, model_dir, base_measured=str(tmp_path / "base.json"), logprobs_max_parameters=-1)
+        report = run(server, tmp_path, model_dir, base_measured=str(tmp_path / "base.json"), logprobs_max_parameters=0)
     assert report.checks["loss_drop"]["passed"]
     assert report.figures["loss"]["base"] == pytest.approx(-BASE_LOGPROB)
 
@@ -139,19 +142,19 @@ def test_large_model_takes_the_bases_loss_from_a_measurement(tmp_path, prompts, 
 def test_measurement_of_other_samples_is_not_compared(tmp_path, prompts, model_dir):
     measure(prompts, BASE_LOGPROB, "deepseek-v3.1").write(tmp_path / "base.json")
     with fake_server() as server, pytest.raises(GateError, match="measured on other token sequences"):
-        run(server, tmp_path, model_dir, base_measured=str(tmp_path / "base.json"), logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, base_measured=str(tmp_path / "base.json"), logprobs_max_parameters=0)
 
 
 def test_large_model_without_measurement_says_what_is_missing(tmp_path, prompts, model_dir):
     with fake_server() as server:
-        report = run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+        report = run(server, tmp_path, model_dir, logprobs_max_parameters=0)
     assert "smoke_test.base_measured" in report.skipped["loss_drop"]
     assert report.figures["loss"] == {"base": None, "tuned": -LOGPROB, "tokens": report.figures["loss"]["tokens"]}
 
 
 def test_loss_above_its_bound_fails(tmp_path, prompts, model_dir):
     with fake_server() as server, pytest.raises(GateError, match=r"held_out_loss: 1.5000.*expected at most 1.4"):
-        run(server, tmp_path, model_dir, max_loss=1.4, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, max_loss=1.4, logprobs_max_parameters=0)
 
 
 def test_loss_that_is_no_number_fails_the_check_and_not_the_program(tmp_path, prompts, model_dir):
@@ -159,7 +162,7 @@ def test_loss_that_is_no_number_fails_the_check_and_not_the_program(tmp_path, pr
         fake_server("nan_logprobs") as server,
         pytest.raises(GateError, match=r"held_out_loss: .*not finite"),
     ):
-        run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, logprobs_max_parameters=0)
 
 
 def test_loss_is_the_mean_over_the_tokens_that_training_learns(prompts):
@@ -198,14 +201,14 @@ def test_sample_that_does_not_fit_the_context_is_left_out_of_the_loss(prompts):
 
 def test_prompts_rendered_as_in_training_pass(tmp_path, prompts, model_dir):
     with fake_server() as server:
-        report = run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+        report = run(server, tmp_path, model_dir, logprobs_max_parameters=0)
     assert report.checks["prompt_as_trained"]["detail"].startswith("3 prompts equal deepseek-r1")
 
 
 def test_template_that_opens_the_reasoning_itself_passes(tmp_path, prompts, model_dir):
     with fake_server() as server:
         server.render = lambda messages: [*rendered(messages), 128798, 201]  # `<think>` and a line end
-        assert run(server, tmp_path, model_dir, own_rendering=True, logprobs_max_parameters=-1)
+        assert run(server, tmp_path, model_dir, own_rendering=True, logprobs_max_parameters=0)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,7 @@ def test_prompt_that_differs_from_training_fails_with_its_place(tmp_path, prompt
     with fake_server() as server:
         server.render = lambda messages: change(rendered(messages))
         with pytest.raises(GateError, match=r"prompt_as_trained: the prompt sum differs from template deepseek-r1"):
-            run(server, tmp_path, model_dir, own_rendering=True, logprobs_max_parameters=-1)
+            run(server, tmp_path, model_dir, own_rendering=True, logprobs_max_parameters=0)
 
 
 # -- answers and gates -------------------------------------------------------------------------------------------------
@@ -245,20 +248,20 @@ def test_record_holds_every_sample_with_reference_answer_and_base(tmp_path, prom
 
 def test_record_is_kept_when_a_check_fails(tmp_path, prompts, model_dir):
     with fake_server("finish_reason") as server, pytest.raises(GateError, match="held_out_format"):
-        run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, logprobs_max_parameters=0)
     assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 3
 
 
 def test_exact_match_below_its_bound_fails_and_names_the_samples(tmp_path, prompts, model_dir):
     with fake_server() as server, pytest.raises(GateError, match=r"1 of 3 as expected = 0.333.*not: turns, bare"):
-        run(server, tmp_path, model_dir, min_exact_match_rate=0.5, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, min_exact_match_rate=0.5, logprobs_max_parameters=0)
 
 
 def test_refused_held_out_request_counts_as_badly_formed_and_is_named(tmp_path, model_dir):
     long = {"id": "long", "messages": [{"role": "user", "content": "word " * 300}]}
     write(tmp_path / "held_out.jsonl", [*SAMPLES, long])
     with fake_server() as server, pytest.raises(GateError, match=r"3 of 4 well formed.*first long: status 400"):
-        run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, logprobs_max_parameters=0)
 
 
 def test_record_is_kept_when_the_server_dies_while_losses_are_measured(tmp_path, prompts, model_dir, monkeypatch):
@@ -267,7 +270,7 @@ def test_record_is_kept_when_the_server_dies_while_losses_are_measured(tmp_path,
 
     monkeypatch.setattr(losses, "served_logprobs", dies)
     with fake_server() as server, pytest.raises(CrashError):
-        run(server, tmp_path, model_dir, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, logprobs_max_parameters=0)
     assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 3
 
 
@@ -280,7 +283,7 @@ def test_prompt_with_half_a_character_is_refused_with_its_line(tmp_path):
 def test_gate_that_cannot_be_judged_fails(tmp_path, model_dir):
     write(tmp_path / "held_out.jsonl", [{"id": "bare", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}])
     with fake_server() as server, pytest.raises(GateError) as raised:
-        run(server, tmp_path, model_dir, max_loss=1, min_exact_match_rate=0.1, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, max_loss=1, min_exact_match_rate=0.1, logprobs_max_parameters=0)
     for key in ("max_loss", "min_exact_match_rate"):
         assert f"smoke_test.{key} is set (null: not wanted), but not judged" in raised.value.problem
     assert "base_measured" not in raised.value.problem
@@ -288,14 +291,14 @@ def test_gate_that_cannot_be_judged_fails(tmp_path, model_dir):
 
 def test_drop_that_was_asked_for_and_cannot_be_judged_fails(tmp_path, prompts, model_dir):
     with fake_server() as server, pytest.raises(smoke.ChecksFailed) as raised:
-        run(server, tmp_path, model_dir, min_loss_drop=2, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, min_loss_drop=2, logprobs_max_parameters=0)
     assert "smoke_test.min_loss_drop is set (null: not wanted), but not judged" in raised.value.problem
     assert not raised.value.report.checks["loss_drop"]["passed"]
 
 
 def test_format_gate_that_is_off_only_reports(tmp_path, prompts, model_dir):
     with fake_server("finish_reason") as server, pytest.raises(GateError) as raised:
-        run(server, tmp_path, model_dir, min_format_rate=None, logprobs_max_parameters=-1)
+        run(server, tmp_path, model_dir, min_format_rate=None, logprobs_max_parameters=0)
     assert "held_out_format" not in raised.value.problem
 
 

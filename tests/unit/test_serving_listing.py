@@ -8,11 +8,15 @@ import pytest
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings
 from deepseek_sft.serving.listing import listing
+from deepseek_sft.settings import fields
+from deepseek_sft.settings.serve import Serve
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 VERSION = (0, 32, 0)
 GPU = {"engine_args": {"gpu-memory-utilization": 0.92}, "environment": {"NCCL_DEBUG": "WARN"}}
 CPU = {
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
     "max_model_len": 512,
     "engine_args": {"enforce-eager": True, "kv-cache-memory-bytes": 134217728},
     "environment": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
@@ -22,7 +26,8 @@ SHAPES = {
     "fp8-2x8": (2, {"tensor_parallel_size": 8, "pipeline_parallel_size": 2} | GPU),
     "cpu-1": (1, CPU),
 }
-CASES = {f"{shape}.{backend}": (shape, backend) for shape in SHAPES for backend in settings.BACKENDS}
+BACKENDS = fields.keys(Serve)["backend"].choices
+CASES = {f"{shape}.{backend}": (shape, backend) for shape in SHAPES for backend in BACKENDS}
 
 
 def shown(case: str) -> str:

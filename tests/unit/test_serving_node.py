@@ -56,13 +56,14 @@ class Deployment:
             self.folder / "verify_model.json", "verify_model", inputs={}, settings={}, result=model, figures={}
         )
         value = {
+            "tensor_parallel_size": 1,
             "pipeline_parallel_size": self.nodes,
             "max_model_len": serving_fakes.CONTEXT,
             "served_model_name": serving_fakes.MODEL,
             "network_interface": "lo",
             "ready_timeout_s": DEADLINE_S,
             "stop_grace_s": 2,
-            "smoke_test": {"max_tokens": 16, "benchmark": False, "logprobs_max_parameters": -1},
+            "smoke_test": {"max_tokens": 16, "benchmark": False, "logprobs_max_parameters": 0},
         } | (settings or {})
         (self.folder / "settings.json").write_text(json.dumps(value))
         for rank in reversed(range(self.nodes)):

@@ -15,16 +15,16 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import files, place, receipts, secrets_file, shapes, stages
+from . import files, place, receipts, rule_settings, secrets_file, shapes, stages
 from .data.sources import split_argument
 from .engines import ENGINES
 from .errors import BadInputError
 from .local_copies import LocalCopies, copies_of
-from .planning import duration, gate
+from .planning import gate
 from .planning import load as planning
 from .planning.plan import Plan
 from .planning.resources import read_resources
-from .planning.settings import COUNTED, Training
+from .planning.settings import COUNTED
 from .slurm import Allocation
 
 
@@ -97,133 +97,23 @@ class Experiment:
 
     def arguments(self, rule: str) -> str:
         """Command-line arguments of a rule's script that decide its result, in a fixed order, shell-quoted."""
-        data, results = self.config["data"], self.results
-        if rule == "prepare_data":
-            words = [
-                *("--source", *map(_source_argument, data["sources"])),
-                *(["--weights", *weights] if set(weights := self._weights()) != {1} else []),
-                *("--output", f"{results}/data/train.jsonl"),
-                *("--rejects", f"{results}/data/rejects.jsonl"),
-                *("--on-invalid", data["on_invalid"]),
-                *(["--fields", *fields] if (fields := [f"{n}={m}" for n, m in data["fields"].items()]) else []),
-                *(["--unused-fields", data["unused_fields"]] if data["unused_fields"] != "warn" else []),
-                *(["--on-empty-source", data["on_empty_source"]] if data["on_empty_source"] != "warn" else []),
-            ]
-        elif rule == "tokenize_data":
-            words = [
-                *("--input", f"{results}/data/train.jsonl"),
-                *("--tokenizer", self.tokenizer()),
-                *("--template", data["template"]),
-                *(["--on-template-difference", policy] if (policy := data["on_template_difference"]) != "fail" else []),
-                *("--output", f"{results}/data/tokens"),
-                *("--rejects", f"{results}/data/tokenize_rejects.jsonl"),
-                *("--statistics", f"{results}/data/statistics.json"),
-                *("--max-length", data["max_length"]),
-                *("--history-reasoning", data["history_reasoning"]),
-                *("--on-too-long", data["on_too_long"]),
-                *(["--pack"] if data["pack"] else []),
-            ]
-        elif rule == "prepare_model":
-            tiny = self.config["model"]["tiny"]
-            words = ["--output", f"{results}/base"]
-            if tiny is None:
-                # kept, since whether the served model gets that layer may be decided after training
-                words += ["--base", self.config["model"]["base"], "--mtp", "keep"]
-                words += ["--layers", layers] if (layers := self.config["model"]["layers"]) else []
-            else:
-                words += ["--tiny"]
-                words += [word for key, value in sorted(tiny.items()) for word in (f"--{key.replace('_', '-')}", value)]
-        elif rule == "convert_checkpoint":
-            convert = self.config["convert"]
-            words = ["--output", f"{results}/model", *self._model_format()]
-            words += ["--max-shard-size", convert["max_shard_size"]]
-        elif rule == "verify_model":
-            words = self._model_format()
-        elif rule == "snapshot":
-            convert = self.config["convert"]
-            words = ["--checkpoint", convert["checkpoint"], *self._model_format()]
-            words += ["--max-shard-size", convert["max_shard_size"]]
-        else:
-            raise AssertionError(f"no arguments are defined for {rule}")
-        return shlex.join(map(str, words))
-
-    def _model_format(self) -> list[str]:
-        """What convert_checkpoint makes and verify_model expects."""
-        convert = self.config["convert"]
-        return ["--dtype", convert["dtype"], "--mtp", convert["mtp"]]
+        return shlex.join(map(str, rule_settings.ARGUMENTS[rule](self)))
 
     def operational_arguments(self, rule: str) -> str:
         """Arguments that steer a rule's run without changing its result."""
-        convert = self.config["convert"]
-        words = {
-            # --replace: a folder made from other inputs gives way once the new one is complete
-            "prepare_model": ["--replace"],
-            "convert_checkpoint": [
-                *("--replace", "--memory", convert["memory"]),
-                *("--swap", "auto" if convert["swap"] else "off", "--workers", convert["workers"]),
-            ],
-            "verify_model": ["--full"] if convert["full_check"] else [],
-        }
-        words["snapshot"] = [*words["convert_checkpoint"], *words["verify_model"]]
-        words = words[rule]
-        return shlex.join(map(str, words))
+        return shlex.join(map(str, rule_settings.STEERING_ARGUMENTS[rule](self)))
 
     def settings(self, rule: str) -> str:
         """Canonical JSON of the settings that decide the result of plan, preflight, train, smoke_test or serve."""
-        if rule == "preflight":
-            return files.canonical_json(self.preflight_settings())
-        if rule in ("plan", "refine_plan"):
-            return files.canonical_json(self._planned(rule)[0])
-        if rule in ("train", "rehearse"):
-            return files.canonical_json(configuration.shaping("train", self.config))
-        serve = configuration.shaping("serve", self.config)
-        # The test compares the prompts that the server renders with those of training.
-        smoke = configuration.shaping("smoke_test", self.config) | {"template": self.config["data"]["template"]}
-        return files.canonical_json(serve | {"smoke_test": smoke})
+        return files.canonical_json(rule_settings.SETTINGS[rule][0](self))
 
     def operational(self, rule: str) -> str:
         """Canonical JSON of the settings of the same rules that change no result."""
-        if rule == "preflight":
-            return files.canonical_json({key: self.config["train"][key] for key in ("environment", "ranks_per_node")})
-        if rule in ("plan", "refine_plan"):
-            return files.canonical_json(self._planned(rule)[1])
-        if rule in ("train", "rehearse"):
-            peak = self.config["plan"]["gpu_tflops"] if self.config["accelerator"] == "cuda" else None
-            return files.canonical_json(configuration.operational("train", self.config) | {"gpu_tflops": peak})
-        return files.canonical_json(configuration.operational("serve", self.config))
+        return files.canonical_json(rule_settings.SETTINGS[rule][1](self))
 
     def rehearsal_options(self) -> str:
         """Canonical JSON of what a rehearsal is judged by, training's resources apart."""
         return files.canonical_json({"accelerator": self.config["accelerator"], **self.config["rehearse"]})
-
-    def preflight_settings(self) -> dict[str, Any]:
-        """Settings of preflight; the floor of the bandwidth follows from the network that the plan assumes."""
-        settled = configuration.settled("preflight", self.config)
-        chosen = {key: value for key, value in settled.items() if key != "in_training"}
-        if chosen["all_reduce_min_gb_per_second"] is None and self.config["accelerator"] == "cuda":
-            least = duration.NETWORK_SHARE[0] * self.config["plan"]["node_gb_per_second"]
-            chosen["all_reduce_min_gb_per_second"] = round(least, 3)
-        return chosen
-
-    def _planned(self, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a plan depends on, split into what makes it again when it changes, and the rest.
-
-        For ``refine_plan`` the former is a part of train's own settings: whatever makes it again trains again anyway.
-        """
-        config = self.config
-        used = [*Training.train_keys(), "ranks_per_node", "hang_minutes"]
-        train = configuration.settled("train", config)
-        steering = {key: train[key] for key in used if key in train and key in configuration.OPERATIONAL["train"]}
-        shaping = {"train": {key: train[key] for key in used if key in train and key not in steering}}
-        others = {
-            "accelerator": config["accelerator"],
-            "results": config["results"],
-            "data": {"max_length": config["data"]["max_length"]},
-            "model": configuration.settled("model", config),
-            "convert": {"dtype": config["convert"]["dtype"]},
-            "plan": configuration.settled("plan", config),
-        }
-        return (shaping | others, {"train": steering}) if rule == "plan" else (shaping, others | {"train": steering})
 
     def check_plan(self, resources: dict[str, Any], tokens_are_current: bool, node_mb: int | None = None) -> Plan:
         """Plan with what is known now, before any job starts.
@@ -259,7 +149,7 @@ class Experiment:
         if copies := self.local_copies(stage):
             words += ["--archive", copies.archive, "--environment", copies.environment, "--code", copies.code]
         if rule in ("train", "rehearse") and self.config["preflight"]["in_training"]:
-            words += ["--preflight", files.canonical_json(self.preflight_settings())]
+            words += ["--preflight", self.settings("preflight")]
         return shlex.join(words)
 
     def tokenizer(self) -> str:
@@ -353,13 +243,6 @@ class Experiment:
     def _patterns(self) -> list[str]:
         sources = self.config["data"]["sources"]
         return [split_argument(source)[1] if isinstance(source, str) else source["path"] for source in sources]
-
-    def _weights(self) -> list[float]:
-        return [1 if isinstance(source, str) else source.get("weight", 1) for source in self.config["data"]["sources"]]
-
-
-def _source_argument(source: str | dict[str, Any]) -> str:
-    return source if isinstance(source, str) else f"{source.get('format', 'auto')}={source['path']}"
 
 
 def _matches(pattern: str) -> list[str]:

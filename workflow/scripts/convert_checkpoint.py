@@ -25,6 +25,8 @@ from deepseek_sft.checkpoint import base_model, conversion_plan, convert, memory
 from deepseek_sft.checkpoint.model_writer import Progress, finished_files
 from deepseek_sft.checkpoint.sizes import show_size
 from deepseek_sft.errors import BadInputError, StoppedError
+from deepseek_sft.settings import options
+from deepseek_sft.settings.convert import Convert
 
 
 def arguments() -> argparse.Namespace:
@@ -33,22 +35,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="model folder that training started from")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     parser.add_argument("--receipt", type=Path, help="receipt to write; needed unless --part or --dry-run is given")
-    parser.add_argument("--dtype", choices=sorted(outputs.DTYPES), default="bf16", help="of the weights")
-    parser.add_argument(
-        "--mtp",
-        choices=["drop", "copy"],
-        default="drop",
-        help="the multi-token-prediction layer, not trained: drop, or copy the base's",
-    )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", help="largest output file; base: files named and filled as the base's"
-    )
-    parser.add_argument("--memory", default="auto", help="bound of all buffers together: auto or a size (512MiB)")
+    options.add(parser, Convert, "dtype", "mtp", "max_shard_size", "memory", "workers")
     parser.add_argument(
         "--swap", choices=["off", "auto"], default="off", help="auto: a --memory above what is free gets a swap file"
     )
     parser.add_argument("--swap-folder", type=Path, default=Path("/var/tmp"), help="local disk for that swap file")
-    parser.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 16")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare with the checkpoint's CRC-32")
     parser.add_argument(
         "--missing-from-base",

@@ -1,12 +1,13 @@
-"""Write config/README.md from the configuration's schema, or check that it is current (--check)."""
+"""Write config/README.md from the settings, or check that it is current (--check)."""
 
 import argparse
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, config, files
+from deepseek_sft import cli, files
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.settings import document
 
 README = Path(__file__).resolve().parents[2] / "config" / "README.md"
 
@@ -15,7 +16,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=False, help="only compare")
     arguments = parser.parse_args()
-    text = config.documentation()
+    text = document.documentation()
     if not arguments.check:
         files.write_text(README, text)
     elif not README.exists() or README.read_text(encoding="utf-8") != text:

@@ -25,6 +25,11 @@ from deepseek_sft.planning import alternatives, gate, load, show
 from deepseek_sft.planning.remedies import for_the_disk, suffices
 from deepseek_sft.planning.resources import read_resources
 from deepseek_sft.planning.settings import COUNTED
+from deepseek_sft.settings import reading
+from deepseek_sft.settings.convert import Convert
+from deepseek_sft.settings.model import Model
+from deepseek_sft.settings.plan import Plan
+from deepseek_sft.settings.train import Train
 from deepseek_sft.site import asking
 
 DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
@@ -80,6 +85,8 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
     names = ("samples", "mean_length", "longest_row", "storage_tb")
     stated = {name: getattr(args, name) for name in names}
     found["plan"] = found["plan"] | {key: value for key, value in stated.items() if value is not None}
+    for section, kind in {"plan": Plan, "model": Model, "train": Train, "convert": Convert}.items():
+        reading.parse(kind, found[section], section)
     return found
 
 

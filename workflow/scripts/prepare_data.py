@@ -21,6 +21,8 @@ from deepseek_sft.data.hints import source_hint
 from deepseek_sft.data.prepare import prepare
 from deepseek_sft.data.sources import find_sources
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.settings import options
+from deepseek_sft.settings.data import Data
 
 
 def main() -> None:
@@ -35,17 +37,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="train.jsonl")
     parser.add_argument("--rejects", type=Path, required=True, help="rejects.jsonl")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt, written last")
-    parser.add_argument("--on-invalid", choices=["reject", "fail"], default="reject", help="what a broken record does")
     parser.add_argument("--duplicates", choices=["reject", "keep"], default="reject", help="what a repetition does")
     parser.add_argument(
         "--fields", nargs="+", default=[], metavar="NAME=MEANING", help=f"what fields mean: {', '.join(MEANINGS)}"
     )
-    parser.add_argument(
-        "--unused-fields", choices=["warn", "fail"], default="warn", help="what a field does that nothing uses"
-    )
-    parser.add_argument(
-        "--on-empty-source", choices=["warn", "fail"], default="warn", help="what a source does that gives nothing"
-    )
+    options.add(parser, Data, "on_invalid", "unused_fields", "on_empty_source")
     parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
     arguments = parser.parse_args()
 

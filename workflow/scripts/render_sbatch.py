@@ -17,7 +17,11 @@ PROJECT = Path(__file__).resolve().parents[2]
 def trained_template(results: Path) -> str:
     """The template that training chose by itself; ``auto`` before it did."""
     receipt = results / "receipts" / "tokenize_data.json"
-    return receipts.read(receipt, "tokenize_data", {"settings": {"template": str}})["settings"]["template"] if receipt.exists() else "auto"
+    return (
+        receipts.read(receipt, "tokenize_data", {"settings": {"template": str}})["settings"]["template"]
+        if receipt.exists()
+        else "auto"
+    )
 
 
 def main() -> None:

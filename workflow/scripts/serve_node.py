@@ -18,10 +18,12 @@ import _bootstrap  # noqa: F401
 from deepseek_sft import cli, receipts
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings as settings_file
-from deepseek_sft.serving import smoke_settings, versions
+from deepseek_sft.serving import versions
 from deepseek_sft.serving.commands import Programs
 from deepseek_sft.serving.listing import listing
 from deepseek_sft.serving.node import Node
+from deepseek_sft.serving.smoke_settings import record_beside
+from deepseek_sft.settings import options as command_line
 
 
 def main() -> int:
@@ -50,7 +52,7 @@ def main() -> int:
     transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
     if arguments.smoke_test and os.environ.get("SLURM_NODEID", "0") == "0":
         # Those of an earlier model say nothing about this one, which may not even start.
-        for earlier in (transcript, smoke_settings.record_beside(transcript)):
+        for earlier in (transcript, record_beside(transcript)):
             earlier.unlink(missing_ok=True)
 
     def smoke_test(url: str, seconds: float, nodes: list[str]) -> list[str]:
@@ -69,7 +71,7 @@ def main() -> int:
             "run-dir": arguments.run_dir,
         }
         words = [f"--{name}={value}" for name, value in options.items()]
-        words += smoke_settings.as_arguments(settings.smoke_test)
+        words += command_line.words(settings.smoke_test)
         return [sys.executable, str(Path(__file__).with_name("smoke_test.py")), *words]
 
     programs = Programs.beside(sys.executable)

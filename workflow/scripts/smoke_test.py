@@ -19,7 +19,9 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.serving import as_trained, lasting, smoke, smoke_settings
+from deepseek_sft.serving import as_trained, lasting, smoke
+from deepseek_sft.serving.smoke_settings import SmokeSettings, record_beside
+from deepseek_sft.settings import options
 
 
 def main() -> None:
@@ -44,14 +46,14 @@ def main() -> None:
         "--run-dir", type=Path, help="folder of the deployment: its nodes and processes, for the receipt"
     )
     parser.add_argument("--hosts", help="nodes that serve, separated by commas, for the receipt")
-    smoke_settings.add_arguments(parser)
+    options.add(parser, SmokeSettings)
     arguments = parser.parse_args()
 
     files.require_writable(arguments.receipt, arguments.transcript, arguments.evaluation)
     if arguments.model_dir and not (arguments.model_dir / "config.json").is_file():
         raise BadInputError(f"--model-dir {arguments.model_dir}: no config.json in it")
-    settings = smoke_settings.from_arguments(arguments)
-    record = arguments.evaluation or smoke_settings.record_beside(arguments.transcript)
+    settings = options.chosen(SmokeSettings, arguments)
+    record = arguments.evaluation or record_beside(arguments.transcript)
     parser_name = None if arguments.reasoning_parser in ("", "none") else arguments.reasoning_parser
     server = smoke.Server(
         arguments.url,

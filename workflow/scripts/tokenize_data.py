@@ -16,10 +16,10 @@ import _bootstrap  # noqa: F401
 import _single_threaded  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
-from deepseek_sft.data import template_check
-from deepseek_sft.data.samples import POLICIES, Settings
-from deepseek_sft.data.templates import AUTO, TEMPLATES
+from deepseek_sft.data.samples import Settings
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
+from deepseek_sft.settings import options
+from deepseek_sft.settings.data import Data
 
 WRITTEN = ("output", "rejects", "statistics", "receipt")
 
@@ -28,39 +28,16 @@ def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="train.jsonl of prepare_data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
-    parser.add_argument(
-        "--template",
-        choices=[*TEMPLATES, AUTO],
-        default="deepseek-r1",
-        help="the template of serving; auto takes the one that fits the tokenizer's own",
-    )
-    parser.add_argument(
-        "--on-template-difference",
-        choices=template_check.POLICIES,
-        default="fail",
-        help="what a template does that gives other prompts than the tokenizer's own",
+    options.add(
+        parser, Data, "template", "on_template_difference", "max_length", "history_reasoning", "on_too_long", "pack"
     )
     parser.add_argument("--output", type=Path, help="token folder")
     parser.add_argument("--rejects", type=Path, help="samples left out, with reasons")
     parser.add_argument("--statistics", type=Path, help="lengths, shares, rejects by reason")
     parser.add_argument("--receipt", type=Path, help="receipt, written last")
-    parser.add_argument("--max-length", type=int, default=32768, help="longest sample (and packed row), tokens")
-    parser.add_argument(
-        "--history-reasoning",
-        choices=POLICIES,
-        default="split",
-        help="reasoning of earlier turns: one sample per trained turn, with the history that serving shows; removed "
-        "(its turns are then not trained); kept",
-    )
-    parser.add_argument(
-        "--on-too-long", choices=["reject", "truncate"], default="reject", help="what a longer sample does"
-    )
-    parser.add_argument("--pack", action="store_true", help="several samples per row, up to --max-length")
     parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
     parser.add_argument("--show", type=int, metavar="N", help="print the first N samples and exit")
     arguments = parser.parse_args()
-    if arguments.max_length < 2:
-        parser.error("--max-length must be at least 2")
     missing = [f"--{name}" for name in WRITTEN if getattr(arguments, name) is None]
     if missing and arguments.show is None:
         parser.error(f"the following arguments are required: {', '.join(missing)}")

@@ -16,7 +16,6 @@ from .messages import Rejection, check_canonical, split_reasoning
 from .similarity import Signature, language, signature
 from .templates import TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
 
-POLICIES = ("split", "strip", "keep")
 LONGEST_ESCAPE = 6  # bytes that JSON may write one byte of text with
 
 
@@ -27,7 +26,7 @@ class Settings:
     Args:
         template: key of ``TEMPLATES``.
         max_length: longest sample, tokens.
-        history: one of ``POLICIES``.
+        history: ``data.history_reasoning``.
         truncate: cut longer samples instead of rejecting them.
     """
 

@@ -19,7 +19,6 @@ from .messages import THINK_OPEN, normalise, split_reasoning
 from .samples import Settings, make_samples, to_reply
 from .templates import AUTO, CALLS_BEGIN, END, TEMPLATES, Place
 
-POLICIES = ("fail", "warn")
 LONGEST = 1 << 20
 SHOWN = 3  # differences in a message
 AROUND = 60  # characters shown of what is the same

@@ -1,32 +1,20 @@
-"""Thresholds of the checks: from the configuration's ``preflight`` section and from the plan."""
+"""Thresholds of the checks: section ``preflight`` of the configuration, and what the plan needs."""
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any
 
-from .. import json_files, receipts
-from ..errors import BadInputError
-from .findings import CHECKS
+from .. import receipts
+from ..settings import reading
+from ..settings.fields import section
+from ..settings.preflight import Checks
 
-BACKENDS = ("auto", "nccl", "gloo", "sockets")
 GPU_PERCENT = 10.0
 MOST_GLOO_NODES = 4  # above, CPU nodes are checked with plain sockets: no waiting for every node to load torch
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Keys and units as in ``config/README.md``."""
-
-    skip: tuple[str, ...] = ()
-    all_reduce_backend: str = "auto"
-    all_reduce_mb: float | None = None
-    all_reduce_min_gb_per_second: float | None = None
-    clock_skew_s: float = 1.0
-    local_disk_gb: float = 2.0
-    shared_memory_gb: float = 1.0
-    timeout_s: float = 600.0
-    slow_percent: float | None = None
+@section
+class Settings(Checks):
+    """What is checked, and from where on a node is bad."""
 
     def wants(self, check: str) -> bool:
         return check not in self.skip
@@ -67,28 +55,9 @@ def read(path: Path) -> Settings:
     """Read and check a settings file.
 
     Raises:
-        BadInputError: unreadable, a key unknown, or a value outside its range.
+        BadInputError: unreadable, a key unknown, or a value that is not allowed.
     """
-    try:
-        values = json_files.load(path)
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"settings {path} cannot be read: {error}") from None
-    names = {field.name for field in dataclasses.fields(Settings)}
-    if not isinstance(values, dict) or (unknown := sorted(values.keys() - names)):
-        what = "not a JSON object" if not isinstance(values, dict) else f"unknown settings: {', '.join(unknown)}"
-        raise BadInputError(f"{path}: {what}", f"known: {', '.join(sorted(names))}")
-    skip = values.get("skip", [])
-    if unknown := sorted(set(skip) - CHECKS.keys()):
-        raise BadInputError(f"{path}: no check is named {', '.join(unknown)}", f"known: {', '.join(CHECKS)}")
-    if values.get("all_reduce_backend", "auto") not in BACKENDS:
-        raise BadInputError(f"{path}: all_reduce_backend must be one of {', '.join(BACKENDS)}")
-    for key in names - {"skip", "all_reduce_backend"}:
-        value = values.get(key)
-        if value is not None and not (
-            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-        ):
-            raise BadInputError(f"{path}: {key} must be a number of at least 0, found {value!r}")
-    return Settings(**(values | {"skip": tuple(skip)}))
+    return reading.read(Settings, path)
 
 
 def needs_of(plan_receipt: Path | None) -> Needs:

@@ -101,7 +101,7 @@ def serve_command(
         flags |= {"host": host, "port": port}
     else:
         flags["headless"] = True
-    flags |= settings.engine_args
+    flags |= settings.flags
     return [vllm, "serve", str(model), *as_arguments(versions.adapt(flags, version))]
 
 
@@ -199,4 +199,4 @@ def environment(
     if api_key:
         # A flag would show it to every user of the node. The second name is what `vllm bench` and OpenAI's client read.
         ours |= {"VLLM_API_KEY": api_key, "OPENAI_API_KEY": api_key}
-    return inherited | ours | settings.environment
+    return inherited | ours | settings.variables

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import schema
+from ..settings import fields
+from ..settings.smoke_test import SmokeTest
 from .held_out import Prompt, parse_prompts, read_lines
 from .held_out_tokens import sequences
 from .losses import Measurement
@@ -41,8 +42,8 @@ class Problem:
 
 def gates_set(smoke: dict[str, Any]) -> list[str]:
     """Gates that somebody has set: those that are wanted and not at their default."""
-    defaults = {key: node.get("default") for key, node in schema()["properties"]["smoke_test"]["properties"].items()}
-    return [key for key in NEEDS if smoke[key] is not None and smoke[key] != defaults[key]]
+    known = fields.keys(SmokeTest)
+    return [key for key in NEEDS if smoke[key] is not None and smoke[key] != known[key].default]
 
 
 def problems(

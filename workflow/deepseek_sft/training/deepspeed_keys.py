@@ -60,7 +60,7 @@ def problems(given: dict[str, Any] | None) -> Iterator[str]:
         if key != ZERO:
             yield from _problem(key, value, TOP)
         elif not isinstance(value, dict):
-            yield f"train.deepspeed.{ZERO}: is {value!r}, expected keys and their values"
+            yield f"deepspeed.{ZERO}: is {value!r}, expected keys and their values"
         else:
             for name, inner in value.items():
                 yield from _problem(
@@ -70,12 +70,12 @@ def problems(given: dict[str, Any] | None) -> Iterator[str]:
 
 def _problem(key: str, value: Any, known: dict[str, type]) -> Iterator[str]:
     if key in REFUSED:
-        yield f"train.deepspeed.{key}: is not taken: {REFUSED[key]}"
+        yield f"deepspeed.{key}: is not taken: {REFUSED[key]}"
     elif key not in known:
-        yield f"train.deepspeed.{key}: is not one of the keys that are safe to set: {', '.join(known)}"
+        yield f"deepspeed.{key}: is not one of the keys that are safe to set: {', '.join(known)}"
     elif type(value) is not known[key] or (known[key] is int and value < 1):
         wanted = {int: "a whole number above 0 (write 500000000, not 5e8)", bool: "true or false", dict: "keys"}
-        yield f"train.deepspeed.{key}: is {value!r}, expected {wanted[known[key]]}"
+        yield f"deepspeed.{key}: is {value!r}, expected {wanted[known[key]]}"
 
 
 def merged(config: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def train(
         raise CrashError(f"{run.folder} holds no committed checkpoint of step {SAVED} to resume from", "rehearse again")
     stage.train(run, node, accelerator, None, record, plan)
     if node.node_rank == 0:
-        allowed = limits.before_measuring(plan or limits.Planned(), run.settings.hang_minutes)
+        allowed = limits.before_measuring(plan or limits.Planned(), run.settings.stated_minutes)
         files.write_json(record, observe(run, node, part, started) | {"limits": allowed})
 
 

@@ -16,6 +16,7 @@ from ..cli import say
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
 from ..model import release
+from ..settings import fields
 from . import checkpoints, early_stop, gradient_communication, launch, lock, loss_rows, run_folder, schedule, settings
 from .nodes import NodeEnvironment
 from .schedule import Schedule
@@ -92,7 +93,9 @@ def planned(plan_receipt: Path | None) -> limits.Planned:
     if plan_receipt is None:
         return limits.Planned()
     try:
-        return limits.Planned.of_figures(receipts.read(plan_receipt, plan_receipt.stem, limits.Planned.FIGURES)["figures"])
+        return limits.Planned.of_figures(
+            receipts.read(plan_receipt, plan_receipt.stem, limits.Planned.FIGURES)["figures"]
+        )
     except BadInputError as error:
         say(f"warning: {error.problem}; time limits are the least ones, whatever the plan said")
         return limits.Planned()
@@ -117,7 +120,7 @@ def train(
     """
     if early_stop.arrived():
         raise StoppedError("stopped on request before training began", "the same command starts it again")
-    plan, stated = plan or limits.Planned(), run.settings.hang_minutes or {}
+    plan, stated = plan or limits.Planned(), run.settings.stated_minutes
     for problem, fix in limits.problems(plan, stated, lead=None, ends_within=True):
         raise BadInputError(problem, fix)
     derived = tuple(phase for phase in limits.PHASES if stated.get(phase) is None)
@@ -230,6 +233,7 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
         {
             "run_id": run.run_id,
             "settings": dataclasses.asdict(run.settings),
+            "topology": sorted(fields.marked(settings.Settings, "topology")),
             "schedule": dataclasses.asdict(run.schedule),
             "base": str(run.base),
             "base_sums": run.base_sums,

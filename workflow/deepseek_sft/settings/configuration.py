@@ -1,0 +1,89 @@
+"""One experiment: its sections, and what must hold between them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import secrets_file
+from .convert import Convert
+from .data import Data
+from .envs import Envs
+from .fields import Text, matching, plain, section
+from .model import Model
+from .plan import Plan
+from .preflight import Preflight
+from .rehearse import Rehearse
+from .serve import Serve
+from .smoke_test import SmokeTest
+from .train import Train
+
+Name = matching("^[A-Za-z0-9][A-Za-z0-9._-]*$", "letters, digits, `.`, `_` and `-`, the first a letter or a digit")
+
+
+@section
+class Configuration:
+    experiment: Name
+    """Name of the experiment; results go to `<results>/<experiment>/`, logs to `logs/<experiment>/`."""
+    results: Text = "results"
+    """Folder of all results, on storage that every node sees (checkpoints of 671B need 7.3 TiB each)."""
+    accelerator: Literal["cuda", "cpu"] = "cuda"
+    """What training and serving run on. `cpu` is for the demo and tests."""
+    data: Data
+    model: Model
+    plan: Plan
+    preflight: Preflight
+    """Checks of the nodes before training (docs/cluster.md); no key of it re-runs anything."""
+    rehearse: Rehearse
+    """What target `rehearse` judges by (docs/training.md); no key of it re-runs anything."""
+    train: Train
+    convert: Convert
+    serve: Serve
+    smoke_test: SmokeTest
+    envs: Envs
+    """Existing environments to use instead of the locked ones that `snakemake envs` builds."""
+
+    def problems(self) -> Iterator[str]:
+        yield from secrets_file.problems(plain(self))
+        for key, path in self._paths():
+            if path.rpartition("=")[2].startswith("~"):
+                written = Path(path.rpartition("=")[2]).expanduser()
+                yield f"{key}: {path!r} begins with ~, which nothing here expands; write {written}"
+            if path.startswith("-"):
+                yield f"{key}: {path!r} begins with -, which programs take for an option; write ./{path}"
+        train, cpu, tiny = self.train, self.accelerator == "cpu", self.model.tiny is not None
+        ranks, size, key = train.ranks_per_node, train.sequence_parallel_size, "train.ranks_per_node"
+        if cpu and ranks is None:
+            yield f"{key}: say how many ranks a node runs, since `accelerator: cpu` has no GPUs to count"
+        if not cpu and ranks is not None:
+            yield f"{key}: leave it null, since with `accelerator: cuda` it is the number of GPUs of a node"
+        if cpu and train.attention == "flash":
+            yield "train.attention: `flash` needs GPUs; use `auto` or `sdpa`"
+        if cpu and ranks and ranks % size:  # of GPU nodes only the profile knows: Experiment.check_shapes
+            yield (
+                f"train.sequence_parallel_size: {size} does not divide the {ranks} ranks of a node; "
+                f"allowed: {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+            )
+        if train.spare_nodes and not self.preflight.in_training:
+            yield (
+                "train.spare_nodes: preflight chooses among the nodes; write preflight: {in_training: true}, or "
+                "spare_nodes: 0"
+            )
+        if cpu and self.convert.dtype == "fp8":
+            yield "convert.dtype: `fp8` is served by GPUs alone, not with `accelerator: cpu`; use `bf16` or `fp32`"
+        if tiny and self.convert.mtp == "copy":
+            yield "convert.mtp: the tiny model has no multi-token-prediction layer to copy; use `drop`"
+        if self.serve.max_model_len < self.smoke_test.max_tokens:
+            yield "smoke_test.max_tokens: is above serve.max_model_len, so that no request could be accepted"
+
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        """Keys that name files or folders, with their values."""
+        sources = [source if isinstance(source, str) else source.path for source in self.data.sources]
+        found: list[tuple[str, Any]] = [(f"data.sources[{number}]", path) for number, path in enumerate(sources)]
+        found += [("results", self.results), ("data.tokenizer", self.data.tokenizer)]
+        found += [("model.base", self.model.base), ("plan.model", self.plan.model)]
+        found += [(f"smoke_test.{name}", getattr(self.smoke_test, name)) for name in ("prompts", "base_measured")]
+        found += [("train.secrets_file", self.train.secrets_file), ("serve.secrets_file", self.serve.secrets_file)]
+        found.append(("serve.api_key_file", self.serve.api_key_file))
+        owns = [("train", self.envs.train), ("serve", self.envs.serve)]
+        found += [(f"envs.{stage}.python", own.python) for stage, own in owns if own]
+        yield from ((key, path) for key, path in found if path)
