@@ -1,5 +1,6 @@
 """The builder of environments: names, hashes and locks."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from deepseek_sft import locks  # noqa: E402
 from deepseek_sft.errors import CrashError  # noqa: E402
 
 LOCKS = ["workflow", "dev", "train", "train-cuda", "serve-cpu", "serve-cuda"]
-HASHED = ["train-cuda", "train-cuda.no-deps", "serve-cuda"]
+HASHED = sorted(path.stem for path in (PROJECT / "envs").glob("*.txt"))
 
 
 def requirements(name: str) -> dict[str, str]:
@@ -30,24 +31,25 @@ def requirements(name: str) -> dict[str, str]:
 def test_every_line_of_a_lock_is_pinned_to_one_version(name):
     for package, version in requirements(name).items():
         assert re.fullmatch(r"[A-Za-z0-9._-]+", package)
-        assert re.fullmatch(r"[0-9][A-Za-z0-9.!]*", version), f"{package}=={version}"
+        assert re.fullmatch(r"[0-9][A-Za-z0-9.!]*", version.removesuffix("+cpu")), f"{package}=={version}"
 
 
-@pytest.mark.parametrize("name", ["train", "train-cuda", "serve-cpu", "serve-cuda"])
-def test_torch_is_asked_for_without_a_local_label(name):
-    assert requirements(name)["torch"] == "2.13.0"
+def test_torch_is_the_same_version_everywhere_its_cpu_build_on_cpu():
+    found = {name: requirements(name)["torch"] for name in ("train", "train-cuda", "serve-cpu", "serve-cuda")}
+    cpu, cuda = "2.13.0+cpu", "2.13.0"
+    assert found == {"train": cpu, "train-cuda": cuda, "serve-cpu": cpu, "serve-cuda": cuda}
 
 
 @pytest.mark.parametrize("name", HASHED)
-def test_every_package_of_a_cuda_lock_has_a_hash(name):
-    blocks = re.split(r"\n(?=[a-z0-9])", (PROJECT / "envs" / f"{name}.txt").read_text())
+def test_every_package_of_a_lock_has_a_hash(name):
+    blocks = re.split(r"\n(?=[A-Za-z0-9])", (PROJECT / "envs" / f"{name}.txt").read_text())
     packages = [block for block in blocks if "==" in block]
     assert packages and all("--hash=sha256:" in block for block in packages)
 
 
 def test_train_cuda_is_train_with_the_cuda_half_alone_added():
     cpu, cuda = requirements("train"), requirements("train-cuda")
-    assert {name: cuda[name] for name in cpu} == cpu
+    assert {name: cuda[name] for name in cpu} == {name: value.removesuffix("+cpu") for name, value in cpu.items()}
     added = cuda.keys() - cpu.keys()
     assert all(name == "triton" or name.startswith(("nvidia-", "cuda-")) for name in added)
     assert {"triton", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"} <= added
@@ -55,9 +57,27 @@ def test_train_cuda_is_train_with_the_cuda_half_alone_added():
 
 def test_wheel_that_is_not_the_locked_one_is_refused(small, monkeypatch):
     monkeypatch.setattr(build_env, "find_uv", lambda: None)
-    (small / "envs/small.txt").write_text(f"first==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    lock = f"first==1.0 \\\n    --hash=sha256:{'0' * 64}\n"
+    (small / "envs/small.txt").write_text(lock)
+    (small / "wheels/small.txt").write_text(lock)
     with pytest.raises(CrashError, match="--require-hashes"):
         build_env.build("small", small / "store", small / "wheels")
+
+
+@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("installer", ["pip", "uv", "wheelhouse", "download"])
+def test_nothing_is_installed_or_collected_without_its_hash(tmp_path, monkeypatch, name, installer):
+    commands = []
+    monkeypatch.setattr(build_env, "run", lambda command, *_: commands.append([str(word) for word in command]))
+    monkeypatch.setattr(build_env, "find_uv", lambda: "/bin/uv" if installer == "uv" else None)
+    (tmp_path / "bin").mkdir()
+    if installer == "download":
+        build_env.download(name, tmp_path / "wheels")
+    else:
+        build_env.install(tmp_path, name, tmp_path if installer == "wheelhouse" else None)
+    from_locks = [command for command in commands if "-r" in command]
+    assert len(from_locks) == len(build_env.requirement_files(name))
+    assert all("--require-hashes" in command for command in from_locks)
 
 
 def test_wheels_that_were_built_for_a_wheelhouse_have_their_hash_beside_the_lock_s(small):
@@ -150,6 +170,12 @@ def wheel(folder: Path, name: str, *needs: str) -> None:
         file.writestr(f"{about}/RECORD", "")
 
 
+def locked(index: Path, *names: str) -> str:
+    """Lines of a lock with the packages' hashes."""
+    sums = {name: hashlib.sha256((index / f"{name}-1.0-py3-none-any.whl").read_bytes()).hexdigest() for name in names}
+    return "".join(f"{name}==1.0 \\\n    --hash=sha256:{value}\n" for name, value in sums.items())
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A small environment with both files of a lock, whose packages an index has that goes away."""
@@ -158,8 +184,8 @@ def small(tmp_path, monkeypatch):
     wheel(index, "second")
     wheel(index, "third", "package-that-no-index-has")
     (tmp_path / "envs").mkdir()
-    (tmp_path / "envs/small.txt").write_text("first==1.0\nsecond==1.0\n")
-    (tmp_path / "envs/small.no-deps.txt").write_text("third==1.0\n")
+    (tmp_path / "envs/small.txt").write_text(locked(index, "first", "second"))
+    (tmp_path / "envs/small.no-deps.txt").write_text(locked(index, "third"))
     monkeypatch.setattr(locks, "FOLDER", tmp_path / "envs")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))

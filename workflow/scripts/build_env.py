@@ -62,7 +62,7 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
     run([sys.executable, "-m", "venv", str(folder)])
     python = str(folder / "bin" / "python")
     uv = find_uv()
-    environment, fix = dict(os.environ), INDEXES
+    environment, fix = dict(os.environ), INDEXES + (OF_TORCH if name in OF_CPU else "")
     if uv:
         environment |= uv_environment(sys.executable)
         base = [uv, "pip", "install", "--quiet", "--python", python, "--compile-bytecode"]
@@ -79,9 +79,7 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
     for file, options in requirement_files(name):
         if wheelhouse and (wheelhouse / file.name).exists():
             file = wheelhouse / file.name  # the lock with the hashes of wheels that were built from sources as well
-        if is_hashed(file):
-            options = [*options, "--require-hashes"]
-        run([*base, *options, "-r", str(file)], environment, fix)
+        run([*base, *options, "--require-hashes", "-r", str(file)], environment, fix)
     shim = locks.FOLDER / "shims" / name
     if shim.exists():
         copy = folder / "shim"  # building writes beside the sources, and the checkout may be read-only
@@ -95,6 +93,11 @@ def install(folder: Path, name: str, wheelhouse: Path | None) -> None:
 
 
 INDEXES = "read its message above; packages come from the indexes that pip is configured with"
+OF_CPU = ("train", "serve-cpu")
+OF_TORCH = (
+    "; this lock holds torch's CPU build (2.13.0+cpu), which needs an index or a find-links folder that offers it "
+    "(pip's extra-index-url, see pytorch.org): with the CUDA build alone it cannot be installed"
+)
 
 
 def run(command: list[str], environment: dict[str, str] | None = None, fix: str = INDEXES) -> None:
@@ -108,11 +111,6 @@ def requirement_files(name: str) -> list[tuple[Path, list[str]]]:
     """The lock files of an environment, each with the options that it is installed with."""
     without = locks.FOLDER / f"{name}.no-deps.txt"
     return [(locks.FOLDER / f"{name}.txt", []), *([(without, ["--no-deps"])] if without.exists() else [])]
-
-
-def is_hashed(lock: Path) -> bool:
-    """Whether a lock has hashes, so that nothing else may be installed from it."""
-    return "--hash=" in lock.read_text(encoding="utf-8")
 
 
 def with_wheels(lock: Path, folder: Path) -> str:
@@ -138,11 +136,9 @@ def download(name: str, folder: Path) -> None:
     locks.lock_files(name)  # an unknown name is told here
     folder.mkdir(parents=True, exist_ok=True)
     for file, options in requirement_files(name):
-        hashed = ["--require-hashes"] if is_hashed(file) else []
-        command = [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(folder)]
-        run([*command, *options, *hashed, "-r", str(file)])
-        if hashed:
-            files.write_text(folder / file.name, with_wheels(file, folder))
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(folder), "--require-hashes"]
+        run([*command, *options, "-r", str(file)])
+        files.write_text(folder / file.name, with_wheels(file, folder))
     count = len(list(folder.glob("*.whl")))
     cli.say(f"environment {name}: {count} wheels in {folder}; install with --wheelhouse, same Python and system")
 
