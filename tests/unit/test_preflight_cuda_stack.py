@@ -27,10 +27,6 @@ def test_healthy_node_has_no_problem(case):
     assert cuda_stack.problems(*case) == []
 
 
-def test_missing_package_is_named():
-    assert cuda_stack.missing(("torch", "xtuner"), lambda name: None if name == "xtuner" else name) == ["xtuner"]
-
-
 @pytest.mark.parametrize(
     ("text", "cuda"),
     [
@@ -48,7 +44,6 @@ def test_cuda_of_the_build_is_read_from_torch_s_own_words(tmp_path, text, cuda):
 
 def test_a_build_that_does_not_say_its_cuda_is_not_judged_and_one_for_cpus_refused(monkeypatch, tmp_path):
     assert cuda_stack.built_for(tmp_path) is None
-    monkeypatch.setattr(cuda_stack, "missing", list)
     monkeypatch.setattr(cuda_stack, "built_for", lambda: None)
     found = cuda_stack.check("cuda", "580.65.06", ["9.0"], {})
     assert found.passed and "not judged" in found.detail
@@ -64,7 +59,6 @@ def test_compatibility_library_counts_by_its_file_s_version(tmp_path):
 
 
 def test_ampere_is_told_what_does_not_work(monkeypatch):
-    monkeypatch.setattr(cuda_stack, "missing", list)
     monkeypatch.setattr(cuda_stack, "built_for", lambda: 13)
     found = cuda_stack.check("cuda", "580.65.06", ["8.0", "9.0"], {})
     assert found.passed and "without grouped products" in found.detail

@@ -1,7 +1,8 @@
 """What the rest of the workflow must know of an engine that trains: one row for each.
 
-An engine is a subpackage with two modules: ``config``, which needs no torch and whose ``of(run, node, accelerator)``
-gives what all ranks of a start are told (``as_json``), and ``worker``, which torchrun starts once for each rank.
+An engine is a subpackage with three modules: ``config``, which needs no torch and whose ``of(run, node, accelerator)``
+gives what all ranks of a start are told (``as_json``), ``worker``, which torchrun starts once for each rank, and
+``imports``, which imports what the ranks do.
 """
 
 import importlib
@@ -84,6 +85,11 @@ class Engine:
     def worker(self) -> str:
         """Module that torchrun starts."""
         return f"{self.package}.worker"
+
+    @property
+    def imports(self) -> str:
+        """Module that, run with the accelerator and further modules as words, imports all that its ranks do."""
+        return f"{self.package}.imports"
 
     @property
     def config(self) -> ModuleType:

@@ -1,13 +1,15 @@
 """What a stage would refuse days later although it is known when an experiment starts: gates, the template."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
-from . import stages
+from . import rule_settings, stages
 from .checkpoint.base_model import lacks_prediction_layer
 from .errors import BadInputError
 from .experiment import Experiment
 from .planning import load as planning
+from .preflight import cuda_stack, software
 from .serving import gates
 
 
@@ -45,6 +47,55 @@ def check_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -
         raise BadInputError(
             "; ".join(problem.text for problem in found), "; ".join(dict.fromkeys(problem.fix for problem in found))
         )
+
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, driver: Path = DRIVER) -> list[str]:
+    """Look at training's environment from here, where ``train`` is to run on GPUs and the environment is built.
+
+    Args:
+        driver: what the kernel says of NVIDIA's driver; absent where this machine has none.
+
+    Returns:
+        What a person should know: this machine may differ from the nodes, whose preflight judges.
+
+    Raises:
+        BadInputError: a package is missing, so everywhere; torch is a build for CPUs; no libcuda in ``cuda_compat``.
+    """
+    own = experiment.config["envs"]["train"] or {}
+    python = Path(experiment.python("train"))
+    if "train" not in rules or experiment.config["accelerator"] != "cuda" or own.get("activate"):
+        return []
+    compatibility = cuda_stack.compatibility_driver(own.get("cuda_compat") or "")
+    if (folder := own.get("cuda_compat")) and Path(folder).is_dir() and compatibility is None:
+        raise BadInputError(
+            f"envs.train.cuda_compat: {folder} holds no libcuda.so.1 that names its version",
+            "give the folder of the forward-compatibility package that holds it (envs/README.md)",
+        )
+    if not python.exists():  # built by a job of its own, or on the nodes' disks
+        return []
+    error = software.import_error("cuda", rule_settings.preflight(experiment).get("imports", ()), str(python))
+    if "No module named" in error:
+        raise BadInputError(
+            f"{python}: {error}",
+            "install it there, or take the locked environment (envs: {train: null}); flash-attn is needed by "
+            "train.attention: flash alone",
+        )
+    found = [f"{python} on this machine: {error}; preflight tries it on the nodes"] if error else []
+    torch = next(python.parent.parent.glob("lib/python*/site-packages/torch"), None)
+    cuda = cuda_stack.built_for(torch) if torch else None
+    if cuda == 0:
+        raise BadInputError(
+            f"{python} holds a torch that was built for CPUs alone",
+            "take the environment train-cuda, or write accelerator: cpu",
+        )
+    said = driver.read_text() if driver.exists() else ""
+    if cuda and (version := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", said)):
+        wrong = cuda_stack.problems(cuda, version[1], None, compatibility)
+        found += [f"this machine: {text}; preflight looks at the nodes' drivers" for text in wrong]
+    return found
 
 
 def check_template(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> list[str]:

@@ -130,6 +130,8 @@ def preflight(experiment: "Experiment") -> Values:
     if chosen["all_reduce_min_gb_per_second"] is None and experiment.config["accelerator"] == "cuda":
         least = duration.NETWORK_SHARE[0] * experiment.config["plan"]["node_gb_per_second"]
         chosen["all_reduce_min_gb_per_second"] = round(least, 3)
+    if experiment.config["train"]["attention"] == "flash":
+        chosen["imports"] = ["flash_attn"]
     return chosen
 
 

@@ -290,7 +290,8 @@ def check_before_start(workflow):
             return
         EXPERIMENT.check_external_paths(rules)
         known_at_start.check_gates(EXPERIMENT, rules)
-        for note in known_at_start.check_template(EXPERIMENT, rules):
+        notes = known_at_start.check_template(EXPERIMENT, rules) + known_at_start.check_stack(EXPERIMENT, rules)
+        for note in notes:
             TERMINAL.warn(note)
         if jobs := rules & job_resources.submitted(workflow):
             starting.check_slurm_answers(jobs)

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,11 @@ from . import gpus
 from .findings import Finding
 from .settings import Needs
 
-PACKAGES = ("torch", "transformers", "deepspeed", "mmengine", "xtuner", "safetensors", "numpy")  # of training's start
 # Oldest driver branch on Linux by CUDA's major version (CUDA Toolkit release notes, minor-version compatibility).
 LEAST_DRIVER = {12: 525, 13: 580}
 LEAST_CAPABILITY = {12: (5, 0), 13: (7, 5)}
 BFLOAT16 = (8, 0)
 AMPERE = "works without grouped products of experts and without cuDNN's unpadded attention; FP8 is not served"
-
-
-def missing(names: Iterable[str] = PACKAGES, find: Callable = importlib.util.find_spec) -> list[str]:
-    """Packages that training imports and this environment lacks."""
-    return [name for name in names if find(name) is None]
 
 
 def built_for(folder: Path | None = None) -> int | None:
@@ -108,8 +101,7 @@ def check(accelerator: str, driver: str, capabilities: list[str], environment: d
     """
     if accelerator == "cpu":
         return Finding("cuda stack", None, "training runs on CPU")
-    lacking = missing()
-    text = [f"the environment lacks {', '.join(lacking)}"] if lacking else []
+    text = []
     cuda = built_for()
     known = [tuple(map(int, c.split("."))) for c in capabilities if re.fullmatch(r"\d+\.\d+", c)]
     lowest = min(known) if known else None

@@ -11,7 +11,7 @@ CHECKS = {
     "local_disk": "free space of the node's own folder for temporary files",
     "shared_files": "a file written to the results folder, and another node's read back",
     "code": "the same workflow code on all nodes",
-    "software": "the same Python and packages on all nodes",
+    "software": "the same Python and packages on all nodes, and training can be imported",
     "model": "the same base model and tokens seen from all nodes",
     "clock": "clocks that agree",
     "ports": "the port of the rendezvous, free on every node and reachable from the others",

@@ -16,7 +16,7 @@ from .findings import CHECKS
 SILENT = "report"
 EXPLAINED = {  # check → what a difference means and what to do about it
     "code": "the workflow's code differs: a stale cache of the shared folder, or another checkout",
-    "software": "the environments differ: build it on the shared folder, or again on that node",
+    "software": "build the environment on the shared folder, or again on that node, so that all have the same",
     "model": "the node sees other files: a stale cache or another mount",
 }
 

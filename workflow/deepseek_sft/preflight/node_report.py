@@ -83,6 +83,11 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
 
         return look
 
+    def packages() -> Finding:
+        finding = alike("software", software.packages)()
+        error = software.import_error(place.accelerator, settings.imports)
+        return Finding("software", False, error, "imports") if error else finding
+
     def with_values(check: str, look: Callable[[], tuple[Finding, dict[str, Any]]]) -> Callable[[], Finding]:
         def inner() -> Finding:
             finding, report["same"][check] = look()
@@ -96,7 +101,7 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
     guarded("disk", lambda: machine.disk(needs, place.results, node.world_size))
     guarded("local_disk", lambda: machine.local_disk(settings))
     guarded("code", alike("code", software.code))
-    guarded("software", alike("software", software.packages))
+    guarded("software", packages)
     if place.folders:
         hashes = alike("model", lambda: {name: software.folder(path) for name, path in place.folders.items()})
         guarded("model", hashes)

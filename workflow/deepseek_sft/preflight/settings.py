@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .. import receipts
 from ..settings import reading
-from ..settings.fields import section
+from ..settings.fields import Text, section
 from ..settings.preflight import Checks
 
 GPU_PERCENT = 10.0
@@ -15,6 +15,9 @@ MOST_GLOO_NODES = 4  # above, CPU nodes are checked with plain sockets: no waiti
 @section
 class Settings(Checks):
     """What is checked, and from where on a node is bad."""
+
+    imports: tuple[Text, ...] = ()
+    """Modules that training imports beside its engine's."""
 
     def wants(self, check: str) -> bool:
         return check not in self.skip

@@ -1,14 +1,24 @@
-"""Fingerprints of what must be the same on every node: code, packages, model, tokens."""
+"""Fingerprints of what must be the same on every node: code, packages, model, tokens; and whether packages import."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+from .. import engines
+from ..printable import visible
+from ..python_path import with_library
 
 WORKFLOW = Path(__file__).resolve().parents[2]
 CODE = (".py", ".j2", ".sh", ".yaml")
 SMALL = 1 << 22  # bytes; smaller files are hashed whole
+IMPORT_S = 600.0  # hundreds of nodes read one shared folder at once
 END = 1 << 16  # bytes hashed at both ends of larger ones: a shard's header and its last tensor
 
 
@@ -28,6 +38,58 @@ def packages() -> dict[str, str]:
         if name:
             found.setdefault(name.lower(), distribution.version)
     return found
+
+
+def import_error(
+    accelerator: str, more: Iterable[str] = (), python: str = sys.executable, memory: Path | None = None
+) -> str:
+    """What goes wrong when everything is imported that the engine's ranks import; empty where nothing does.
+
+    Tried in a process of its own, on whatever device there is.
+
+    Args:
+        more: further modules.
+        python: interpreter to try.
+        memory: folder of this node that remembers environments that passed; None for one below that of temporary files.
+    """
+    words = [engines.XTUNER.imports, accelerator, *more]
+    passed = (memory or _memory()) / _digest(python, words)
+    if passed.exists():
+        return ""
+    environment = os.environ | {"PYTHONPATH": with_library(os.environ)}
+    if accelerator == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        done = subprocess.run(
+            [python, "-m", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=IMPORT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"what training imports is not there after {IMPORT_S:.0f} s"
+    except OSError as error:
+        return f"{python} cannot be started: {error.strerror}"
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        return f"training cannot be imported: {visible(said[-1][:300]) if said else f'exit code {done.returncode}'}"
+    with contextlib.suppress(OSError):  # what cannot be remembered is tried again
+        passed.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        passed.touch()
+    return ""
+
+
+def _memory() -> Path:
+    return Path(tempfile.gettempdir(), f"deepseek-sft-{os.getuid()}", "imports")
+
+
+def _digest(python: str, words: list[str]) -> str:
+    """Of an interpreter, the folders that its packages lie in, our code and the words."""
+    folders = sorted(Path(python).parent.parent.glob("lib/python*/site-packages"))
+    times = [f"{folder} {folder.stat().st_mtime_ns}" for folder in folders]
+    return hashlib.sha256("\0".join([python, *times, code()["code"], *words]).encode()).hexdigest()[:16]
 
 
 def folder(path: Path) -> str:

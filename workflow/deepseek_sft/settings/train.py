@@ -108,6 +108,9 @@ class Training:
     variable-length kernel for packed short samples; `flash` is the package flash-attn, which is in no lock."""
     seed: Count = 42
     """Seed of the sample order."""
+    deterministic: Truth = setting(False, later=True)
+    """Kernels that give the same bits every time; on GPUs slower, and what resumes there equals the unbroken run to the
+    bit with it alone. CPUs do either way."""
     save_every_steps: Positive = setting(100, operational=True)
     """A checkpoint every so many steps (operational: re-runs nothing)."""
     save_every_minutes: AboveZero | None = setting(None, operational=True)

@@ -1,6 +1,7 @@
 """xtuner's DeepSpeed strategy with our model in it: built once for a start, saved with every checkpoint."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,18 @@ class XtunerEngine:
 
     def __init__(self, config: EngineConfig, work: Path, read_weights: bool = True):
         self._config = config
+        deterministic = config.settings.deterministic
+        if deterministic:  # cuBLAS reads it at its first product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and no step reads such memory
+        randomness = {"seed": config.settings.seed, "deterministic": deterministic}
         self._strategy = DeepSpeedStrategy(
             config=dict(config.deepspeed),
             steps_per_print=config.deepspeed["steps_per_print"],  # else xtuner's own, whatever the configuration says
             sequence_parallel_size=config.settings.sequence_parallel_size,
             exclude_frozen_parameters=True,
             work_dir=str(work),
-            env_kwargs={"launcher": "pytorch", "randomness": {"seed": config.settings.seed, "deterministic": False}},
+            env_kwargs={"launcher": "pytorch", "randomness": randomness},
             log_kwargs={"log_level": "WARNING"},
         )
         self.model = _model(config, read_weights)
