@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap drills drills-without soak mutations gpu-check gpu-check-cpu lint format clean
+.PHONY: help demo status envs test test-swap drills drills-without soak soak-slurm mutations gpu-check gpu-check-cpu lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -17,6 +17,7 @@ help:
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
+	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
 	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
@@ -68,6 +69,13 @@ soak:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(PYTHON) workflow/scripts/build_env.py train
 	@$(DEV)/python tests/drills/soak.py $(SOAK)
+
+soak-slurm:
+	@cluster/install
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@SOAK_RUNS=$(or $(SOAK_RUNS),10) SOAK_SEED=$(or $(SOAK_SEED),18) $(DEV)/python -m pytest -s tests/drills/soak_on_slurm.py
 
 mutations:
 	@$(PYTHON) workflow/scripts/build_env.py dev

@@ -2,7 +2,7 @@
 the controller killed and started again, Snakemake killed, warnings, lost ranks. All end with the losses of a run that
 nothing befell, bit for bit, in one job.
 
-    SOAK_RUNS=6 SOAK_SEED=18 pytest -s tests/drills/soak_on_slurm.py
+    make soak-slurm SOAK_RUNS=10 SOAK_SEED=18
 
 Results go to ``soak-slurm.jsonl``. Run number N of a seed draws the same faults every time.
 """
