@@ -17,7 +17,7 @@ from project_copy import copy_of
 
 # Blocks that no test runs. Whoever adds one says so here.
 NOT_RUN = {
-    "takes long": 3,
+    "takes long": 4,
     "an excerpt": 1,
     "needs a cluster": 1,
     "needs a finished experiment": 1,
