@@ -14,6 +14,7 @@ from ..errors import BadInputError
 from . import fields
 
 Settings = TypeVar("Settings")
+LONGEST_SHOWN = 200  # characters of a refused value
 NAMING = ("missing", "unexpected_keyword_argument", "invalid_key")  # errors of pydantic that end with a key
 
 
@@ -115,9 +116,8 @@ def _explain(kind: Any, error: Any) -> str:
         inner = fields.inside(hint, part)
         for section in filter(fields.is_section, fields.members(hint)):
             meaning = fields.keys(section)[part].meaning if part in fields.keys(section) else meaning
-        if inner is not None or (
-            error["type"] in NAMING and depth == len(error["loc"])
-        ):  # else the tag of an alternative
+        named = error["type"] in NAMING and depth == len(error["loc"])
+        if inner is not None or named:  # else it is the tag of an alternative
             path.append(str(part))
             hint = inner if inner is not None else hint
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):  # a list that is too short
@@ -127,7 +127,9 @@ def _explain(kind: Any, error: Any) -> str:
         return _unknown_key(kind, hint, path, error["input"])
     if error["type"] == "missing":
         return f"{'.'.join(path[:-1]) or 'top level'}: the key `{path[-1]}` is missing: {meaning}"
-    return f"{place}: {error['input']!r} is not allowed, expected {fields.expected(hint)}. {meaning}".rstrip()
+    shown = repr(error["input"])
+    shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+    return f"{place}: {shown} is not allowed, expected {fields.expected(hint)}. {meaning}".rstrip()
 
 
 def _unknown_key(kind: Any, hint: Any, path: list[str], value: Any) -> str:
