@@ -95,7 +95,7 @@ def _refine_plan(experiment: "Experiment") -> Values:
     return {"train": {key: shaping[key] for key in used if key in shaping}}, others
 
 
-def _preflight(experiment: "Experiment") -> Values:
+def preflight(experiment: "Experiment") -> Values:
     """The floor of the bandwidth follows from the network that the plan assumes."""
     config = experiment.config
     chosen = {key: value for key, value in configuration.settled("preflight", config).items() if key != "in_training"}
@@ -131,7 +131,7 @@ ARGUMENTS: dict[str, Callable[["Experiment"], Words]] = {
 SETTINGS: dict[str, Callable[["Experiment"], Values]] = {
     "plan": _plan,
     "refine_plan": _refine_plan,
-    "preflight": _preflight,
+    "preflight": preflight,
     **dict.fromkeys(("rehearse", "train"), _train),
     **dict.fromkeys(("smoke_test", "serve"), _serve),
 }
