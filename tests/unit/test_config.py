@@ -66,14 +66,28 @@ def test_number_without_dot_is_read_as_a_number(production):
         ("train", "min_learning_rate", 1.0, ["train.min_learning_rate", "above learning_rate"]),
         ("smoke_test", "max_tokens", 99999, ["smoke_test.max_tokens", "max_model_len"]),
         ("model", "tiny", {}, ["exactly one of `base`", "`tiny`"]),
+        ("data", "sources", [{"pat": "x"}], ["data.sources.0.pat: unknown key; did you mean `path`?"]),
+        ("data", "sources", [{"format": "openai"}], ["data.sources.0: the key `path` is missing: File or glob"]),
+        ("data", "sources", ["a", 5], ["data.sources.1: 5 is not allowed, expected text that is not empty or keys"]),
+        ("data", "sources", [], ["data.sources: [] is not allowed, expected a list that is not empty: each"]),
+        ("data", "fields", {"a": "los"}, ["data.fields.a: 'los' is not allowed, expected one of loss, not loss"]),
+        ("envs", "train", {"activate": "x"}, ["envs.train: the key `python` is missing"]),
+        ("train", "adam_betas", [0.9], ["train.adam_betas: [0.9] is not allowed, expected a list: 2 values, each"]),
     ],
 )
 def test_error_names_key_value_and_what_is_allowed(production, section, key, value, expected):
-    production[section][key] = value
+    production.setdefault(section, {})[key] = value
     with pytest.raises(BadInputError) as error:
         config.resolve(production)
     for words in expected:
         assert words in str(error.value)
+
+
+def test_a_wrong_entry_is_told_and_not_its_list_as_well(production):
+    production["data"]["sources"] = ["a", 5]
+    with pytest.raises(BadInputError) as error:
+        config.resolve(production)
+    assert str(error.value).count("\n  - ") == 1
 
 
 def test_all_problems_are_told_at_once(production):

@@ -85,11 +85,11 @@ def test_conversion_and_its_check_are_given_the_same_format():
 
 def test_bandwidth_floor_follows_from_the_planned_network_on_gpus_alone():
     cuda = {"accelerator": "cuda", "train": {"ranks_per_node": None}, "plan": {"node_gb_per_second": 200}}
-    plain = rule_settings.preflight(demo(**cuda))
+    plain = rule_settings.preflight(demo(**cuda))[0]
     assert plain["all_reduce_min_gb_per_second"] == 80
-    stated = rule_settings.preflight(demo(**cuda, preflight={"all_reduce_min_gb_per_second": 7}))
+    stated = rule_settings.preflight(demo(**cuda, preflight={"all_reduce_min_gb_per_second": 7}))[0]
     assert stated["all_reduce_min_gb_per_second"] == 7
-    assert rule_settings.preflight(demo())["all_reduce_min_gb_per_second"] is None
+    assert rule_settings.preflight(demo())[0]["all_reduce_min_gb_per_second"] is None
 
 
 def test_preflight_is_a_step_of_training_unless_switched_off():

@@ -47,7 +47,7 @@ ANY: list[Any] = [
     *({"port": 1}, {"tensor-parallel-size": 16}, {"VLLM_API_KEY": "x"}, {"HF_TOKEN": "x"}, {1: 2}, {"path": "x"}),
     *({"zero_optimization": {"stage": 2}}, {"zero_optimization": {"overlap_comm": True}}, {"mask": "loss"}, {True: 1}),
     *("a\0b", "\ud800", datetime.date(2026, 1, 2), b"x", {"a": {1: 2, "b": 3}}, {"a": 10**50}, {"a": DEEP}),
-    *([{"path": "x", "weight": 0}], [{"path": "x", "format": "openai"}], [{"paht": "x"}], ["all_reduce", "all_reduce"]),
+    *([{"path": "x", "weight": 0}], [{"path": "x", "format": "openai"}], [{"file": "x"}], ["all_reduce", "all_reduce"]),
 ]
 REQUIRED = {  # what a rule gives its script beside the arguments of the configuration
     "prepare_data": "--receipt r",

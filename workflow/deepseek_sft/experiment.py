@@ -97,19 +97,19 @@ class Experiment:
 
     def arguments(self, rule: str) -> str:
         """Command-line arguments of a rule's script that decide its result, in a fixed order, shell-quoted."""
-        return shlex.join(map(str, rule_settings.ARGUMENTS[rule](self)))
+        return shlex.join(map(str, rule_settings.ARGUMENTS[rule](self)[0]))
 
     def operational_arguments(self, rule: str) -> str:
         """Arguments that steer a rule's run without changing its result."""
-        return shlex.join(map(str, rule_settings.STEERING_ARGUMENTS[rule](self)))
+        return shlex.join(map(str, rule_settings.ARGUMENTS[rule](self)[1]))
 
     def settings(self, rule: str) -> str:
         """Canonical JSON of the settings that decide the result of plan, preflight, train, smoke_test or serve."""
-        return files.canonical_json(rule_settings.SETTINGS[rule][0](self))
+        return files.canonical_json(rule_settings.SETTINGS[rule](self)[0])
 
     def operational(self, rule: str) -> str:
         """Canonical JSON of the settings of the same rules that change no result."""
-        return files.canonical_json(rule_settings.SETTINGS[rule][1](self))
+        return files.canonical_json(rule_settings.SETTINGS[rule](self)[1])
 
     def rehearsal_options(self) -> str:
         """Canonical JSON of what a rehearsal is judged by, training's resources apart."""

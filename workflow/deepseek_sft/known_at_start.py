@@ -76,7 +76,7 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
         )
     if not python.exists():  # built by a job of its own, or on the nodes' disks
         return []
-    error = software.import_error("cuda", rule_settings.preflight(experiment).get("imports", ()), str(python))
+    error = software.import_error("cuda", rule_settings.preflight(experiment)[0].get("imports", ()), str(python))
     if "No module named" in error:
         raise BadInputError(
             f"{python}: {error}",

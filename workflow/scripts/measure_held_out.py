@@ -13,10 +13,10 @@ import _bootstrap  # noqa: F401
 from deepseek_sft import cli, files
 from deepseek_sft.serving import before
 from deepseek_sft.serving.smoke_settings import SmokeSettings
+from deepseek_sft.settings import options
 
 
 def main() -> None:
-    default = SmokeSettings()
     parser = cli.parser(__doc__)
     parser.add_argument("--url", required=True, help="base URL of the server, http://host:port")
     parser.add_argument("--model", required=True, help="name it serves the model under")
@@ -26,11 +26,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="measurement to write, JSON")
     parser.add_argument("--reasoning-parser", default="deepseek_r1", help="the server's parser, or none")
     parser.add_argument("--no-answers", action="store_true", help="measure the loss only")
-    parser.add_argument("--max-tokens", type=int, default=default.max_tokens, help="longest answer in tokens")
-    parser.add_argument("--concurrency", type=int, default=default.concurrency, help="requests at the same time")
-    parser.add_argument(
-        "--request-timeout-s", type=float, default=default.request_timeout_s, help="deadline of one request in seconds"
-    )
+    options.add(parser, SmokeSettings, "max_tokens", "concurrency", "request_timeout_s")
     arguments = parser.parse_args()
 
     files.require_writable(arguments.output)

@@ -216,7 +216,8 @@ def expected(hint: Any) -> str:
     if origin is Annotated:
         said = next((mark.words for mark in parts if isinstance(mark, Said)), None)
         bounds = [BOUNDS[type(mark)].format(mark) for mark in parts if type(mark) in BOUNDS]
-        return said or " ".join([expected(parts[0]), " and ".join(bounds)]).strip()
+        first, colon, rest = expected(parts[0]).partition(":")
+        return said or " ".join([first, " and ".join(bounds)]).strip() + colon + rest
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin is tuple:

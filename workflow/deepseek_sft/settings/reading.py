@@ -14,6 +14,8 @@ from ..errors import BadInputError
 from . import fields
 
 Settings = TypeVar("Settings")
+LONGEST_SHOWN = 200  # characters of a refused value
+NAMING = ("missing", "unexpected_keyword_argument", "invalid_key")  # errors of pydantic that end with a key
 
 
 def read(kind: type[Settings], path: str | Path, complete: bool = False) -> Settings:
@@ -57,7 +59,9 @@ def check(kind: type[Settings], values: dict[str, Any]) -> tuple[Settings, list[
     try:
         settings = _adapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        told = (_explain(kind, one) for one in error.errors(include_url=False, include_context=False))
+        found = error.errors(include_url=False, include_context=False)
+        inner = {one["loc"][:length] for one in found for length in range(len(one["loc"]))}  # a list of wrong entries
+        told = (_explain(kind, one) for one in found if one["loc"] not in inner)
         return None, list(dict.fromkeys(told))  # type: ignore[return-value]
     return settings, list(problems(settings))
 
@@ -108,21 +112,24 @@ def _lacking(kind: Any, values: dict[str, Any], prefix: str = "") -> Iterator[st
 def _explain(kind: Any, error: Any) -> str:
     """One line for one error of pydantic."""
     hint, meaning, path = kind, "", []
-    for part in error["loc"]:
+    for depth, part in enumerate(error["loc"], 1):
         inner = fields.inside(hint, part)
         for section in filter(fields.is_section, fields.members(hint)):
             meaning = fields.keys(section)[part].meaning if part in fields.keys(section) else meaning
-        if inner is not None or part == error["loc"][-1]:  # else the tag of an alternative
+        named = error["type"] in NAMING and depth == len(error["loc"])
+        if inner is not None or named:  # else it is the tag of an alternative
             path.append(str(part))
             hint = inner if inner is not None else hint
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):  # a list that is too short
         return _explain(kind, error | {"loc": error["loc"][:-1], "type": "list"})
     place = ".".join(path)
-    if error["type"] in ("unexpected_keyword_argument", "invalid_key"):
+    if error["type"] in NAMING[1:]:
         return _unknown_key(kind, hint, path, error["input"])
     if error["type"] == "missing":
         return f"{'.'.join(path[:-1]) or 'top level'}: the key `{path[-1]}` is missing: {meaning}"
-    return f"{place}: {error['input']!r} is not allowed, expected {fields.expected(hint)}. {meaning}".rstrip()
+    shown = repr(error["input"])
+    shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+    return f"{place}: {shown} is not allowed, expected {fields.expected(hint)}. {meaning}".rstrip()
 
 
 def _unknown_key(kind: Any, hint: Any, path: list[str], value: Any) -> str:
@@ -133,6 +140,8 @@ def _unknown_key(kind: Any, hint: Any, path: list[str], value: Any) -> str:
         return f"{place}: unknown key; `{key}` belongs to `{elsewhere[0]}:`"
     known = [name for member in fields.members(hint) if fields.is_section(member) for name in fields.keys(member)]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near and any(map(str.isdecimal, parents)):
+        return f"{place}: unknown key; did you mean `{near[0]}`?"
     if not near:
         return f"{place}: unknown key; known keys here: {', '.join(known)}"
     shown = value if isinstance(value, (str, int, float, bool)) else "…"

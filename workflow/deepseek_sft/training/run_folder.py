@@ -11,11 +11,13 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import files, json_files
 from ..errors import BadInputError, GateError, StageError, StoppedError
-from .settings import Settings
+
+if TYPE_CHECKING:
+    from .settings import Settings  # read where training is, not where a run is looked at
 
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 STATUS, GATE, STOP, CONFIG = "status.json", "gate.json", "stop", "engine.json"
@@ -65,7 +67,7 @@ def write_gate(run: Path, kind: str, message: str, value: float | None) -> None:
     files.write_json(run / GATE, {"kind": kind, "message": message, "value": value})
 
 
-def check_gate(run: Path, settings: Settings) -> None:
+def check_gate(run: Path, settings: "Settings") -> None:
     """Stop a run whose gate failed before; a gate that the settings have opened since is forgotten.
 
     Raises:
