@@ -14,6 +14,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARY = Path("workflow/deepseek_sft")
+MOST = 8  # files of tests that one changed file may ask for: more would take longer than a minute
 
 
 def git(*words: str) -> str:
@@ -52,23 +53,32 @@ def is_named_after(test: Path, module: str) -> bool:
     return words in ("_".join(parts[1:]), parts[-1])
 
 
-def tests_of(files: list[Path]) -> list[Path]:
-    """Unit tests that the changed files ask for, in order."""
+def tests_of(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Unit tests that the changed files ask for, in order; and what is left to the whole suite, as sentences."""
     tests = [path.relative_to(PROJECT) for path in sorted((PROJECT / "tests/unit").rglob("test_*.py"))]
     texts = {test: (PROJECT / test).read_text(encoding="utf-8") for test in tests}
     imports = {test: set(imported(PROJECT / test)) for test in tests}
-    found = set(tests) & set(files)
+    found, left = set(tests) & set(files), []
     for file in files:
         is_helper = file.parts[0] == "tests" and file.suffix == ".py" and not file.name.startswith("test_")
+        named: set[Path] = set()
         if is_helper or (LIBRARY in file.parents and file.suffix == ".py"):
             module = module_of(file)
-            found |= {test for test in tests if module in imports[test] or is_named_after(test, module)}
-        elif "golden" in file.parts:
-            found |= {test for test in tests if "golden" in texts[test]}
+            named = {test for test in tests if is_named_after(test, module)}
+            users = {test for test in tests if module in imports[test]} - named
+        elif "golden" in file.parts or file.suffix == ".j2":
+            users = {test for test in tests if "golden" in texts[test]}
         elif file.parts[0] in ("workflow", "profiles", "config", "envs"):
             name = file.stem if file.suffix == ".py" else file.name  # scripts are also imported
-            found |= {test for test in tests if name in texts[test]}
-    return [test for test in tests if test in found]
+            users = {test for test in tests if name in texts[test]}
+        else:
+            continue
+        found |= named
+        if len(users) > MOST:
+            left.append(f"{file}: {len(users)} files of tests use it, which `make test` runs")
+        else:
+            found |= users
+    return [test for test in tests if test in found], left
 
 
 def linters(files: list[Path]) -> Iterator[list[str]]:
@@ -89,8 +99,13 @@ def linters(files: list[Path]) -> Iterator[list[str]]:
 
 def main() -> int:
     files = changed(sys.argv[1] if len(sys.argv) > 1 else "main")
-    tests = tests_of(files)
-    print(f"{len(files)} changed files; unit tests: {', '.join(test.stem for test in tests) or 'none'}", flush=True)
+    tests, left = tests_of(files)
+    print(
+        f"{len(files)} changed files; unit tests: {', '.join(test.stem for test in tests) or 'none'}",
+        *left,
+        sep="\n",
+        flush=True,
+    )
     failed = [command[0] for command in linters(files) if subprocess.run(command, cwd=PROJECT).returncode]
     if tests:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "--dist", "loadfile", *map(str, tests)]
