@@ -1,4 +1,4 @@
-# make demo · make status · make test · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
+# make demo · make status · make check · make test · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
 PYTHON ?= python3
 # Test files run side by side: most of them wait for clusters and trainers more than they compute.
 WORKERS ?= 2
@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap drills drills-without soak soak-slurm mutations gpu-check gpu-check-cpu lint format clean
+.PHONY: help demo status envs test test-swap drills drills-without soak soak-slurm mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -21,6 +21,7 @@ help:
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
 	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
+	@echo "make check  linters and unit tests of what changed since this branch left main; SINCE=COMMIT for another one"
 	@echo "make lint   ruff, snakefmt, codespell, snakemake --lint, shellcheck"
 	@echo "make clean  results, logs and environments of this checkout"
 
@@ -87,6 +88,10 @@ gpu-check:
 gpu-check-cpu:
 	@$(PYTHON) workflow/scripts/build_env.py train
 	@.envs/train/bin/python tests/gpu/check.py --device cpu --small --output results/gpu-check-cpu.json
+
+check:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@PATH="$(CURDIR)/$(DEV):$$PATH" $(DEV)/python tests/changed.py $(SINCE)
 
 lint:
 	@$(PYTHON) workflow/scripts/build_env.py dev

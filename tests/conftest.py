@@ -6,10 +6,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# How long an example takes says something about the machine's other work, nothing about the code.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
-
 PROJECT = Path(__file__).resolve().parents[1]
 
 # An example may take as long as a busy machine makes it take: time is no promise of a unit test.

@@ -6,6 +6,8 @@ A mechanism is a passage of the copy's code or templates, and what stands there 
 import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +15,16 @@ from pathlib import Path
 import drill_site
 import pytest
 from drill_site import DrillSite
+from project_copy import copy_of
 
 pytest.register_assert_rewrite("drills.slurm_drills", "drills.warning_drills")
 from drills import slurm_drills, warning_drills  # noqa: E402
 
-pytestmark = pytest.mark.cluster
 site = drill_site.site
 LONGEST_S = 150  # a drill that hangs without its mechanism has failed
 FAILED = (AssertionError, pytest.fail.Exception)
 JOBS, TEMPLATES = "workflow/deepseek_sft/cluster_jobs", "workflow/templates"
+LIBRARY, UNIT = "workflow/deepseek_sft", "tests/unit"
 TRAIN, MACROS = f"{TEMPLATES}/train.sbatch.j2", f"{TEMPLATES}/macros.sbatch.j2"
 
 
@@ -31,7 +34,7 @@ class Mechanism:
     file: str
     there: str
     instead: str
-    drill: Callable[..., None]
+    drill: Callable[..., None] | str  # or a file of unit tests
     also: tuple[str, str, str] | None = None  # a second net behind it
 
 
@@ -161,7 +164,89 @@ MECHANISMS = [
     ),
 ]
 
+# Mechanisms whose drill is a unit test: no cluster is needed.
+IN_UNIT_TESTS = [
+    Mechanism(
+        "checksums of what resuming reads",
+        f"{LIBRARY}/checkpoint/rank_state.py",
+        "if error := checksums.error_of(verdict.damaged):",
+        "if error := None:",
+        f"{UNIT}/test_checkpoint_resume.py",
+    ),
+    Mechanism(
+        "restricted unpickler",
+        f"{LIBRARY}/checkpoint/torch_pickle.py",
+        'raise UnknownNameError(f"it asks for {module}.{name}, which no checkpoint needs")',
+        "return super().find_class(module, name)",
+        f"{UNIT}/test_checkpoint_gadgets.py",
+    ),
+    Mechanism(
+        "judging of the marker",
+        f"{LIBRARY}/training/checkpoints.py",
+        "if reason := _malformed(marker):",
+        "if reason := None:",
+        f"{UNIT}/test_checkpoint_resume.py",
+    ),
+    Mechanism(
+        "sums of token shards",
+        f"{LIBRARY}/data/tokens.py",
+        "if found != expected:",
+        "if False:",
+        f"{UNIT}/test_data_token_sums.py",
+    ),
+    Mechanism(
+        "sums of the base",
+        f"{LIBRARY}/checkpoint/base_sums.py",
+        'elif digest != sums[name]["sha256"]:',
+        "elif False:",
+        f"{UNIT}/test_base_sums.py",
+    ),
+    Mechanism(
+        "faults of disks in words",
+        f"{LIBRARY}/cli.py",
+        "if fault := environment_faults.explain(error):",
+        "if fault := None:",
+        f"{UNIT}/test_environment_faults.py",
+    ),
+    Mechanism(
+        "removal of leftovers",
+        f"{LIBRARY}/files.py",
+        "leftovers.sweep([folder])",
+        "pass",
+        f"{UNIT}/test_environment_faults.py",
+    ),
+    Mechanism(
+        "keys that stand twice",
+        f"{LIBRARY}/json_files.py",
+        "if len(value) != len(pairs):",
+        "if False:",
+        f"{UNIT}/test_json_files.py",
+    ),
+    Mechanism(
+        "types in receipts",
+        f"{LIBRARY}/receipts.py",
+        "        check(receipt)\n",
+        "",
+        f"{UNIT}/test_json_files.py",
+    ),
+    Mechanism(
+        "recognition of copies",
+        f"{LIBRARY}/adoption.py",
+        "if found := foreign(results):",
+        "if found := None:",
+        f"{UNIT}/test_adoption.py",
+    ),
+    Mechanism(
+        "a log that cannot be written",
+        "workflow/scripts/stage.sh",
+        "exit 2\nfi\necho",
+        "fi\necho",
+        f"{UNIT}/test_environment_faults.py",
+    ),
+]
 
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda mechanism: mechanism.name)
 def test_a_drill_fails_without_its_mechanism(site: DrillSite, mechanism: Mechanism, tmp_path: Path) -> None:
     texts = {}
@@ -188,3 +273,16 @@ def test_a_drill_fails_without_its_mechanism(site: DrillSite, mechanism: Mechani
     figures = {"without": mechanism.name, "failed": mechanism.drill.__name__, "told": told}
     with open(drill_site.FIGURES, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(figures | {"seconds": round(time.monotonic() - begin)}) + "\n")
+
+
+@pytest.mark.parametrize("mechanism", IN_UNIT_TESTS, ids=lambda mechanism: mechanism.name)
+def test_a_unit_test_fails_without_its_mechanism(project: Path, tmp_path: Path, mechanism: Mechanism) -> None:
+    clone = copy_of(project, tmp_path)
+    (clone / ".envs").symlink_to(project / ".envs")
+    text = (clone / mechanism.file).read_text()
+    assert text.count(mechanism.there) == 1, f"{mechanism.file} has changed: name the mechanism's passage anew"
+    (clone / mechanism.file).write_text(text.replace(mechanism.there, mechanism.instead))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(mechanism.drill)]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, f"{mechanism.drill} passes without it"
+    assert "\nFAILED" in done.stdout, done.stdout

@@ -1,5 +1,6 @@
 """nvidia-smi and NVML as preflight reads them, and NCCL's flight recorder."""
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -10,6 +11,7 @@ from check import Place, Row
 
 from deepseek_sft.preflight import gpus
 from deepseek_sft.preflight.settings import Needs
+from deepseek_sft.training import device_health, watchdog
 
 
 def rows(place: Place) -> list[Row]:
@@ -36,38 +38,29 @@ def nvml(place: Place) -> Row:
         import pynvml
     except ModuleNotFoundError:
         return Row(name, None, {"not judged": "no pynvml here"})
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
-    reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    figures = {"SM MHz": clock, "throttling": hex(reasons), "W": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000}
-    try:
-        kind, counter = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
-        figures["ECC"] = pynvml.nvmlDeviceGetTotalEccErrors(handle, kind, counter)
-    except pynvml.NVMLError as caught:
-        figures["ECC"] = str(caught)
-    return Row(name, clock > 0, figures)
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    found = device_health.look_with_nvml(pynvml, uuid)()
+    figures = dataclasses.asdict(found) | {"throttling": device_health.words(found.reasons)}
+    return Row(name, found.most_mhz > 0, figures)
 
 
 def flight_recorder(place: Place) -> Row:
     """After one collective the recorder must hold it; gloo's recorder, where torch has one, stands in on a CPU."""
     os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "200")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
-    name, functions = "the flight recorder holds the last collective", torch._C._distributed_c10d
-    dumps = ("_dump_nccl_trace", "_dump_fr_trace") if place.device == "cuda" else ("_dump_fr_trace",)
-    dump = next((getattr(functions, one) for one in dumps if hasattr(functions, one)), None)
-    if dump is None:
-        return Row(name, None, {"not judged": "this torch has none for this device"})
+    name = "the flight recorder holds the last collective"
     backend = "nccl" if place.device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{place.work / 'store'}", rank=0, world_size=1)
     value = torch.ones(4, device=place.device)
     dist.all_reduce(value)
     if place.device == "cuda":
         torch.cuda.synchronize()
-    entries = pickle.loads(dump()).get("entries", [])
+    trace = place.work / "flight-recorder.pickle"
+    told = watchdog.dump_flight_recorder(trace)
     dist.destroy_process_group()
-    names = [str(entry.get("profiling_name")) for entry in entries]
+    if not trace.exists():
+        return Row(name, None if told == watchdog.NO_RECORDER else False, {"not judged": told})
+    names = [str(entry.get("profiling_name")) for entry in pickle.loads(trace.read_bytes()).get("entries", [])]
     good = any("all_reduce" in one for one in names)
-    return Row(
-        name, good if place.device == "cuda" or names else None, {"entries": len(names), "function": dump.__name__}
-    )
+    return Row(name, good if place.device == "cuda" or names else None, {"entries": len(names), "told": told})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_sft.checkpoint import memory, number_formats, safetensors_files
-from deepseek_sft.checkpoint.sizes import parse_size, show_size
+from deepseek_sft.checkpoint.sizes import parse_size
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.model.release import TensorSpec
 
@@ -134,10 +134,6 @@ def test_sizes_are_read_as_written(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(BadInputError):
         parse_size(text)
-
-
-def test_sizes_are_shown_in_powers_of_1024():
-    assert [show_size(n) for n in (5, 1536, 3 << 40)] == ["5 B", "1.5 KiB", "3.00 TiB"]
 
 
 @given(st.integers(1, 64), st.integers(30, 40))

@@ -162,7 +162,7 @@ def test_reasons_why_no_swap_can_be_had_are_told(tmp_path, machine, monkeypatch)
     refused("on tmpfs, where no swap file can be", folder=tmp_path / "memory")
     refused("does not exist", folder=tmp_path / "absent")
     refused("free, the swap file needs", needed=1 << 60)
-    refused("the control group allows 1.0 KiB", found=Memory(GIB, 0, GIB, GIB, group_swap=1024))
+    refused("the control group allows 1.00 KiB", found=Memory(GIB, 0, GIB, GIB, group_swap=1024))
     monkeypatch.setattr(swap.os, "geteuid", lambda: 1000)
     refused("must be root")
 

@@ -242,3 +242,11 @@ def test_spare_nodes_need_preflight_to_choose_them():
     with pytest.raises(BadInputError, match="spare_nodes: preflight chooses among the nodes"):
         demo(train={"spare_nodes": 2}, preflight={"in_training": False})
     assert changed(train={"spare_nodes": 2, "slow_rank_percent": 5}) == set()
+
+
+@pytest.mark.parametrize(
+    ("rule", "section"), [("train", "train"), ("rehearse", "train"), ("smoke_test", "serve"), ("serve", "serve")]
+)
+def test_a_missing_secrets_file_is_named_before_the_stage_that_reads_it_starts(rule, section, tmp_path):
+    with pytest.raises(BadInputError, match="absent"):
+        demo(**{section: {"secrets_file": str(tmp_path / "absent")}}).check_external_paths([rule])

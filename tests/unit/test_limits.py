@@ -109,9 +109,9 @@ def test_a_stated_limit_is_not_moved_by_measured_times(tmp_path):
         dog.close()
 
 
-@pytest.mark.parametrize("name", ["_dump_fr_trace", "_dump_nccl_trace"])
-def test_the_flight_recorder_is_written_under_its_new_and_its_old_name(name, tmp_path, monkeypatch):
-    module = types.SimpleNamespace(**{name: lambda: b"collectives"})
+@pytest.mark.parametrize("others", [{}, {"_dump_fr_trace": lambda: b"nothing: gloo's"}])
+def test_the_flight_recorder_of_nccl_is_written_where_torch_has_one(others, tmp_path, monkeypatch):
+    module = types.SimpleNamespace(_dump_nccl_trace=lambda: b"collectives", **others)
     monkeypatch.setitem(sys.modules, "torch._C._distributed_c10d", module)
     told = watchdog.dump_flight_recorder(tmp_path / "logs" / "trace")
     assert (tmp_path / "logs" / "trace").read_bytes() == b"collectives"

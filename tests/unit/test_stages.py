@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from deepseek_sft import adoption, interpreter, stages
+from deepseek_sft.report import sections
 
 PROJECT = Path(__file__).resolve().parents[2]
 WORKFLOW = PROJECT / "workflow"
@@ -90,3 +91,7 @@ def test_rows_stand_in_an_order_in_which_each_can_be_made():
     for name in stages.CHAIN:
         assert set(stages.BY_NAME[name].needs) <= made
         made.add(name)
+
+
+def test_every_section_of_the_report_with_parts_of_its_own_has_a_row():
+    assert set(sections.PARTS) <= set(stages.SECTIONS)

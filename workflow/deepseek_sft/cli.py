@@ -29,12 +29,9 @@ def json_object(option: str, text: str) -> dict[str, Any]:
         BadInputError: it is none.
     """
     try:
-        value = json_files.parse(text, None)
-    except ValueError as error:
-        raise BadInputError(f"{option} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInputError(f"{option} is not a JSON object")
-    return value
+        return json_files.parse(text)
+    except json_files.NotJsonError as error:
+        raise BadInputError(f"{option} is not the JSON object that it has to be: {error}") from None
 
 
 def say(message: str) -> None:

@@ -23,8 +23,8 @@ import _bootstrap  # noqa: F401
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.checkpoint import base_model, conversion_plan, convert, memory, outputs, parts, swap, zero
 from deepseek_sft.checkpoint.model_writer import Progress, finished_files
-from deepseek_sft.checkpoint.sizes import show_size
 from deepseek_sft.errors import BadInputError, StoppedError
+from deepseek_sft.report.formatting import byte_size
 from deepseek_sft.settings import options
 from deepseek_sft.settings.convert import Convert
 
@@ -139,7 +139,7 @@ def _tell(args: argparse.Namespace, conversion: convert.Conversion, progress: Pr
     if non_finite:
         count, names = sum(non_finite.values()), ", ".join(list(non_finite)[:5])
         cli.say(f"warning: {count} values are infinite or not numbers, in {names}")
-    peak = show_size(memory.peak_resident())
+    peak = byte_size(memory.peak_resident())
     if progress.already_complete:
         cli.say(f"{args.output} is complete already, made from the same checkpoint and base: nothing to do")
     elif part := conversion.options.part:

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..report.formatting import byte_size
 from . import bandwidth
 from .convert import Conversion
 from .partitioned import Partitioned
 from .parts import Part, share
 from .safetensors_files import ITEM_SIZES
-from .sizes import show_size
 
 MOST_PROBED = 64  # parameters
 
@@ -63,14 +63,14 @@ def describe(conversion: Conversion, shares: int) -> dict[str, Any]:
 def summary(plan: dict[str, Any]) -> str:
     """The plan in two lines for people."""
     speed, seconds, shares = plan["measured_bytes_per_second"], plan["seconds"], len(plan["bytes_of_each_share"])
-    rates = ", ".join(f"{name} {show_size(rate)}/s" if rate else f"{name} unknown" for name, rate in speed.items())
+    rates = ", ".join(f"{name} {byte_size(rate)}/s" if rate else f"{name} unknown" for name, rate in speed.items())
     time = "time unknown: the output's folder cannot be written, or the checkpoint is too small to measure"
     if seconds:
         time = f"{_duration(seconds[0])} to {_duration(seconds[1])}"
         time += f" on {shares} nodes, each as fast as this one" if shares > 1 else ""
     return (
-        f"plan: {plan['tensors']:,} tensors in {len(plan['shards'])} files; reads {show_size(plan['bytes_to_read'])}, "
-        f"writes {show_size(plan['bytes_to_write'])}, buffers {show_size(plan['memory_bytes'])}\n"
+        f"plan: {plan['tensors']:,} tensors in {len(plan['shards'])} files; reads {byte_size(plan['bytes_to_read'])}, "
+        f"writes {byte_size(plan['bytes_to_write'])}, buffers {byte_size(plan['memory_bytes'])}\n"
         f"measured here: {rates}; {time}"
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from .. import cli, files
 from ..errors import BadInputError
 from ..model import release
+from ..report.formatting import byte_size
 from . import fp8_blocks, memory, number_formats, reading, swap
 from .base_model import BaseModel, companions
 from .byte_ranges import OpenFiles, allow_open_files
@@ -20,7 +21,6 @@ from .partitioned import Partitioned
 from .parts import Part
 from .release_names import prefix_of, release_sources
 from .safetensors_files import Shard, StoredTensor
-from .sizes import show_size
 from .sources import Source
 from .zero import Checkpoint
 
@@ -138,8 +138,8 @@ def check_rows(rows: Rows, buffers: memory.Buffers) -> None:
     """
     if rows.largest > buffers.chunk:
         raise BadInputError(
-            f"quantising needs {show_size(rows.largest * BYTES_PER_ELEMENT)} for each of {buffers.workers} threads, "
-            f"the memory bound leaves {show_size(buffers.chunk * BYTES_PER_ELEMENT)}",
+            f"quantising needs {byte_size(rows.largest * BYTES_PER_ELEMENT)} for each of {buffers.workers} threads, "
+            f"the memory bound leaves {byte_size(buffers.chunk * BYTES_PER_ELEMENT)}",
             "raise --memory, or give fewer --workers",
         )
 
@@ -178,8 +178,8 @@ def prepare(checkpoint: Checkpoint, base: BaseModel, output: Path, options: Opti
         cli.say(f"{len(restored)} router biases lost precision in training; taken unchanged from the base")
     if frozen:
         cli.say(f"{len(frozen)} parameters are not in the checkpoint (first {frozen[0]}); taken from the base: frozen")
-    beyond = f"{show_size(buffers.beyond)} of them in swap" if buffers.beyond else "no swap used"
-    cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, {beyond}")
+    beyond = f"{byte_size(buffers.beyond)} of them in swap" if buffers.beyond else "no swap used"
+    cli.say(f"memory: {found}; up to {byte_size(buffers.size)} of buffers in {buffers.workers} threads, {beyond}")
 
     config = output_config(base, options.dtype, options.mtp)
     identity = {

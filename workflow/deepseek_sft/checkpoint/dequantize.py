@@ -9,13 +9,13 @@ import numpy as np
 from .. import cli, files
 from ..errors import BadInputError
 from ..model.release import SCALE_SUFFIX
+from ..report.formatting import byte_size
 from . import memory
 from .base_model import BaseModel
 from .byte_ranges import OpenFiles, allow_open_files
 from .convert import copy_companions, make
 from .model_writer import Plan, Progress, write_model
 from .outputs import Rows, copied_sources, identity_of_config, output_config, output_shards, output_specs
-from .sizes import show_size
 
 SHOWN = 5  # tensors named in a message
 BYTES_PER_ELEMENT = 11  # of a work item: code, its value, the result
@@ -51,7 +51,7 @@ def dequantize(base: BaseModel, output: Path, options: Options) -> Progress:
         cli.say(f"{base.folder} is FP8 ({quantised} matrices): dequantising to {output}")
     else:
         cli.say(f"writing {base.config['num_hidden_layers']} layers of {base.folder} to {output}")
-    cli.say(f"memory: {found}; up to {show_size(buffers.size)} of buffers in {buffers.workers} threads, no swap used")
+    cli.say(f"memory: {found}; up to {byte_size(buffers.size)} of buffers in {buffers.workers} threads, no swap used")
     config = output_config(base, "bf16", options.mtp)
     plan = Plan(
         output=output,

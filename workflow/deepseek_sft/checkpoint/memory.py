@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BadInputError
+from ..report.formatting import byte_size
 from . import number_formats
-from .sizes import parse_size, show_size
+from .sizes import parse_size
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 MAX_AUTOMATIC = 2 << 30  # more buffers than this do not make streaming faster
@@ -45,11 +46,11 @@ class Memory:
         return self.swap_free if self.group_swap is None else min(self.swap_free, self.group_swap)
 
     def __str__(self) -> str:
-        group = "none" if self.group_limit is None else show_size(self.group_limit)
-        swap = show_size(self.swap_free)
+        group = "none" if self.group_limit is None else byte_size(self.group_limit)
+        swap = byte_size(self.swap_free)
         if self.group_swap is not None:
-            swap += f" (the group may use {show_size(self.group_swap)})"
-        return f"available {show_size(self.available)}, control group limit {group}, free swap {swap}"
+            swap += f" (the group may use {byte_size(self.group_swap)})"
+        return f"available {byte_size(self.available)}, control group limit {group}, free swap {swap}"
 
 
 def _number(path: Path) -> int | None:
@@ -171,7 +172,7 @@ def plan_buffers(
         bound = parse_size(option)
         if bound < smallest:
             raise BadInputError(
-                f"--memory {option} is less than {show_size(smallest)}, which {workers} threads need",
+                f"--memory {option} is less than {byte_size(smallest)}, which {workers} threads need",
                 "give more memory or fewer --workers",
             )
     chunk = min(max(LARGEST_CHUNK, largest), (bound // workers - BLOCK_BYTES) // bytes_per_element)

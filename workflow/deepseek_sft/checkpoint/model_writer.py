@@ -15,11 +15,11 @@ from typing import Any
 
 from .. import cli, files, json_files
 from ..errors import BadInputError, CrashError
+from ..report.formatting import byte_size
 from .parts import Part, share
 from .progress_folder import Finished, ProgressFolder, difference
 from .safetensors_files import INDEX_NAME, SINGLE_FILE, Shard, index_of
 from .shard_writer import Item, Produce, items, write_shards
-from .sizes import show_size
 
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 ORIGIN = "origin.json"
@@ -178,7 +178,7 @@ def _resume(plan: Plan, folder: ProgressFolder) -> Progress:
     free = shutil.disk_usage(folder.incomplete).free
     if free < missing:
         raise BadInputError(
-            f"{plan.output.parent} has {show_size(free)} free, the result still needs {show_size(missing)}",
+            f"{plan.output.parent} has {byte_size(free)} free, the result still needs {byte_size(missing)}",
             "free space or choose another --output",
         )
     return progress
@@ -192,7 +192,7 @@ def _write(plan: Plan, folder: ProgressFolder, produce: Produce, progress: Progr
         folder.finish(shard, Finished(non_finite, plan.note(shard)))
         progress.done[shard.name] = non_finite
         progress.written += shard.size
-        cli.say(f"{shard.name}: {show_size(shard.size)}, {len(progress.done)}/{len(plan.own_shards)}")
+        cli.say(f"{shard.name}: {byte_size(shard.size)}, {len(progress.done)}/{len(plan.own_shards)}")
 
     missing = [shard for shard in plan.own_shards if shard.name not in progress.done]
     write_shards(folder.incomplete, missing, work_items, produce, plan.workers, plan.expect, published)

@@ -22,12 +22,3 @@ def parse_size(text: str) -> int:
     if unit is None or float(match[1]) * unit < 1:
         raise BadInputError(f"{text!r} is not a size", "write it like 5GB, 512MiB or 1000000")
     return int(float(match[1]) * unit)
-
-
-def show_size(size: float) -> str:
-    """``1.5 GiB`` of a number of bytes."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from .. import cli, files, json_files
 from ..errors import BadInputError
+from ..report.formatting import byte_size
 from .memory import Memory
-from .sizes import show_size
 
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs")  # local ones on which the kernel swaps to a file as it is
 RESERVE = 64 << 20  # beyond what is needed: the kernel's own pages, the header, rounding
@@ -92,7 +92,7 @@ def _check(size: int, folder: Path, memory: Memory) -> None:
     advice = "lower --memory; streaming itself needs no swap"
     if memory.group_swap is not None and memory.group_swap < size:
         raise BadInputError(
-            f"--swap auto needs {show_size(size)} of swap, the control group allows {show_size(memory.group_swap)}",
+            f"--swap auto needs {byte_size(size)} of swap, the control group allows {byte_size(memory.group_swap)}",
             f"{advice}, or ask for a job with more memory",
         )
     if os.geteuid() != 0:
@@ -104,7 +104,7 @@ def _check(size: int, folder: Path, memory: Memory) -> None:
             f"{folder} is on {kind}, where no swap file can be", f"give a --swap-folder on {', '.join(FILE_SYSTEMS)}"
         )
     if (free := shutil.disk_usage(folder).free) < size + RESERVE:
-        raise BadInputError(f"{folder} has {show_size(free)} free, the swap file needs {show_size(size)}", advice)
+        raise BadInputError(f"{folder} has {byte_size(free)} free, the swap file needs {byte_size(size)}", advice)
 
 
 def _remove(record: Record, place: Path) -> None:
@@ -157,7 +157,7 @@ def provided(needed: int, output: Path, folder: Path, memory: Memory) -> Iterato
     missing = max(0, needed - memory.usable_swap)
     if not missing:
         if needed:
-            cli.say(f"swap: {show_size(needed)} of the {show_size(memory.usable_swap)} that are free may be used")
+            cli.say(f"swap: {byte_size(needed)} of the {byte_size(memory.usable_swap)} that are free may be used")
         yield
         return
     missing += RESERVE
@@ -175,7 +175,7 @@ def provided(needed: int, output: Path, folder: Path, memory: Memory) -> Iterato
         raise BadInputError(f"{path} cannot be made: {error.strerror}", "give another --swap-folder") from None
     try:
         _make(descriptor, path, missing)
-        cli.say(f"swap: {show_size(missing)} in {path} until this run ends")
+        cli.say(f"swap: {byte_size(missing)} in {path} until this run ends")
         yield
     finally:
         _remove(record, place)

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from .chat_template import TemplateError
 from .encoding import Encoder, Segment
-from .labels import NO_LOSS
 from .lines import Oversized
 from .messages import Rejection, check_canonical, split_reasoning
 from .similarity import Signature, language, signature
-from .templates import TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
+from .templates import NO_LOSS, TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
 
 LONGEST_ESCAPE = 6  # bytes that JSON may write one byte of text with
 

@@ -1,6 +1,5 @@
 """Which conversations came before, in about 22 bytes each."""
 
-DIGEST = 16  # bytes
 LINE = 6
 BUCKETS = 1 << 16
 

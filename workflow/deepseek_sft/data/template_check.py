@@ -14,10 +14,9 @@ from typing import Any
 from ..errors import BadInputError, GateError
 from .chat_template import ChatTemplate, TemplateError, pieces_of_text
 from .encoding import Encoder, load_encoder
-from .labels import NO_LOSS
 from .messages import THINK_OPEN, normalise, split_reasoning
 from .samples import Settings, make_samples, to_reply
-from .templates import AUTO, CALLS_BEGIN, END, TEMPLATES, Place
+from .templates import AUTO, CALLS_BEGIN, END, NO_LOSS, TEMPLATES, Place
 
 LONGEST = 1 << 20
 SHOWN = 3  # differences in a message

@@ -13,18 +13,15 @@ from markupsafe import Markup
 
 from .. import __version__
 from .. import stages as stage_rows
-from ..training import loss_rows, slow_nodes
+from ..training import loss_rows
 from . import (
     calibration,
     collect,
-    data,
     formatting,
     glance,
     overview,
     plots,
-    plots_experts,
-    plots_memory,
-    plots_stages,
+    sections,
 )
 from . import samples as chats
 from .collect import Stage, mapping
@@ -70,7 +67,7 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
         failures=glance.failures(stages),
         facts=glance.facts(stages, collect.config(results), metrics),
         rejected=glance.rejected(stages),
-        loss=as_figures(plots.training(metrics)[: has_loss(metrics)]),
+        loss=as_figures(plots.training(metrics)[: sections.has_loss(metrics)]),
         stages=views,
         versions=_versions(stages),
         commands=[(view["rule"], view["command"]) for view in views if view["command"]],
@@ -82,7 +79,7 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
         "stages": len(stages),
         "verdict": verdict[1],
         "bytes": len(html.encode()),
-        "plots": has_loss(metrics) + sum(len(view["plots"]) for view in views),
+        "plots": sections.has_loss(metrics) + sum(len(view["plots"]) for view in views),
         "planned_against_measured": {one.name: one.text() for one in compared},
         "calibration": {one.name: round(one.difference_share, 4) for one in compared},
     }
@@ -126,7 +123,7 @@ def _view(
     planned: Stage,
 ) -> dict[str, Any]:
     """What the template shows of one stage."""
-    receipt, figures, last_plan = stage.receipt, stage.figures, planned.rule
+    receipt, figures = stage.receipt, stage.figures
     slurm = mapping(receipt.get("slurm"))
     hosts = receipt.get("hosts") if isinstance(receipt.get("hosts"), list) else []
     facts = [
@@ -136,65 +133,29 @@ def _view(
         ("Slurm job", slurm.get("job_id")),
         ("partition", slurm.get("partition")),
     ]
+    own = sections.parts(sections.Seen(results, stage, metrics, compared, planned))
+    figures = {key: item for key, item in figures.items() if key not in own.shown}
     plain, tables = [], []
-    grids = [grid for grid in (_speeds(figures.get("benchmark")),) if grid]
-    if stage.rule == "prepare_data":
-        grids += data.grids(figures)
-        figures = {key: item for key, item in figures.items() if key not in data.SHOWN}
-    for key, item in figures.items():
+    grids = [] if own.instead else [grid for grid in (_speeds(figures.get("benchmark")),) if grid] + own.grids
+    for key, item in ({} if own.instead else figures).items():
         if collect.is_checks(item) or key in NOT_IN_TABLES:
             continue
         if grid := _grid(key, item):
             grids.append(grid)
         elif isinstance(item, dict):
-            tables.append((formatting.label(key), _table(item)))
+            tables.append((formatting.label(key), sections.table(item)))
         else:
             plain.append((formatting.label(key), formatting.value(key, item)))
-    answered = chats.answered(results, stage) if stage.rule == "smoke_test" else []
-    drawn = []
-    if stage.rule == "train":
-        loads = collect.expert_loads(results, stage)
-        training = plots.training(metrics)
-        # the loss curve stands at the top of the page
-        drawn = [*training[has_loss(metrics) :], *plots_experts.experts(loads, metrics)]
-    elif stage.rule in ("plan", "refine_plan"):
-        # beside the last plan before training stands what training used
-        drawn = [plots_memory.memory(figures, compared if stage.rule == last_plan else [])]
-        if stage.rule != last_plan:  # the later plan says all of it again
-            drawn, tables, grids = (
-                [],
-                [("estimated here, counted in refine_plan", _changed(figures, planned.figures))],
-                [],
-            )
-            plain = []
-    elif stage.rule == "convert_checkpoint":
-        drawn = [plots_stages.throughput(figures)]
-    elif stage.rule == "smoke_test":
-        drawn = [plots_stages.serving(figures.get("benchmark")), plots_stages.before_and_after(answered)]
-    if stage.rule == "train" and compared:
-        tables.append(("planned against measured", [(one.name, one.text(), None) for one in compared]))
-    if stage.rule == "train" and (slow := slow_nodes.read(results / "train")):
-        texts = [(host, formatting.clean(str(entry.get("text", ""))), None) for host, entry in slow.items()]
-        tables.append(("slow nodes, which the next start leaves out", texts))
-    if stage.rule == "tokenize_data":
-        statistics = collect.read_json(collect.result_path(results, stage, "statistics"))
-        drawn = [plots.lengths(statistics), plots.reasoning_by_answer(statistics)]
-        examples = mapping(mapping(statistics).get("reject_examples"))
-        rows = {
-            reason: [f"{mapping(one).get('id')}: {mapping(one).get('message')}" for one in found]
-            for reason, found in examples.items()
-            if isinstance(found, list)
-        }
-        tables.append(("examples of rejects", _table(rows)))
     transcript = chats.transcript_path(results, stage)
     settings = formatting.without_secrets(mapping(receipt.get("settings")))
     inputs = mapping(receipt.get("inputs"))
-    plan = formatting.clean(str(figures.get("verdict") or "")) if stage.rule in ("plan", "refine_plan") else ""
     return {
         "rule": formatting.clean(stage.rule),
         "purpose": stage_rows.BY_NAME[stage.rule].purpose if stage.rule in stage_rows.BY_NAME else "",
-        "word": plan or stage.state,
-        "level": "warn" if plan == "tight" else (overview.LEVEL | {"not finished": "warn"}).get(stage.state, "none"),
+        "word": own.verdict or stage.state,
+        "level": "warn"
+        if own.verdict == "tight"
+        else (overview.LEVEL | {"not finished": "warn"}).get(stage.state, "none"),
         "note": formatting.clean(stage.note, 500),
         "source": stage.source,
         "facts": [(name, formatting.value("", item)) for name, item in facts if item not in (None, "")],
@@ -208,11 +169,11 @@ def _view(
         ],
         "figures": plain,
         "grids": grids,
-        "tables": [(title, rows) for title, rows in tables if rows],
-        "plots": as_figures([plot for plot in drawn if plot]),
-        "answered": answered[:samples],
+        "tables": [(title, rows) for title, rows in [*tables, *own.tables] if rows],
+        "plots": as_figures([plot for plot in own.plots if plot]),
+        "answered": own.answered[:samples],
         "samples": []
-        if answered or not (figures or transcript)
+        if own.answered or not (figures or transcript)
         else chats.transcript(transcript, figures.get("example"), samples),
         "log": stage.log,
         "warnings": stage.warnings,
@@ -228,22 +189,6 @@ def _view(
         "settings": formatting.flatten(settings) if settings else [],
         "command": shlex.join(formatting.command_without_secrets(stage.command)),
     }
-
-
-def has_loss(metrics: list[dict[str, Any]]) -> bool:
-    """Whether there is a loss curve to draw."""
-    return bool(len(plots.series(metrics, "loss")[0]))
-
-
-def _changed(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, float | None]]:
-    """Rows of those figures of two plans that differ: estimated → counted."""
-    keys = [
-        key for key in first if key in second and first[key] != second[key] and not isinstance(first[key], dict | list)
-    ]
-    return [
-        (formatting.label(key), f"{formatting.value(key, first[key])} → {formatting.value(key, second[key])}", None)
-        for key in keys
-    ]
 
 
 def _grid(key: str, item: Any) -> tuple[str, list[str], list[list[str]]] | None:
@@ -269,19 +214,6 @@ def _speeds(benchmark: Any) -> tuple[str, list[str], list[list[str]]] | None:
     head = ["requests at a time", *map(formatting.label, keys)]
     cells = [[formatting.clean(at), *(formatting.value(key, row.get(key)) for key in keys)] for at, row in rows.items()]
     return f"speed by requests at a time; {', '.join(rest)}", head, cells
-
-
-def _table(entries: dict[str, Any]) -> list[tuple[str, str, float | None]]:
-    """A figure with parts as rows (label, text, share of the largest or None), largest first where all are counts."""
-    numbers = [item for item in entries.values() if isinstance(item, int) and not isinstance(item, bool)]
-    if len(numbers) == len(entries) and numbers and min(numbers) >= 0:
-        largest = max(numbers) or 1
-        ordered = sorted(entries.items(), key=lambda entry: -entry[1])
-        return [
-            (formatting.label(str(k).removesuffix("_bytes")), formatting.value(str(k), item), item / largest)
-            for k, item in ordered
-        ]
-    return [(formatting.clean(key), text, None) for key, text in formatting.flatten(entries)]
 
 
 def _versions(stages: dict[str, Stage]) -> list[tuple[str, str, str]]:

@@ -26,6 +26,11 @@ def verdict(stages: dict[str, Stage]) -> tuple[str, str]:
     return "good", "Complete: every stage passed"
 
 
+def level(state: str) -> str:
+    """Level of one stage's state: good, warn, bad, or none."""
+    return (LEVEL | {"not finished": "warn"}).get(state, "none")
+
+
 def _advisory(rule: str) -> bool:
     """Whether an experiment is complete without it."""
     return rule in stage_rows.BY_NAME and stage_rows.BY_NAME[rule].advisory

@@ -13,7 +13,6 @@ from .. import files
 from ..errors import BadInputError
 
 KEY_FILE = "api_key"  # in results/<experiment>/serve
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def fresh() -> str:

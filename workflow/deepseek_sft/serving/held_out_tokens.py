@@ -6,9 +6,8 @@ from pathlib import Path
 from .. import files
 from ..data import template_check
 from ..data.encoding import load_encoder
-from ..data.labels import NO_LOSS
 from ..data.samples import Settings, make_samples
-from ..data.templates import AUTO, TEMPLATES
+from ..data.templates import AUTO, NO_LOSS, TEMPLATES
 from ..errors import BadInputError
 from .held_out import PLACEHOLDER, Prompt
 from .smoke_settings import SmokeSettings

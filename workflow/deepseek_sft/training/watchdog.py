@@ -28,6 +28,7 @@ DUMP_S = 5.0  # for the flight recorder, whose lock a hanging thread may hold
 BACKSTOP = 60.0  # after that the kernel ends a process in which no Python thread can run
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # where ranks wait for others
 RECENT = 50  # measured times of a phase that its limit follows
+NO_RECORDER = "this torch has no flight recorder"
 PLACES = ("start", "data", "forward", "backward", "update", "save")  # in the order of a step
 
 
@@ -134,10 +135,12 @@ def dump_flight_recorder(path: Path, limit: float = DUMP_S) -> str:
     torch_collectives = sys.modules.get("torch._C._distributed_c10d")
     if torch_collectives is None:
         return ""
-    names = ("_dump_fr_trace", "_dump_nccl_trace")  # since 2.13; before
+    # Two recorders, not two names of one (torch's ProcessGroupNCCL.hpp, FlightRecorder.hpp): NCCL writes to its own,
+    # which a torch without CUDA does not have; the other one, gloo's, is empty on GPUs.
+    names = ("_dump_nccl_trace", "_dump_fr_trace")
     dump = next((found for name in names if (found := getattr(torch_collectives, name, None))), None)
     if dump is None:
-        return "this torch has no flight recorder"
+        return NO_RECORDER
     told = [f"the flight recorder did not answer within {limit:g} s"]
 
     def write() -> None:
