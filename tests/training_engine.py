@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.registry import OPTIMIZERS
 from training_helpers import settings as make_settings
 from xtuner.parallel.sequence import setup_distributed
 
@@ -47,6 +48,7 @@ class Engine:
             multiple=self.settings.sequence_parallel_size,
         )
         _split_sequences(self.settings.sequence_parallel_size)
+        _forget_optimizers()
         self._log = tempfile.TemporaryDirectory()
         self.built = XtunerEngine(told, Path(self._log.name))
         self.engine = self.built.deepspeed
@@ -103,3 +105,10 @@ def _split_sequences(size: int) -> None:
         if name.startswith("_") and name.endswith(("_GROUP", "_WORLD_SIZE", "_RANK")):
             setattr(setup_distributed, name, None)
     setup_distributed.init_sequence_parallel(size)
+
+
+def _forget_optimizers() -> None:
+    """Every strategy enters DeepSpeed's optimizers into mmengine's registry, which takes a name once."""
+    entered = OPTIMIZERS.module_dict
+    for name in [name for name, kind in entered.items() if kind.__module__.startswith("deepspeed.")]:
+        del entered[name]
