@@ -28,8 +28,9 @@ sys.path[:0] = [str(PROJECT / "workflow"), str(PROJECT / "tests")]
 
 import large_zero3  # noqa: E402
 
-from deepseek_sft.checkpoint import memory, zero  # noqa: E402
-from deepseek_sft.model import release, tiny  # noqa: E402
+from deepseek_sft.convert import tiny_model, zero  # noqa: E402
+from deepseek_sft.families import deepseek_v3  # noqa: E402
+from deepseek_sft.tensors import memory_bound  # noqa: E402
 
 MEMORY_BAR = 256 << 20  # plus twice the work item (16 MiB of FP32) of every thread
 COPY_BAR, PEER_BAR, BYTES_BAR = 0.8, 4.0, 1.02
@@ -79,14 +80,14 @@ class Run:
     disk: int = 0  # read from the disk, the kernel's read-ahead included
 
 
-def shape_of(gigabytes: float, experts: int = 16) -> tiny.TinyShape:
+def shape_of(gigabytes: float, experts: int = 16) -> tiny_model.TinyShape:
     """The smallest model of at least so many bytes of FP32 weights: layers of 2048 and ``experts`` experts."""
     for layers in itertools.count(2):
-        shape = tiny.TinyShape(
+        shape = tiny_model.TinyShape(
             hidden_size=2048, layers=layers, heads=16, routed_experts=experts, moe_intermediate_size=704,
             intermediate_size=5632, vocab_size=16000,
         )  # fmt: skip
-        specs = release.tensor_specs(tiny.config_of(shape))
+        specs = deepseek_v3.tensor_specs(tiny_model.config_of(shape))
         if 4 * sum(spec.elements for spec in specs.values()) >= gigabytes * 1e9:
             break
     return shape
@@ -144,7 +145,7 @@ def size_of(folder: Path) -> int:
 
 
 def workers() -> int:
-    return memory.plan_buffers("auto", 0, 8, memory.measure()).workers
+    return memory_bound.plan_buffers("auto", 0, 8, memory_bound.measure()).workers
 
 
 def peak_bar() -> int:

@@ -22,11 +22,11 @@ sys.path[:0] = [str(PROJECT / "workflow"), str(PROJECT / "tests")]
 
 from training_inputs import VOCABULARY, Trainer, make_inputs  # noqa: E402
 
-from deepseek_sft.model import tiny  # noqa: E402
+from deepseek_sft.convert import tiny_model  # noqa: E402
 
 BAR = 0.20
 RANKS = 2
-SHAPE = tiny.TinyShape(
+SHAPE = tiny_model.TinyShape(
     vocab_size=VOCABULARY,
     hidden_size=512,
     layers=8,

@@ -67,16 +67,17 @@ class Bench:
     """Inputs in a folder, and what was measured against its bar."""
 
     def __init__(self, folder: Path, sizes: dict[str, Any] | None = None):
-        from deepseek_sft.model import release, tiny
+        from deepseek_sft.convert import tiny_model
+        from deepseek_sft.families import deepseek_v3
 
         self.folder, self.missed = folder, 0
         self.sizes = sizes or SHAPE
-        shape = tiny.TinyShape(**self.sizes)
+        shape = tiny_model.TinyShape(**self.sizes)
         self.base = folder / "base"
-        tiny.write_tiny(self.base, shape, 0, 50_000_000)
-        self.config = tiny.config_of(shape)
-        specs = release.tensor_specs(self.config)
-        self.parameters = sum(s.elements for n, s in specs.items() if not n.endswith(release.CORRECTION_BIAS))
+        tiny_model.write_tiny(self.base, shape, 0, 50_000_000)
+        self.config = tiny_model.config_of(shape)
+        specs = deepseek_v3.tensor_specs(self.config)
+        self.parameters = sum(s.elements for n, s in specs.items() if not n.endswith(deepseek_v3.CORRECTION_BIAS))
         self.release_bytes = sum(spec.elements * (4 if spec.dtype == "F32" else 2) for spec in specs.values())
         # Elements of the matrices that a token passes through, without embedding and output layer.
         self.per_token = sum(

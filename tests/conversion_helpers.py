@@ -3,7 +3,7 @@
 import large_zero3
 import small_models
 
-from deepseek_sft.checkpoint import base_model, convert, zero
+from deepseek_sft.convert import base_model, convert, zero
 
 RANKS = 5
 

@@ -20,8 +20,9 @@ import synthetic_zero3
 from synthetic_zero3 import Size, Tensor, ZeroStage
 
 from deepseek_sft import files
-from deepseek_sft.checkpoint import checksums, safetensors_files
-from deepseek_sft.model import release, tiny
+from deepseek_sft.convert import tiny_model
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import checksums, safetensors_files
 
 BLOCK = 1 << 22  # elements
 
@@ -100,7 +101,7 @@ def fused_shapes(specs, experts_per_shard, prefix="llm."):
                 parameters[f"{place}.w2"] = (experts_per_shard, rows, columns)
             else:
                 parameters[f"{place}.w1w3"] = (experts_per_shard, 2 * rows, columns)
-        elif name.endswith(release.CORRECTION_BIAS):
+        elif name.endswith(deepseek_v3.CORRECTION_BIAS):
             buffers[prefix + name] = spec.shape
         else:
             parameters[prefix + name] = spec.shape
@@ -189,8 +190,8 @@ def write_checkpoint(
 def write_base(folder, shape, largest_shard=5_000_000_000):
     """A base model all of zeros, as holes; returns its tensors."""
     folder.mkdir(parents=True)
-    config = tiny.config_of(shape)
-    specs = release.tensor_specs(config)
+    config = tiny_model.config_of(shape)
+    specs = deepseek_v3.tensor_specs(config)
     shards = safetensors_files.lay_out(specs.items(), largest_shard)
     for shard in shards:
         with open(folder / shard.name, "wb") as stream:
@@ -200,5 +201,5 @@ def write_base(folder, shape, largest_shard=5_000_000_000):
         files.write_json(folder / safetensors_files.INDEX_NAME, safetensors_files.index_of(shards))
     files.write_json(folder / "config.json", config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny.tokenizer_folder() / name, folder / name)
+        shutil.copy(tiny_model.tokenizer_folder() / name, folder / name)
     return specs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_sft.checkpoint import number_formats, safetensors_files
+from deepseek_sft.tensors import number_formats, safetensors_files
 
 WORDS = ("Let", "Ġme", "Ġthink", "</think>", "The", "Ġanswer", "Ġis", "Ġ", "5", "<｜end▁of▁sentence｜>")
 REASONING, ANSWER = "Let me think", "The answer is 5"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_sft.checkpoint import base_model, number_formats, safetensors_files
-from deepseek_sft.model import release, tiny
+from deepseek_sft.convert import base_model, tiny_model
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import number_formats, safetensors_files
+from deepseek_sft.tensors.tensor_spec import FP8_BLOCK, SCALE_SUFFIX, TensorSpec, scale_shape
 
-SHAPE = tiny.TinyShape(
+SHAPE = tiny_model.TinyShape(
     hidden_size=32,
     layers=3,
     heads=2,
@@ -26,7 +28,7 @@ SHAPE = tiny.TinyShape(
     vocab_size=96,
 )
 
-FULL_SIZE = tiny.TinyShape(
+FULL_SIZE = tiny_model.TinyShape(
     hidden_size=7168,
     layers=61,
     dense_layers=3,
@@ -48,8 +50,8 @@ FULL_SIZE = tiny.TinyShape(
 
 def make_base(folder, seed=0, largest_shard=30_000, **changes):
     """A BF16 base model in several files."""
-    shape = tiny.TinyShape(**{**SHAPE.__dict__, **changes})
-    tiny.write_tiny(Path(folder), shape, seed, largest_shard)
+    shape = tiny_model.TinyShape(**{**SHAPE.__dict__, **changes})
+    tiny_model.write_tiny(Path(folder), shape, seed, largest_shard)
     return Path(folder)
 
 
@@ -87,7 +89,7 @@ def train(tensors, learning_rate=1e-3, seed=1):
     random = np.random.default_rng(seed)
     return {
         name: values
-        if name.endswith(release.CORRECTION_BIAS)
+        if name.endswith(deepseek_v3.CORRECTION_BIAS)
         else values + learning_rate * random.uniform(-1, 1, values.shape).astype(np.float32)
         for name, values in tensors.items()
     }
@@ -121,9 +123,9 @@ def nearest_fp8(values):
 
 def block_factors(values):
     """One factor per block of 128 × 128 so that its largest value becomes 448."""
-    block = release.FP8_BLOCK
+    block = FP8_BLOCK
     rows, columns = values.shape
-    factors = np.empty(release.scale_shape(values.shape), np.float32)
+    factors = np.empty(scale_shape(values.shape), np.float32)
     for i in range(factors.shape[0]):
         for j in range(factors.shape[1]):
             part = values[i * block : (i + 1) * block, j * block : (j + 1) * block]
@@ -159,13 +161,13 @@ def make_fp8_release(base, folder):
     extra[f"model.layers.{last}.shared_head.head.weight"] = np.zeros((96, 32), np.float32)
     weights, scales, expected = {}, {}, {}
     for name, values in {**tensors, **extra}.items():
-        if release.is_quantised(config, name) and values.ndim == 2:
+        if deepseek_v3.is_quantised(config, name) and values.ndim == 2:
             factors, expanded = block_factors(values)
             codes = nearest_fp8(values / expanded)
             weights[name] = ("F8_E4M3", codes)
-            scales[name + release.SCALE_SUFFIX] = ("F32", factors)
+            scales[name + SCALE_SUFFIX] = ("F32", factors)
             expected[name] = rounded(number_formats.E4M3_VALUES[codes] * expanded)
-        elif name.endswith(release.CORRECTION_BIAS):
+        elif name.endswith(deepseek_v3.CORRECTION_BIAS):
             weights[name], expected[name] = ("F32", values), values
         else:
             weights[name], expected[name] = ("BF16", number_formats.float32_to_bf16(values)), values
@@ -175,7 +177,7 @@ def make_fp8_release(base, folder):
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05d}-of-000003.safetensors"
         held = {n: {**weights, **scales}[n] for n in part}
-        specs = [(n, release.TensorSpec(v.shape, dtype)) for n, (dtype, v) in held.items()]
+        specs = [(n, TensorSpec(v.shape, dtype)) for n, (dtype, v) in held.items()]
         (shard,) = safetensors_files.lay_out(specs, 1 << 40)
         (folder / file).write_bytes(
             shard.header + b"".join(np.ascontiguousarray(v).tobytes() for _, v in held.values())

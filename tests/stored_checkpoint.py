@@ -10,7 +10,7 @@ from typing import Any
 
 from training_inputs import make_inputs
 
-from deepseek_sft.model import tiny
+from deepseek_sft.convert import tiny_model
 
 STORED = Path(__file__).resolve().parent / "fixtures" / "checkpoint_format_1"
 EXPECTED = json.loads((STORED / "expected.json").read_text())
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "experts_per_shard": 2,
     "learning_rate": 1e-2,
 }
-SHAPE = tiny.TinyShape(
+SHAPE = tiny_model.TinyShape(
     hidden_size=32,
     layers=2,
     heads=2,

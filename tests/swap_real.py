@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conversion_helpers import convert_all, write_inputs
 
-from deepseek_sft.checkpoint import swap
-from deepseek_sft.checkpoint.memory import Memory
+from deepseek_sft.tensors import swap
+from deepseek_sft.tensors.memory_bound import Memory
 
 FOLDER = Path(os.environ.get("SWAP_FOLDER", "/var/tmp"))
 SIZE = 64 << 20

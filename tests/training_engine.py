@@ -18,9 +18,10 @@ from training_helpers import settings as make_settings
 from xtuner.parallel.sequence import setup_distributed
 
 from deepseek_sft.data.tokens import TokenDataset
-from deepseek_sft.training import nodes, schedule, stage
+from deepseek_sft.slurm import nodes
+from deepseek_sft.training import schedule, stage
 from deepseek_sft.training.health import StepHealth
-from deepseek_sft.training.xtuner_engine import config, data, loop, phases, step_guard
+from deepseek_sft.training.xtuner_engine import config, loop, micro_batches, phases, step_guard
 from deepseek_sft.training.xtuner_engine.engine import XtunerEngine
 
 
@@ -40,7 +41,7 @@ class Engine:
         run = stage.Run("probe", tokens, tokens, base, tokens, self.settings, plan, {})
         told = config.of(run, nodes.detect("cpu", world, {}), "cpu")
         told.deepspeed["zero_optimization"].update(zero or {})
-        self.rows = data.StepRows(
+        self.rows = micro_batches.StepRows(
             tokens,
             self.settings.seed,
             self.settings.micro_batch_size,
@@ -63,7 +64,7 @@ class Engine:
     def model(self) -> torch.nn.Module:
         return self.engine.module
 
-    def batches(self, step: int) -> list[data.MicroBatch]:
+    def batches(self, step: int) -> list[micro_batches.MicroBatch]:
         """This rank's micro batches of a step (from 0)."""
         return self.rows.of_step(step + 1)
 

@@ -13,21 +13,20 @@ import psutil
 from training_helpers import write_settings
 
 from deepseek_sft import receipts
-from deepseek_sft.checkpoint import base_sums
+from deepseek_sft.convert import base_sums, tiny_model
 from deepseek_sft.data import tokens
-from deepseek_sft.model import tiny
 
 PROJECT = Path(__file__).resolve().parents[1]
 VOCABULARY = 1024
 DEADLINE = 240.0
 
 
-SHAPE = tiny.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64)
+SHAPE = tiny_model.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64)
 
 
-def make_inputs(folder: Path, rows: int = 30, shape: tiny.TinyShape = SHAPE, longest: int = 40) -> Path:
+def make_inputs(folder: Path, rows: int = 30, shape: tiny_model.TinyShape = SHAPE, longest: int = 40) -> Path:
     """Write base, tokens and their receipts below ``folder``."""
-    tiny.write_tiny(folder / "base", shape, 0, 8_000_000)
+    tiny_model.write_tiny(folder / "base", shape, 0, 8_000_000)
     target = folder / "tokens"
     target.mkdir()
     random = np.random.default_rng(0)

@@ -168,14 +168,14 @@ MECHANISMS = [
 IN_UNIT_TESTS = [
     Mechanism(
         "checksums of what resuming reads",
-        f"{LIBRARY}/checkpoint/rank_state.py",
+        f"{LIBRARY}/convert/rank_state.py",
         "if error := checksums.error_of(verdict.damaged):",
         "if error := None:",
         f"{UNIT}/test_checkpoint_resume.py",
     ),
     Mechanism(
         "restricted unpickler",
-        f"{LIBRARY}/checkpoint/torch_pickle.py",
+        f"{LIBRARY}/tensors/torch_pickle.py",
         'raise UnknownNameError(f"it asks for {module}.{name}, which no checkpoint needs")',
         "return super().find_class(module, name)",
         f"{UNIT}/test_checkpoint_gadgets.py",
@@ -196,7 +196,7 @@ IN_UNIT_TESTS = [
     ),
     Mechanism(
         "sums of the base",
-        f"{LIBRARY}/checkpoint/base_sums.py",
+        f"{LIBRARY}/convert/base_sums.py",
         'elif digest != sums[name]["sha256"]:',
         "elif False:",
         f"{UNIT}/test_base_sums.py",

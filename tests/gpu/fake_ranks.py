@@ -65,10 +65,7 @@ def measured(place: Place, base: Path, name: str, offloaded: tuple[str, ...], wo
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from deepseek_sft.model import (
-        attention,  # noqa: F401  registers the attention functions
-        training_model,
-    )
+    from deepseek_sft.model import training_model
 
     config = json.loads((base / "config.json").read_text())
     pinned = {"device": "cpu", "pin_memory": place.device == "cuda"}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from check import Place, Row
 
-from deepseek_sft.preflight import gpus
+from deepseek_sft.preflight import gpu_state
 from deepseek_sft.preflight.settings import Needs
 from deepseek_sft.training import device_health, watchdog
 
@@ -23,9 +23,9 @@ def smi(place: Place) -> Row:
     if place.device == "cpu":
         there = shutil.which("nvidia-smi") is not None
         return Row(name, None, {"not judged": "no GPU is asked for", "nvidia-smi": there})
-    fields = gpus.query(f"--query-gpu={','.join(gpus.FIELDS)}")
-    finding, _ = gpus.gpus("cuda", torch.cuda.device_count(), Needs(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    row = dict(zip(gpus.FIELDS, fields[0], strict=True))
+    fields = gpu_state.query(f"--query-gpu={','.join(gpu_state.FIELDS)}")
+    finding, _ = gpu_state.gpus("cuda", torch.cuda.device_count(), Needs(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    row = dict(zip(gpu_state.FIELDS, fields[0], strict=True))
     good = finding.passed is not None and row["memory.total"].isdigit() and "." in row["driver_version"]
     return Row(name, good, {"detail": finding.detail, "driver": row["driver_version"], "MiB": row["memory.total"]})
 

@@ -73,7 +73,7 @@ def rotary_precision(model, config) -> TRIPLE:
 
 def split_targets(model, config) -> TRIPLE:
     """Mean loss of a row that two ranks share, its prompt masked."""
-    from deepseek_sft.training.xtuner_engine.data import NO_LOSS, pad
+    from deepseek_sft.training.xtuner_engine.micro_batches import NO_LOSS, pad
 
     random = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 50, (16,), generator=random)

@@ -4,19 +4,19 @@ import json
 import sys
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.site import asking, checks
+from deepseek_sft.site import questions, start_check
 from deepseek_sft.site.answers import Site
-from deepseek_sft.slurm import Allocation
+from deepseek_sft.slurm.sbatch import Allocation
 
 
 def refused(values: dict, site: Site) -> list[str]:
     try:
-        checks.judge({"train": Allocation(**values).wanted()}, site, lambda rule, key: f"<{key}>", at_once=len)
+        start_check.judge({"train": Allocation(**values).wanted()}, site, lambda rule, key: f"<{key}>", at_once=len)
     except BadInputError as error:
         return sorted({line.split("<")[1].split(">")[0] for line in error.problem.splitlines() if "  - <" in line})
     return []
 
 
-found, silent = asking.site()
+found, silent = questions.site()
 assert not silent, silent
 json.dump([refused(values, found) for values in json.load(sys.stdin)], sys.stdout)

@@ -12,10 +12,10 @@ import large_zero3
 import pytest
 import small_models
 
-from deepseek_sft.model import tiny
+from deepseek_sft.convert import tiny_model
 
 GIB = 1 << 30
-MEDIUM = tiny.TinyShape(hidden_size=256, layers=4, routed_experts=32, moe_intermediate_size=192, vocab_size=4000)
+MEDIUM = tiny_model.TinyShape(hidden_size=256, layers=4, routed_experts=32, moe_intermediate_size=192, vocab_size=4000)
 
 
 def arguments(inputs, folder):

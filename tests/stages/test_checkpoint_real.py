@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import small_models
 
-from deepseek_sft.checkpoint import safetensors_files
-from deepseek_sft.model import release
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import safetensors_files
 
 pytestmark = pytest.mark.stage("train")
 HERE = Path(__file__).parent
-BIAS = release.CORRECTION_BIAS
+BIAS = deepseek_v3.CORRECTION_BIAS
 
 # Number of ranks → name → Case of deepspeed_states.py
 CASES = {

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 from unit.data_helpers import PROJECT, TOKENIZER, answer, user, write_lines
 
+from deepseek_sft.convert import tiny_model
 from deepseek_sft.data.samples import Settings
 from deepseek_sft.data.tokenization import Outputs, tokenize
 from deepseek_sft.data.tokens import TokenDataset
-from deepseek_sft.model import tiny
 
 READ = """
 import json, sys
@@ -58,7 +58,7 @@ def test_packed_rows_train_exactly_as_their_samples_alone(environment, tmp_path)
     folders = [token_folder(tmp_path / name, records, name == "packed") for name in ("packed", "alone")]
     packed = TokenDataset(folders[0])
     assert packed.info["packed"] and len(packed) < len(records) / 2
-    tiny.write_tiny(tmp_path / "base", tiny.TinyShape(), 0, 80_000_000)
+    tiny_model.write_tiny(tmp_path / "base", tiny_model.TinyShape(), 0, 80_000_000)
     command = [str(environment("train")), "-c", LOSSES, str(PROJECT / "workflow"), str(tmp_path / "base")]
     run = subprocess.run(
         [*command, *map(str, folders)],

@@ -9,7 +9,7 @@ import planning_models as models
 import pytest
 from planning_plans import published
 
-from deepseek_sft.model import tiny
+from deepseek_sft.convert import tiny_model
 from deepseek_sft.planning import host_memory
 from deepseek_sft.planning.counting import count
 
@@ -23,7 +23,11 @@ def probe(python: Path, *words: object) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-CONFIGS = {"671B": models.DEEPSEEK_V3, "16B": models.MOONLIGHT_16B, "tiny": tiny.config_of(tiny.TinyShape())}
+CONFIGS = {
+    "671B": models.DEEPSEEK_V3,
+    "16B": models.MOONLIGHT_16B,
+    "tiny": tiny_model.config_of(tiny_model.TinyShape()),
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

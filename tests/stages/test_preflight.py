@@ -15,7 +15,7 @@ import cluster_fixture
 import pytest
 from cluster_fixture import Cluster
 
-from deepseek_sft.training import nodes
+from deepseek_sft.slurm import nodes
 
 cluster = cluster_fixture.cluster
 CLUSTER_NODES = 5

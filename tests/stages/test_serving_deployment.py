@@ -13,7 +13,7 @@ import serving_fakes
 from cluster_fixture import Cluster
 from serving_site import Site
 
-from deepseek_sft.serving.lasting import Endpoint
+from deepseek_sft.serving.lasting_endpoint import Endpoint
 
 pytestmark = pytest.mark.cluster
 NOTHING = {"node1": "", "node2": ""}

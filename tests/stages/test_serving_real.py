@@ -14,7 +14,7 @@ import pytest
 import scripted_model
 
 from deepseek_sft import receipts
-from deepseek_sft.training import loss_rows
+from deepseek_sft.data import loss_rows
 
 pytestmark = pytest.mark.stage("serve-cpu")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import small_models
 
-from deepseek_sft.checkpoint import base_model, dequantize
-from deepseek_sft.training import deepspeed_keys
+from deepseek_sft.convert import base_model, dequantize
+from deepseek_sft.settings import deepspeed_keys
 
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_models
 
-from deepseek_sft.model import tiny
+from deepseek_sft.convert import tiny_model
 
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
@@ -39,7 +39,7 @@ def probe(environment, project):
 @pytest.fixture(scope="module")
 def figures(probe, tmp_path_factory):
     base = tmp_path_factory.mktemp("model") / "base"
-    tiny.write_tiny(base, tiny.TinyShape(vocab_size=1024, kv_lora_rank=64), 0, 8_000_000)
+    tiny_model.write_tiny(base, tiny_model.TinyShape(vocab_size=1024, kv_lora_rank=64), 0, 8_000_000)
     return probe("training_probe.py", base)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_sft.convert import tiny_model
 from deepseek_sft.data import tokens
-from deepseek_sft.model import tiny
 
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
@@ -78,7 +78,9 @@ def cases(world_size: int) -> dict:
 
 def make_inputs(folder: Path) -> None:
     """A base, and rows of very uneven masks: packed rows, a row with one trained token, a row without any."""
-    tiny.write_tiny(folder / "base", tiny.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64, heads=8), 0, 8_000_000)
+    tiny_model.write_tiny(
+        folder / "base", tiny_model.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64, heads=8), 0, 8_000_000
+    )
     (folder / "tokens").mkdir()
     random = np.random.default_rng(0)
     writer = tokens.TokenWriter(folder / "tokens")

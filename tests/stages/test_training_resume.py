@@ -8,7 +8,7 @@ import pytest
 import stored_checkpoint as stored
 from training_inputs import PROJECT, Trainer
 
-from deepseek_sft.checkpoint import torch_pickle
+from deepseek_sft.tensors import torch_pickle
 
 SAVED_OFTEN = stored.SETTINGS | {"save_every_steps": 1, "keep_checkpoints": 9}
 

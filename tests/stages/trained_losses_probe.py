@@ -16,9 +16,9 @@ from deepseek_sft.training.xtuner_engine import compat
 def main(model: Path, dtype: str, rows: Path, output: Path) -> None:
     """Write the record, computed by the training model on one rank."""
     compat.install("cpu")
+    from deepseek_sft.data import loss_rows
     from deepseek_sft.model.attention import SDPA
     from deepseek_sft.model.training_model import build
-    from deepseek_sft.training import loss_rows
 
     built = build(model, experts_per_shard=4, attention=SDPA, dtype=getattr(torch, dtype)).eval()
     found = []

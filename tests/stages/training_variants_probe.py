@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from training_probe import difference, released_gradients
 
-from deepseek_sft.model import attention, expert_products, release, tiny
+from deepseek_sft.convert import tiny_model
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.model import attention, expert_products
 from deepseek_sft.training.xtuner_engine import compat
 
-SHAPE = tiny.TinyShape(vocab_size=512, kv_lora_rank=64, layers=2, heads=2)
+SHAPE = tiny_model.TinyShape(vocab_size=512, kv_lora_rank=64, layers=2, heads=2)
 YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 # Changes to config.json: other releases, and one that trains beyond the context of the first pre-training.
 KINDS = {
@@ -48,8 +50,8 @@ def write_model(folder: Path, config: dict) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {}
-    for name, spec in release.tensor_specs(config).items():
-        values = tiny.values_of(name, spec, SHAPE, 0)
+    for name, spec in deepseek_v3.tensor_specs(config).items():
+        values = tiny_model.values_of(name, spec, SHAPE, 0)
         dtype = torch.float32 if spec.dtype == "F32" else torch.bfloat16
         tensors[name] = torch.frombuffer(bytearray(values), dtype=dtype).reshape(spec.shape)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -63,7 +65,7 @@ def compare(folder: Path, changes: dict) -> dict:
     from deepseek_sft.model.loading import release_names
     from deepseek_sft.model.training_model import build
 
-    write_model(folder, tiny.config_of(SHAPE) | changes)
+    write_model(folder, tiny_model.config_of(SHAPE) | changes)
     native = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
     random = torch.Generator().manual_seed(3)
     input_ids = torch.randint(2, SHAPE.vocab_size, (2, LENGTH), generator=random)

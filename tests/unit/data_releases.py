@@ -12,7 +12,7 @@ from typing import Any
 from unit.data_conversations import CUT
 from unit.data_helpers import TOKENIZER
 
-from deepseek_sft.data.chat_template import ChatTemplate, read_chat_template
+from deepseek_sft.data.base_template import ChatTemplate, read_chat_template
 
 CONFIG = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
 R1 = CONFIG["chat_template"]

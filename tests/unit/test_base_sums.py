@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from deepseek_sft.checkpoint import base_sums
+from deepseek_sft.convert import base_sums
 from deepseek_sft.errors import BadInputError
 
 

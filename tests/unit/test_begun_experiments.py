@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from deepseek_sft import config as configuration
-from deepseek_sft import profile, resources
 from deepseek_sft.experiment import Experiment
-from deepseek_sft.slurm import Allocation
+from deepseek_sft.slurm import profile_values, snakemake_resources
+from deepseek_sft.slurm.sbatch import Allocation
 from deepseek_sft.training import settings
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -87,9 +87,9 @@ def allocation(name: str, stage: str) -> Allocation:
     given = stated["set-resources"]
     found = stated["default-resources"] | given.get(NODES_OF.get(stage), {})
     if NODES_OF.get(stage) == "train":
-        found |= {"runtime": 60, "slurm_extra": profile.with_option(found["slurm_extra"], "--signal", "")}
+        found |= {"runtime": 60, "slurm_extra": profile_values.with_option(found["slurm_extra"], "--signal", "")}
     found |= given.get(stage, {})
-    return Allocation(**{resources.FIELDS[key]: value for key, value in found.items()})
+    return Allocation(**{snakemake_resources.FIELDS[key]: value for key, value in found.items()})
 
 
 def scripts(name: str, overlay: dict, render_sbatch, folder: Path) -> dict[str, list[str]]:

@@ -13,13 +13,13 @@ import pytest
 import small_models
 import synthetic_zero3
 
-from deepseek_sft.checkpoint import base_model, convert, zero
-from deepseek_sft.checkpoint.progress_folder import ProgressFolder
+from deepseek_sft.convert import base_model, convert, zero
 from deepseek_sft.errors import BadInputError, CrashError
-from deepseek_sft.model import release
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors.progress_folder import ProgressFolder
 
 LEARNING_RATE = 1e-3
-BIASES = release.CORRECTION_BIAS
+BIASES = deepseek_v3.CORRECTION_BIAS
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,18 @@ import synthetic_zero12
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import torch_pickle, zero
-from deepseek_sft.checkpoint.byte_ranges import OpenFiles
+from deepseek_sft.convert import zero
 from deepseek_sft.errors import BadInputError, StoppedError
-from deepseek_sft.model import release
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import torch_pickle
+from deepseek_sft.tensors.byte_ranges import OpenFiles
 
 WORLD_SIZE = 3
 OPTIMIZER, MODEL = synthetic_zero3.rank_names(1)
 
 
 def write(folder, tensors, stage, step=7):
-    biases = {n: v for n, v in tensors.items() if n.endswith(release.CORRECTION_BIAS)}
+    biases = {n: v for n, v in tensors.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
     weights = {n: v for n, v in tensors.items() if n not in biases}
     if stage == 3:
         groups = synthetic_zero3.split_groups(weights, 3000)

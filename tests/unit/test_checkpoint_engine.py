@@ -14,18 +14,10 @@ from conversion_helpers import RANKS, convert_all, write_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import (
-    bandwidth,
-    base_model,
-    byte_ranges,
-    checksums,
-    conversion_plan,
-    convert,
-    shard_writer,
-    zero,
-)
-from deepseek_sft.checkpoint.byte_ranges import OpenFiles
+from deepseek_sft.convert import base_model, convert, disk_bandwidth, dry_run, zero
 from deepseek_sft.errors import BadInputError, CrashError
+from deepseek_sft.tensors import byte_ranges, checksums, shard_writer
+from deepseek_sft.tensors.byte_ranges import OpenFiles
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -224,16 +216,16 @@ def test_lack_of_space_is_told_with_what_to_do(tmp_path, inputs, monkeypatch, co
 
 
 def test_time_range_follows_from_the_slowest_part_and_from_all_in_turn():
-    speed = bandwidth.Bandwidth(read=100.0, write=10.0, convert=1000.0)
+    speed = disk_bandwidth.Bandwidth(read=100.0, write=10.0, convert=1000.0)
     assert speed.seconds(1000, 500) == (50.0, 1.5 * (10 + 50 + 1))
-    assert bandwidth.Bandwidth(None, 10.0, 1000.0).seconds(1000, 500) is None
+    assert disk_bandwidth.Bandwidth(None, 10.0, 1000.0).seconds(1000, 500) is None
 
 
 def test_plan_tells_sizes_and_shares_and_leaves_no_file(tmp_path, inputs):
     opened = zero.open_checkpoint(inputs / "step"), base_model.open_model(inputs / "base")
     conversion = convert.prepare(*opened, tmp_path / "model", convert.Options(largest_shard=20_000))
-    plan = conversion_plan.describe(conversion, shares=3)
+    plan = dry_run.describe(conversion, shares=3)
     assert plan["bytes_to_write"] == sum(plan["bytes_of_each_share"]) == sum(s.size for s in conversion.shards)
     assert plan["measured_bytes_per_second"]["write"] > 0
-    assert "on 3 nodes" in conversion_plan.summary(plan | {"seconds": [10.0, 20.0]})
+    assert "on 3 nodes" in dry_run.summary(plan | {"seconds": [10.0, 20.0]})
     assert list(tmp_path.iterdir()) == []

@@ -9,10 +9,10 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import memory, number_formats, safetensors_files
-from deepseek_sft.checkpoint.sizes import parse_size
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.model.release import TensorSpec
+from deepseek_sft.tensors import memory_bound, number_formats, safetensors_files
+from deepseek_sft.tensors.sizes import parse_size
+from deepseek_sft.tensors.tensor_spec import TensorSpec
 
 ALL_BF16 = np.arange(1 << 16).astype(np.uint16)
 
@@ -138,20 +138,20 @@ def test_what_is_no_size_is_refused(text):
 
 @given(st.integers(1, 64), st.integers(30, 40))
 def test_buffers_never_exceed_the_bound(workers, exponent):
-    found = memory.Memory(1 << 42, 0, None, None)
-    buffers = memory.plan_buffers(str(1 << exponent), workers, 8, found)
-    assert buffers.size <= 1 << exponent and buffers.chunk >= memory.SMALLEST_CHUNK
+    found = memory_bound.Memory(1 << 42, 0, None, None)
+    buffers = memory_bound.plan_buffers(str(1 << exponent), workers, 8, found)
+    assert buffers.size <= 1 << exponent and buffers.chunk >= memory_bound.SMALLEST_CHUNK
 
 
 def test_automatic_bound_respects_the_control_group():
-    tight = memory.Memory(1 << 40, 0, 400 << 20, 400 << 20)
-    assert memory.plan_buffers("auto", 4, 8, tight).size <= 100 << 20
+    tight = memory_bound.Memory(1 << 40, 0, 400 << 20, 400 << 20)
+    assert memory_bound.plan_buffers("auto", 4, 8, tight).size <= 100 << 20
 
 
 @pytest.mark.parametrize("option", ["1MB", "900GB"])
 def test_impossible_bound_is_refused(option):
     with pytest.raises(BadInputError, match="--memory"):
-        memory.plan_buffers(option, 4, 8, memory.Memory(1 << 34, 0, None, None))
+        memory_bound.plan_buffers(option, 4, 8, memory_bound.Memory(1 << 34, 0, None, None))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -171,6 +171,6 @@ def test_tightest_control_group_on_the_way_up_counts(tmp_path, version):
     (start / "job/step" / limit).write_text("max\n" if version == 2 else f"{1 << 62}\n")
     (start / "job/step" / usage).write_text("600\n")
     (proc / "self/cgroup").write_text("0::/job/step\n" if version == 2 else "5:cpu,memory:/job/step\n")
-    found = memory.measure(proc, root)
+    found = memory_bound.measure(proc, root)
     assert (found.available, found.swap_free, found.group_limit, found.group_free) == (51200, 7168, 1000, 550)
     assert found.usable == 550

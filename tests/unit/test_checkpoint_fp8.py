@@ -9,14 +9,17 @@ import synthetic_zero3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import base_model, convert, dequantize, fp8_blocks, safetensors_files, verify, zero
-from deepseek_sft.checkpoint.number_formats import E4M3_VALUES, bf16_to_float32, float32_to_e4m3
-from deepseek_sft.checkpoint.weight_checks import ChangeBound
+from deepseek_sft.convert import base_model, convert, dequantize, zero
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.model import release
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import fp8_blocks, safetensors_files
+from deepseek_sft.tensors.number_formats import E4M3_VALUES, bf16_to_float32, float32_to_e4m3
+from deepseek_sft.tensors.tensor_spec import SCALE_SUFFIX, scale_shape
+from deepseek_sft.verify import verify
+from deepseek_sft.verify.weight_checks import ChangeBound
 
 LEARNING_RATE = 1e-3
-FACTORS = release.SCALE_SUFFIX
+FACTORS = SCALE_SUFFIX
 MTP = "model.layers.2"
 
 
@@ -66,7 +69,7 @@ def test_every_block_has_the_factor_of_its_largest_value(rows, columns, seed, ex
 def test_any_rows_are_dequantised_as_the_whole_matrix_is(rows, columns, data):
     random = np.random.default_rng(rows)
     codes = random.integers(0, 0x7F, (rows, columns), np.uint8)
-    factors = random.random(release.scale_shape(codes.shape), np.float32)
+    factors = random.random(scale_shape(codes.shape), np.float32)
     expanded = np.repeat(np.repeat(factors, 128, 0), 128, 1)[:rows, :columns]
     start = data.draw(st.integers(0, rows - 1))
     end = data.draw(st.integers(start + 1, rows))
@@ -94,7 +97,7 @@ def made(tmp_path_factory):
     base = small_models.make_base(folder / "base", **small_models.BLOCKS_SHAPE)
     trained = small_models.train(small_models.read_tensors(base), LEARNING_RATE)
     fused = synthetic_zero3.fuse(trained, 2)
-    buffers = {n: v for n, v in fused.items() if n.endswith(release.CORRECTION_BIAS)}
+    buffers = {n: v for n, v in fused.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
     groups = synthetic_zero3.split_groups({n: v for n, v in fused.items() if n not in buffers}, 300_000)
     synthetic_zero3.write_checkpoint(folder / "step7", groups, 3, buffers)
     return base, folder / "step7", trained
@@ -138,7 +141,7 @@ def test_fp8_model_holds_every_linear_layer_quantised_from_the_master_weights(ma
             expected = fp8_blocks.quantize(values)
             assert np.array_equal(found[name], expected.codes), name
             assert np.array_equal(found[name + FACTORS], expected.factors), name
-        elif not name.endswith(release.CORRECTION_BIAS):
+        elif not name.endswith(deepseek_v3.CORRECTION_BIAS):
             assert np.array_equal(found[name], small_models.rounded(values)), name
     config = json.loads((output / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]

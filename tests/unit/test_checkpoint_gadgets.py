@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import stored_checkpoint as stored
 
-from deepseek_sft.checkpoint import rank_state, zero
+from deepseek_sft.convert import rank_state, zero
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.training import checkpoints
 

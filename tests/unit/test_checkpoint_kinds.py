@@ -20,9 +20,10 @@ import pytest
 import small_models
 import synthetic_zero3
 
-from deepseek_sft.checkpoint import base_model, convert, torch_pickle, zero
+from deepseek_sft.convert import base_model, convert, zero
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.model import release
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import torch_pickle
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -38,7 +39,7 @@ def trained(base):
 
 
 def write(folder, tensors, **options):
-    biases = {name: values for name, values in tensors.items() if name.endswith(release.CORRECTION_BIAS)}
+    biases = {name: values for name, values in tensors.items() if name.endswith(deepseek_v3.CORRECTION_BIAS)}
     parameters = {name: values for name, values in tensors.items() if name not in biases}
     return synthetic_zero3.write_checkpoint(folder, [parameters], 2, biases, **options)
 
@@ -53,7 +54,7 @@ def assert_equal(folder, tensors):
     found = small_models.read_tensors(folder)
     assert found.keys() == tensors.keys()
     for name, values in tensors.items():
-        wanted = values if name.endswith(release.CORRECTION_BIAS) else small_models.rounded(values)
+        wanted = values if name.endswith(deepseek_v3.CORRECTION_BIAS) else small_models.rounded(values)
         assert np.array_equal(found[name], wanted), name
 
 

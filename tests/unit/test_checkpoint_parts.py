@@ -13,11 +13,11 @@ from conversion_helpers import convert_all, write_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import parts, progress_folder, shard_writer
-from deepseek_sft.checkpoint.parts import Part
-from deepseek_sft.checkpoint.progress_folder import Finished, ProgressFolder
-from deepseek_sft.checkpoint.safetensors_files import Shard
 from deepseek_sft.errors import BadInputError, CrashError, StoppedError
+from deepseek_sft.tensors import node_shares, progress_folder, shard_writer
+from deepseek_sft.tensors.node_shares import Part
+from deepseek_sft.tensors.progress_folder import Finished, ProgressFolder
+from deepseek_sft.tensors.safetensors_files import Shard
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def shards_of(sizes):
 @given(st.lists(st.integers(1, 10**10), min_size=1, max_size=60), st.integers(1, 40))
 def test_every_file_is_in_one_share_and_shares_are_even_to_a_file(sizes, count):
     shards = shards_of(sizes)
-    shares = [parts.share(shards, Part(k, count)) for k in range(1, count + 1)]
+    shares = [node_shares.share(shards, Part(k, count)) for k in range(1, count + 1)]
     assert [shard for share in shares for shard in share] == shards
     for share in shares:
         assert abs(sum(s.size for s in share) - sum(sizes) / count) <= max(sizes)
@@ -41,24 +41,24 @@ def test_every_file_is_in_one_share_and_shares_are_even_to_a_file(sizes, count):
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2"])
 def test_impossible_share_is_refused(text):
     with pytest.raises(BadInputError, match="--part"):
-        parts.parse_part(text)
+        node_shares.parse_part(text)
 
 
 def test_share_is_taken_from_srun_or_a_job_array(monkeypatch):
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(BadInputError, match="SLURM_PROCID"):
-        parts.parse_part("slurm")
+        node_shares.parse_part("slurm")
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert parts.parse_part("slurm") == Part(3, 4)
+    assert node_shares.parse_part("slurm") == Part(3, 4)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     for name, value in (("ID", "5"), ("MIN", "1"), ("MAX", "8"), ("COUNT", "8")):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert parts.parse_part("slurm") == Part(5, 8)
+    assert node_shares.parse_part("slurm") == Part(5, 8)
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
     with pytest.raises(BadInputError, match="gaps"):
-        parts.parse_part("slurm")
+        node_shares.parse_part("slurm")
 
 
 def assert_same_weights(found, expected):
@@ -231,10 +231,10 @@ def test_retry_on_several_nodes_tells_its_own_work_and_the_size_of_the_model(tmp
 @pytest.mark.parametrize("code, kind", [(2, BadInputError), (4, StoppedError), (1, CrashError), (137, CrashError)])
 def test_exit_code_of_the_worst_node_comes_through(slurm, code, kind):
     with pytest.raises(kind, match=f"exit code {code}"):
-        parts.run_on_nodes(2, ["-c", f"import sys; sys.exit({code})"])
+        node_shares.run_on_nodes(2, ["-c", f"import sys; sys.exit({code})"])
 
 
 def test_several_nodes_without_slurm_are_refused(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(BadInputError, match="not a Slurm job"):
-        parts.run_on_nodes(2, ["-c", ""])
+        node_shares.run_on_nodes(2, ["-c", ""])

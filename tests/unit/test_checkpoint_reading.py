@@ -13,9 +13,10 @@ import synthetic_zero3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import torch_pickle, zero
-from deepseek_sft.checkpoint.byte_ranges import OpenFiles
+from deepseek_sft.convert import zero
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.tensors import torch_pickle
+from deepseek_sft.tensors.byte_ranges import OpenFiles
 
 SHAPES = st.lists(st.lists(st.integers(1, 7), min_size=0, max_size=3), min_size=1, max_size=6)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import stored_checkpoint as stored
 
-from deepseek_sft.checkpoint import rank_state
+from deepseek_sft.convert import rank_state
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.training import checkpoints
 

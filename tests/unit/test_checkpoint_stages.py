@@ -13,10 +13,10 @@ import synthetic_zero12
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.checkpoint import base_model, conversion_plan, convert, zero
-from deepseek_sft.checkpoint.byte_ranges import OpenFiles
+from deepseek_sft.convert import base_model, convert, dry_run, zero
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.model import release
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors.byte_ranges import OpenFiles
 
 SHAPES = st.lists(st.lists(st.integers(0, 7), min_size=0, max_size=3), min_size=0, max_size=5)
 
@@ -96,7 +96,7 @@ def convert_to(output, checkpoint, base):
 def test_fused_experts_and_two_parameter_groups_convert_at_stages_1_and_2(tmp_path, model, stage):
     base, trained = model
     fused = synthetic_zero3.fuse(trained, 2)
-    buffers = {n: v for n, v in fused.items() if n.endswith(release.CORRECTION_BIAS)}
+    buffers = {n: v for n, v in fused.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
     frozen_name = "llm.model.embed_tokens.weight"
     groups = [
         {n: v for n, v in fused.items() if n not in buffers and n != frozen_name and ("norm" in n) is decayed}
@@ -106,14 +106,14 @@ def test_fused_experts_and_two_parameter_groups_convert_at_stages_1_and_2(tmp_pa
     found = convert_to(tmp_path / "model", tmp_path / "c", base)
     assert found.keys() == trained.keys()
     for name, values in trained.items():
-        expected = values if name.endswith(release.CORRECTION_BIAS) else small_models.rounded(values)
+        expected = values if name.endswith(deepseek_v3.CORRECTION_BIAS) else small_models.rounded(values)
         assert np.array_equal(found[name], expected), name
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_plan_measures_many_parameters_and_stays_within_their_bytes_at_stages_1_and_2(tmp_path, model, stage):
     base, trained = model
-    buffers = {n: v for n, v in trained.items() if n.endswith(release.CORRECTION_BIAS)}
+    buffers = {n: v for n, v in trained.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
     weights = {n: v for n, v in trained.items() if n not in buffers}
     synthetic_zero12.write_checkpoint(tmp_path / "c", [weights], 3, stage, buffers)
     opened = zero.open_checkpoint(tmp_path / "c"), base_model.open_model(base)
@@ -121,9 +121,9 @@ def test_plan_measures_many_parameters_and_stays_within_their_bytes_at_stages_1_
     for dtype, parameters in ((4, opened[0].parameters), (2, halves)):
         checkpoint = dataclasses.replace(opened[0], parameters=parameters)
         conversion = convert.prepare(checkpoint, opened[1], tmp_path / "model", convert.Options())
-        ranges = conversion_plan._probed_ranges(conversion)
+        ranges = dry_run._probed_ranges(conversion)
         sizes = {dtype * length for p in parameters.values() for _, _, length in p.pieces(0, p.elements)}
-        assert len(ranges) == min(conversion_plan.MOST_PROBED, len(parameters))
+        assert len(ranges) == min(dry_run.MOST_PROBED, len(parameters))
         assert {size for _, _, size in ranges} <= sizes
 
 
@@ -133,7 +133,7 @@ def test_tied_weights_are_written_under_the_names_the_base_has(tmp_path, model, 
     base, trained = model
     alias = ({"model.embed_tokens.weight", "lm_head.weight"} - {stored}).pop()
     write = synthetic_zero3.write_checkpoint if stage == 3 else synthetic_zero12.write_checkpoint
-    biases = {n: v for n, v in trained.items() if n.endswith(release.CORRECTION_BIAS)}
+    biases = {n: v for n, v in trained.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
     weights = {n: v for n, v in trained.items() if n not in biases and n != alias}
     write(tmp_path / "c", [weights], 2, buffers=biases, shared={alias: stored})
     both = convert_to(tmp_path / "both", tmp_path / "c", base)

@@ -9,9 +9,9 @@ import socket
 
 import pytest
 
-from deepseek_sft.checkpoint import memory, swap
-from deepseek_sft.checkpoint.memory import Memory
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.tensors import memory_bound, swap
+from deepseek_sft.tensors.memory_bound import Memory
 
 GIB = 1 << 30
 EXISTING = "/dev/sda2 partition 8388604 0 -2"
@@ -169,11 +169,11 @@ def test_reasons_why_no_swap_can_be_had_are_told(tmp_path, machine, monkeypatch)
 
 def test_bound_above_free_memory_needs_permission_for_swap():
     with pytest.raises(BadInputError, match="or --swap auto"):
-        memory.plan_buffers("64GiB", 4, 8, PLENTY, largest=1 << 30)
-    buffers = memory.plan_buffers("64GiB", 4, 8, PLENTY, largest=1 << 30, swap=True)
+        memory_bound.plan_buffers("64GiB", 4, 8, PLENTY, largest=1 << 30)
+    buffers = memory_bound.plan_buffers("64GiB", 4, 8, PLENTY, largest=1 << 30, swap=True)
     assert buffers.chunk == 1 << 30  # whole tensors
     assert buffers.beyond == buffers.size - PLENTY.usable
-    modest = memory.plan_buffers("64GiB", 4, 8, PLENTY, largest=1 << 20, swap=True)
+    modest = memory_bound.plan_buffers("64GiB", 4, 8, PLENTY, largest=1 << 20, swap=True)
     assert modest.beyond == 0  # no tensor needs that much
 
 
@@ -192,6 +192,6 @@ def test_swap_that_the_control_group_leaves_is_measured(tmp_path, version):
         figures = {f"memory.{name}": value for name, value in figures.items()}
     for name, value in figures.items():
         (folder / name).write_text(f"{value}\n")
-    found = memory.measure(proc, root)
+    found = memory_bound.measure(proc, root)
     assert (found.group_swap, found.usable_swap) == (400, 400)
     assert "the group may use 400 B" in str(found)

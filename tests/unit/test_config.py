@@ -9,7 +9,7 @@ import yaml
 
 from deepseek_sft import config
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.settings import document, fields
+from deepseek_sft.settings import document, field_types
 from deepseek_sft.settings.configuration import Configuration
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -136,7 +136,7 @@ def test_a_number_that_no_bound_would_notice_is_refused(production, value):
 
 def test_every_key_is_described():
     def described(kind, path=""):
-        for name, key in fields.keys(kind).items():
+        for name, key in field_types.keys(kind).items():
             assert key.meaning or (key.section and not path), f"{path}{name}"
             if key.section:
                 described(key.section, f"{path}{name}.")

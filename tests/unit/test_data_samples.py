@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from unit.data_helpers import ASSISTANT, BOS, EOS, TOKENIZER, USER, answer, assistant, system, user
 
+from deepseek_sft.data.chat_templates import TEMPLATES
 from deepseek_sft.data.encoding import load_encoder
 from deepseek_sft.data.messages import Rejection, normalise
 from deepseek_sft.data.samples import Settings, make_samples
-from deepseek_sft.data.templates import TEMPLATES
 from deepseek_sft.data.tokens import NO_LOSS
 from deepseek_sft.errors import BadInputError
 

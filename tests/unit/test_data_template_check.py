@@ -9,11 +9,11 @@ from unit.test_data_templates import ids
 
 from deepseek_sft import known_at_start
 from deepseek_sft.data import template_check
-from deepseek_sft.data.chat_template import TemplateError
+from deepseek_sft.data.base_template import TemplateError
+from deepseek_sft.data.chat_templates import TEMPLATES
 from deepseek_sft.data.encoding import load_encoder
 from deepseek_sft.data.messages import normalise
 from deepseek_sft.data.samples import Settings, make_samples
-from deepseek_sft.data.templates import TEMPLATES
 from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.experiment import Experiment
 

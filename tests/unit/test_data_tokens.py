@@ -14,7 +14,7 @@ from unit.data_helpers import PROJECT, TOKENIZER, answer, read_lines, run_script
 from deepseek_sft import files
 from deepseek_sft.data.packing import best_fit
 from deepseek_sft.data.samples import Settings
-from deepseek_sft.data.show import show
+from deepseek_sft.data.show_samples import show
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
 from deepseek_sft.data.tokens import NO_LOSS, TokenDataset, TokenWriter, write_index
 from deepseek_sft.errors import BadInputError

@@ -6,7 +6,8 @@ import json
 import pytest
 import training_helpers as helpers
 
-from deepseek_sft.training import deepspeed_keys, gradient_communication, settings
+from deepseek_sft.settings import deepspeed_keys
+from deepseek_sft.training import gradient_communication, settings
 from deepseek_sft.training.xtuner_engine import config
 
 RECEIPT = {"rule": "x", "inputs": {}, "settings": {}, "figures": {}}

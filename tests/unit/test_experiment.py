@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from deepseek_sft import rule_settings
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
-from deepseek_sft.slurm import Allocation
+from deepseek_sft.slurm.sbatch import Allocation
 
 PROJECT = Path(__file__).resolve().parents[2]
 

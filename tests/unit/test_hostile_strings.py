@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deepseek_sft import config, slurm
+from deepseek_sft import config
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
-from deepseek_sft.settings import fields
+from deepseek_sft.settings import field_types
 from deepseek_sft.settings.configuration import Configuration
+from deepseek_sft.slurm import sbatch
 
 PROJECT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("HOSTILE_CASES", "200"))
@@ -47,8 +48,8 @@ def demo() -> dict:
 def places(kind: type = Configuration, path: tuple = ()) -> list[tuple]:
     """Paths of all keys that may hold text; of a mapping's own keys a name and a value, of a list an entry."""
     found = []
-    for name, key in fields.keys(kind).items():
-        kinds = [typing.get_origin(member) or member for member in fields.members(key.hint)]
+    for name, key in field_types.keys(kind).items():
+        kinds = [typing.get_origin(member) or member for member in field_types.members(key.hint)]
         found += [(*path, name)] if {str, typing.Literal} & set(kinds) else []
         found += places(key.section, (*path, name)) if key.section else []
         found += [(*path, name, "A_NAME"), (*path, name, None)] if dict in kinds else []
@@ -105,7 +106,7 @@ def exports_of(experiment: Experiment) -> str:
     names = {"project": "/tmp", "experiment": "x", "results": "r", "logs": "l", "python": experiment.python("train")}
     more = {"activate": "", "accelerator": "cpu", "ranks_per_node": 2, "preflight": False, "spare_nodes": 0}
     variables = {name: str(value) for name, value in experiment.config["train"]["environment"].items()}
-    script = slurm.render("train", slurm.Allocation(nodes=1), names | more | {"environment": variables})
+    script = sbatch.render("train", sbatch.Allocation(nodes=1), names | more | {"environment": variables})
     return "\n".join(re.findall(r"^export (?:[^\n']|'[^']*')*$", script, re.MULTILINE))
 
 

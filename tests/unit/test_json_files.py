@@ -8,23 +8,30 @@ from pathlib import Path
 import pytest
 from training_helpers import write_checkpoint
 
-from deepseek_sft import chain, json_files, limits, receipts
-from deepseek_sft.checkpoint import base_sums, marker, safetensors_files
+from deepseek_sft import chain, json_files, receipts, time_limits
 from deepseek_sft.cluster_jobs.record import Record
+from deepseek_sft.convert import base_sums, marker
 from deepseek_sft.data import tokens
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.planning.settings import COUNTED, Samples
 from deepseek_sft.preflight import settings as preflight_settings
 from deepseek_sft.report import collect
-from deepseek_sft.serving import lasting, submitting
+from deepseek_sft.serving import deployment_job, lasting_endpoint
+from deepseek_sft.tensors import safetensors_files
 from deepseek_sft.training import checkpoints, run_folder
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflow"
 # Readers of what users and servers write, with rules of their own.
 OTHER_READERS = {
-    *("data/prepare.py", "data/formats.py", "data/tools.py", "data/hints.py", "data/chat_template.py"),
-    *("data/template_check.py", "data/tokenization.py", "data/encoding.py", "serving/held_out.py", "serving/api.py"),
-    *("report/samples.py", "strict_yaml.py", "json_files.py"),
+    *("data/prepare.py", "data/formats.py", "data/tools.py", "data/hints.py", "data/base_template.py"),
+    *(
+        "data/template_check.py",
+        "data/tokenization.py",
+        "data/encoding.py",
+        "evaluation/held_out.py",
+        "evaluation/api.py",
+    ),
+    *("report/chat_section.py", "strict_yaml.py", "json_files.py"),
     "macros.sbatch.j2",  # slow_nodes.json in the job itself; torn, no node is left out
 }
 NOT_JSON = {
@@ -108,9 +115,9 @@ READERS = {
     "step_8/committed.json": lambda path: marker.read_marker(path.parent),
     "tokens.json": lambda path: tokens.check_shards(path.parent),
     "base_sums.json": base_sums.read,
-    "endpoint.json": lasting.Endpoint.read,
-    "serve/job.json": submitting._read,
-    "nodes/0.json": lambda path: lasting.who_serves(path.parent),
+    "endpoint.json": lasting_endpoint.Endpoint.read,
+    "serve/job.json": deployment_job._read,
+    "nodes/0.json": lambda path: lasting_endpoint.who_serves(path.parent),
     "record.json": Record.read,
     "chain/receipts/train.json": lambda path: chain.judge(path.parents[1]),
     "report/receipts/train.json": lambda path: (
@@ -173,7 +180,9 @@ RELYING = {
     "seconds that limits follow from": (
         "plan",
         PLANNED,
-        lambda path: limits.Planned.of_figures(receipts.read(path, "plan", limits.Planned.FIGURES)["figures"]),
+        lambda path: time_limits.Planned.of_figures(
+            receipts.read(path, "plan", time_limits.Planned.FIGURES)["figures"]
+        ),
     ),
 }
 

@@ -8,9 +8,9 @@ import types
 import planning_plans as plans
 import pytest
 
-from deepseek_sft import limits
+from deepseek_sft import time_limits
 from deepseek_sft.errors import GateError
-from deepseek_sft.planning import duration, gate, show
+from deepseek_sft.planning import duration, gate, plan_text
 from deepseek_sft.training import watchdog
 
 SLOW = {"node_gb_per_second": 100, "storage_gb_per_second": 2}
@@ -24,32 +24,32 @@ def published(**changes):
 def test_the_published_run_on_slow_networks_is_planned_with_limits_that_let_it_live():
     plan = published(**SLOW)
     planned = duration.planned(plan.duration)
-    found = limits.before_measuring(planned)
+    found = time_limits.before_measuring(planned)
     assert planned.step > 1800, "under the limits of before a healthy step would have been ended"
     assert planned.save > 3600
-    for phase in limits.PHASES:
+    for phase in time_limits.PHASES:
         assert found[phase] >= 4 * getattr(planned, phase)
-    assert limits.collectives(found) > max(found.values())
+    assert time_limits.collectives(found) > max(found.values())
     assert gate.limit_problems(plan, None) == []
-    assert f"step {show.show(found['step'], 's')}" in show.text(plan)
+    assert f"step {plan_text.show(found['step'], 's')}" in plan_text.text(plan)
 
 
 def test_a_plan_s_receipt_gives_the_same_limits_as_the_plan():
     plan = published(**SLOW)
-    from_receipt = limits.before_measuring(limits.Planned.of_figures(show.figures(plan)))
-    assert from_receipt == pytest.approx(limits.before_measuring(duration.planned(plan.duration)), rel=1e-3)
+    from_receipt = time_limits.before_measuring(time_limits.Planned.of_figures(plan_text.figures(plan)))
+    assert from_receipt == pytest.approx(time_limits.before_measuring(duration.planned(plan.duration)), rel=1e-3)
 
 
 def test_without_a_plan_limits_are_those_of_old():
-    assert limits.before_measuring(limits.Planned()) == {"start": 3600, "step": 1800, "save": 3600}
+    assert time_limits.before_measuring(time_limits.Planned()) == {"start": 3600, "step": 1800, "save": 3600}
 
 
 def test_a_stated_limit_holds_and_the_others_are_derived():
-    found = limits.before_measuring(limits.Planned(step=2000), {"start": None, "step": 90, "save": 3})
+    found = time_limits.before_measuring(time_limits.Planned(step=2000), {"start": None, "step": 90, "save": 3})
     assert found == {"start": 3600, "step": 5400, "save": 180}
 
 
-@pytest.mark.parametrize("phase", limits.PHASES)
+@pytest.mark.parametrize("phase", time_limits.PHASES)
 def test_a_stated_limit_that_would_end_what_is_healthy_is_refused_with_figures(phase):
     with pytest.raises(GateError) as error:
         gate.check_limits(published(**SLOW), {phase: 45}, "fail")
@@ -81,7 +81,7 @@ def test_the_published_run_on_its_own_network_is_refused_nothing():
 
 
 def test_measured_times_replace_planned_ones_from_the_fourth_step_on(tmp_path):
-    dog = watchdog.Watchdog(0, tmp_path, {"start": 3600, "step": 9000, "save": 7200}, limits.PHASES)
+    dog = watchdog.Watchdog(0, tmp_path, {"start": 3600, "step": 9000, "save": 7200}, time_limits.PHASES)
     try:
         for seconds in (900, 400, 400):
             assert dog.limits["step"] == 9000
@@ -91,7 +91,7 @@ def test_measured_times_replace_planned_ones_from_the_fourth_step_on(tmp_path):
         assert dog.limits["save"] == 1600, "what follows a save's files may take as long as a step"
         for _ in range(20):
             dog.took("step", 1.0)
-        assert dog.limits["step"] == limits.FLOOR
+        assert dog.limits["step"] == time_limits.FLOOR
         for _ in range(200):
             dog.took("step", 5000)
         assert dog.limits["step"] == 9000, "no longer than collectives were told"
@@ -126,7 +126,7 @@ def test_a_flight_recorder_that_hangs_does_not_keep_the_rank(tmp_path, monkeypat
 
 @pytest.mark.parametrize("ranks", [1, 8, 256, 2048])
 def test_preflight_s_limits_grow_with_the_ranks_and_stay_within_its_job(ranks):
-    found = limits.under_load(ranks)
+    found = time_limits.under_load(ranks)
     assert found.loading >= 300 + ranks
     assert found.joining > found.loading, "other nodes may still import torch"
     if ranks <= 256:
@@ -134,6 +134,6 @@ def test_preflight_s_limits_grow_with_the_ranks_and_stay_within_its_job(ranks):
 
 
 def test_train_py_refuses_a_stated_limit_against_its_plan():
-    found = limits.problems(limits.Planned(step=1200), {"step": 30}, None, True)
+    found = time_limits.problems(time_limits.Planned(step=1200), {"step": 30}, None, True)
     assert "train.hang_minutes.step: 30 minutes, but the plan's slowest step takes 20.0" in found[0][0]
     assert "at least 40" in found[0][1]

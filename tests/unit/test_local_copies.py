@@ -10,7 +10,7 @@ import pytest
 from deepseek_sft import local_copies
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
-from deepseek_sft.settings import fields
+from deepseek_sft.settings import field_types
 from deepseek_sft.settings.envs import Local
 
 
@@ -155,4 +155,4 @@ def test_where_it_runs_shapes_nothing():
     at_home, local = experiment(), experiment(local={"train": "tar"})
     for rule in ("train", "preflight", "plan", "rehearse"):
         assert at_home.settings(rule) == local.settings(rule)
-    assert fields.keys(Local)["train"].default is None
+    assert field_types.keys(Local)["train"].default is None

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import small_models
 
-from deepseek_sft.checkpoint import base_model, outputs
+from deepseek_sft.convert import base_model, output_tensors, tiny_model
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.model import config_file, implied, release, tiny
+from deepseek_sft.families import config_file, deepseek_v3, implied_numbers
 from deepseek_sft.planning import counting
 
 PLACE = Path("config.json")
-OLD = tiny.config_of(tiny.TinyShape())
+OLD = tiny_model.config_of(tiny_model.TinyShape())
 YARN = OLD["rope_scaling"]
 PARAMETERS = {key: value for key, value in YARN.items() if key != "type"} | {"rope_type": "yarn", "rope_theta": 10000}
 
@@ -53,25 +53,27 @@ SAME = {
 
 
 def test_a_release_is_read_and_written_as_it_lies():
-    assert release.checked(OLD, PLACE) == OLD
+    assert deepseek_v3.checked(OLD, PLACE) == OLD
     assert config_file.to_serve(OLD, PLACE) == OLD
 
 
 @pytest.mark.parametrize("form", SAME)
 def test_every_form_means_what_the_release_says(form):
-    found, wanted = (implied.numbers(release.checked(config, PLACE)) for config in (SAME[form], OLD))
+    found, wanted = (implied_numbers.numbers(deepseek_v3.checked(config, PLACE)) for config in (SAME[form], OLD))
     assert np.array_equal(found.frequencies, wanted.frequencies)
     assert (found.softmax_scale, found.attention_factor) == (wanted.softmax_scale, wanted.attention_factor)
-    config = release.checked(SAME[form], PLACE)
+    config = deepseek_v3.checked(SAME[form], PLACE)
     assert config["n_routed_experts"] == OLD["n_routed_experts"] and config["num_nextn_predict_layers"] == 0
-    assert release.tensor_specs(config) == release.tensor_specs(OLD)
+    assert deepseek_v3.tensor_specs(config) == deepseek_v3.tensor_specs(OLD)
 
 
 @pytest.mark.parametrize("form", SAME)
 def test_what_is_written_has_the_keys_of_old_and_new_readers(form):
     written = config_file.to_serve(SAME[form], PLACE)
     assert (written["rope_theta"], config_file.yarn(written)) == (10000, config_file.yarn(OLD))
-    assert implied.numbers(release.checked(written, PLACE)).softmax_scale == pytest.approx(128**-0.5 * 1.3689**2, 1e-4)
+    assert implied_numbers.numbers(deepseek_v3.checked(written, PLACE)).softmax_scale == pytest.approx(
+        128**-0.5 * 1.3689**2, 1e-4
+    )
     if "rope_parameters" in SAME[form]:
         assert written["rope_parameters"]["rope_type"] == "yarn"
         assert written["rope_parameters"]["rope_theta"] == 10000
@@ -79,14 +81,14 @@ def test_what_is_written_has_the_keys_of_old_and_new_readers(form):
 
 def test_a_model_without_scaling_is_read_from_the_default_type():
     new = NEW | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
-    config = release.checked(new, PLACE)
+    config = deepseek_v3.checked(new, PLACE)
     assert (config["rope_scaling"], config["rope_theta"]) == (None, 50000.0)
-    assert implied.numbers(config).softmax_scale == 128**-0.5
-    assert implied.numbers(config).frequencies[1] == pytest.approx(50000 ** (-2 / 64))
+    assert implied_numbers.numbers(config).softmax_scale == 128**-0.5
+    assert implied_numbers.numbers(config).frequencies[1] == pytest.approx(50000 ** (-2 / 64))
 
 
 def test_numbers_are_those_of_the_published_formulas():
-    found = implied.numbers(OLD)
+    found = implied_numbers.numbers(OLD)
     scale = 0.1 * math.log(40) + 1
     assert found.softmax_scale == pytest.approx(128**-0.5 * scale**2)
     assert found.attention_factor == 1
@@ -130,29 +132,33 @@ REFUSED = {
 def test_what_would_be_computed_otherwise_is_refused_by_name(what):
     config, message = REFUSED[what]
     with pytest.raises(BadInputError, match=message):
-        release.checked(config, PLACE)
+        deepseek_v3.checked(config, PLACE)
 
 
 @pytest.mark.parametrize("key", config_file.COMPUTED)
 def test_a_key_that_readers_would_fill_in_differently_must_be_there(key):
     with pytest.raises(BadInputError, match=rf"{key} missing"):
-        release.checked(without(key), PLACE)
+        deepseek_v3.checked(without(key), PLACE)
 
 
 def test_unknown_keys_that_switch_nothing_on_are_let_through_and_named():
     idle = {"sliding_window": None, "use_sliding_window": False, "trained_by_version": "3", "_remark": 1}
-    release.checked(OLD | idle, PLACE)
+    deepseek_v3.checked(OLD | idle, PLACE)
     assert config_file.unknown_keys(OLD | idle) == ([], list(idle))
 
 
 def test_a_plan_counts_the_same_model_from_either_form():
-    old, new = (counting.count(release.checked(config, PLACE)) for config in (OLD, NEW))
+    old, new = (counting.count(deepseek_v3.checked(config, PLACE)) for config in (OLD, NEW))
     assert old.figures() == new.figures() and old.forward_flops(100) == new.forward_flops(100)
 
 
 def test_numbers_that_are_not_numbers_differ_from_everything():
-    assert implied.differ(math.nan, 1.0) and implied.differ(1.0, math.nan) and implied.differ(math.nan, math.nan)
-    assert implied.differ([1.0, 2.0], [1.0]) and not implied.differ([1.0 + 1e-7], [1.0])
+    assert (
+        implied_numbers.differ(math.nan, 1.0)
+        and implied_numbers.differ(1.0, math.nan)
+        and implied_numbers.differ(math.nan, math.nan)
+    )
+    assert implied_numbers.differ([1.0, 2.0], [1.0]) and not implied_numbers.differ([1.0 + 1e-7], [1.0])
 
 
 def test_the_fingerprint_of_a_base_in_the_old_form_is_that_of_earlier_versions(tmp_path):
@@ -173,15 +179,15 @@ def test_a_model_made_from_the_new_form_carries_both(tmp_path):
     base = small_models.make_base(tmp_path / "base")
     in_new_form(base)
     opened = base_model.open_model(base)
-    config = outputs.output_config(opened, "fp32", "drop")
+    config = output_tensors.output_config(opened, "fp32", "drop")
     assert (config["torch_dtype"], config["dtype"]) == ("float32", "float32")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000
     assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 40
-    assert outputs.identity_of_config(opened, config, "fp32", "drop")
+    assert output_tensors.identity_of_config(opened, config, "fp32", "drop")
 
 
 def test_folders_that_earlier_versions_made_of_an_old_form_stay_finished(tmp_path):
     opened = base_model.open_model(small_models.make_base(tmp_path / "base"))
-    config = outputs.output_config(opened, "bf16", "drop")
+    config = output_tensors.output_config(opened, "bf16", "drop")
     assert config == opened.published | {"num_nextn_predict_layers": 0}
-    assert outputs.identity_of_config(opened, config, "bf16", "drop") == {}
+    assert output_tensors.identity_of_config(opened, config, "bf16", "drop") == {}

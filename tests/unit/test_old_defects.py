@@ -13,11 +13,11 @@ import small_models
 import synthetic_zero3
 from training_helpers import settings
 
-from deepseek_sft import slurm
-from deepseek_sft.checkpoint import base_model, convert, zero
-from deepseek_sft.checkpoint.safetensors_files import read_header
+from deepseek_sft.convert import base_model, convert, zero
 from deepseek_sft.data import messages
-from deepseek_sft.slurm import Allocation
+from deepseek_sft.slurm import sbatch
+from deepseek_sft.slurm.sbatch import Allocation
+from deepseek_sft.tensors.safetensors_files import read_header
 from deepseek_sft.training.xtuner_engine import config
 
 LARGE = 70_000.0  # finite in bf16, infinite in fp16
@@ -85,7 +85,7 @@ def test_every_program_that_a_script_starts_exists_and_is_given_to_python(name, 
         "preflight": True,
         "spare_nodes": 0,
     }
-    script = slurm.render(name, Allocation(nodes=2, gres="gpu:8"), context)
+    script = sbatch.render(name, Allocation(nodes=2, gres="gpu:8"), context)
     assert PROGRAM.search(script)
     assert programs_that_do_not_exist(script, project) == []
     assert not re.search(r"(bash|sh) \S+\.py", script)  # the old script ran a Python file with bash

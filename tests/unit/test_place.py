@@ -11,7 +11,7 @@ import pytest
 
 from deepseek_sft import place
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.training import nodes
+from deepseek_sft.slurm import nodes
 
 
 @pytest.mark.parametrize("results", ["results", "/scratch/a.b-c_d/é", "../x", "/lustre/project@site/run=1"])

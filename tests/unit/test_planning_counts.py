@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_sft.model import release, tiny
+from deepseek_sft.convert import tiny_model
+from deepseek_sft.families import deepseek_v3
 from deepseek_sft.planning.counting import count
 from deepseek_sft.planning.terms import total
 
@@ -44,9 +45,9 @@ def test_moonlight_has_its_published_16_and_3_billion():
 
 
 def test_tiny_model_is_counted_as_its_specification_says():
-    config = tiny.config_of(tiny.TinyShape())
+    config = tiny_model.config_of(tiny_model.TinyShape())
     model = count(config)
-    specs = release.tensor_specs(config)
+    specs = deepseek_v3.tensor_specs(config)
     assert (model.total, model.tensors) == (sum(spec.elements for spec in specs.values()), len(specs))
 
 
@@ -64,10 +65,10 @@ def test_rank_files_of_deepseek_v3_have_their_known_size(v3, ranks, gigabytes):
 
 
 def test_partition_agrees_with_a_count_over_every_training_parameter():
-    config = tiny.config_of(tiny.TinyShape(vocab_size=1003, routed_experts=8))
+    config = tiny_model.config_of(tiny_model.TinyShape(vocab_size=1003, routed_experts=8))
     expected = 0
-    for name, spec in release.tensor_specs(config).items():
-        if ".mlp.experts." not in name and not name.endswith(release.CORRECTION_BIAS):
+    for name, spec in deepseek_v3.tensor_specs(config).items():
+        if ".mlp.experts." not in name and not name.endswith(deepseek_v3.CORRECTION_BIAS):
             expected += -(-spec.elements // 5)
     for _ in range(2 * 4):  # 2 MoE layers, 4 shards of 2 experts each
         expected += -(-2 * 2 * 64 * 64 // 5) + -(-2 * 64 * 64 // 5)
@@ -76,7 +77,7 @@ def test_partition_agrees_with_a_count_over_every_training_parameter():
 
 @given(st.integers(1, 4096))
 def test_partitions_of_all_ranks_hold_every_parameter_and_little_more(ranks):
-    model = count(tiny.config_of(tiny.TinyShape()))
+    model = count(tiny_model.config_of(tiny_model.TinyShape()))
     parameters = sum(model.shapes.values()) + 2 * 2 * 2
     held = ranks * model.partition(ranks, 4)
     assert model.trained <= held < model.trained + ranks * parameters

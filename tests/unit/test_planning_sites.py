@@ -12,12 +12,12 @@ import yaml
 
 from deepseek_sft import config as configuration
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.planning import advice, gpus, load, remedies
-from deepseek_sft.planning.resources import read_resources
-from deepseek_sft.settings import fields
+from deepseek_sft.planning import advice, gpu_models, load, remedies
+from deepseek_sft.planning.training_resources import read_resources
+from deepseek_sft.settings import field_types
 from deepseek_sft.settings.plan import Plan
-from deepseek_sft.site import asking
-from deepseek_sft.slurm import Allocation
+from deepseek_sft.site import questions
+from deepseek_sft.slurm.sbatch import Allocation
 
 PROJECT = Path(__file__).resolve().parents[2]
 A100_SITE = {  # 16 nodes of 4 A100, 480 GB, a day at most
@@ -145,9 +145,9 @@ def test_gpu_by_name_stands_for_its_numbers_and_explicit_ones_win():
 
 
 def test_every_named_gpu_is_in_the_schema_and_the_documentation():
-    assert fields.keys(Plan)["gpu"].choices == (*gpus.GPUS, None)
+    assert field_types.keys(Plan)["gpu"].choices == (*gpu_models.GPUS, None)
     page = (PROJECT / "docs/planning.md").read_text()
-    for name, gpu in gpus.GPUS.items():
+    for name, gpu in gpu_models.GPUS.items():
         assert f"| `{name}` | {gpu.memory_gib:g} | {gpu.tflops:,} |" in page
 
 
@@ -162,7 +162,7 @@ def test_every_named_gpu_is_in_the_schema_and_the_documentation():
     ],
 )
 def test_gpus_are_recognised_in_the_profiles_words(words, names):
-    assert gpus.named_in(words) == names
+    assert gpu_models.named_in(words) == names
 
 
 def test_time_limited_partition_is_told_the_number_of_starts():
@@ -181,7 +181,7 @@ def test_shipped_shapes_are_those_of_the_public_models():
 
     assert shape("deepseek-v3") == shape("deepseek-r1") == models.DEEPSEEK_V3
     assert shape("moonlight-16b-a3b") == models.MOONLIGHT_16B
-    assert sorted(filter(None, fields.keys(Plan)["model"].choices)) == load.shapes()
+    assert sorted(filter(None, field_types.keys(Plan)["model"].choices)) == load.shapes()
 
 
 def test_named_model_stands_for_a_base_that_is_not_there_and_only_then(tmp_path):
@@ -211,7 +211,7 @@ def sinfo(tmp_path, monkeypatch):
 
 
 def test_memory_of_nodes_is_what_that_many_have(sinfo):
-    assert [asking.node_memory_mb("gpu", nodes) for nodes in (1, 2, 3, 4)] == [960_000, 480_000, 480_000, None]
+    assert [questions.node_memory_mb("gpu", nodes) for nodes in (1, 2, 3, 4)] == [960_000, 480_000, 480_000, None]
 
 
 def test_plan_asks_slurm_for_the_memory_of_the_partition(sinfo, script):

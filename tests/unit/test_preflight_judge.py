@@ -4,7 +4,7 @@ import pytest
 
 from deepseek_sft.preflight import judge, table
 from deepseek_sft.preflight.findings import CHECKS, Finding
-from deepseek_sft.settings import fields
+from deepseek_sft.settings import field_types
 from deepseek_sft.settings.preflight import Checks
 
 HOSTS = ["a", "b", "c", "d"]
@@ -176,4 +176,4 @@ def test_table_shows_what_is_bad_and_leaves_unused_columns_out():
 
 
 def test_every_check_of_the_configuration_exists_and_the_other_way_round(project):
-    assert fields.keys(Checks)["skip"].choices == tuple(CHECKS)
+    assert field_types.keys(Checks)["skip"].choices == tuple(CHECKS)

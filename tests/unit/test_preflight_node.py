@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.preflight import exchange, gpus, machine, network, settings, software
+from deepseek_sft.preflight import exchange, gpu_state, machine, network, settings, software
 from deepseek_sft.preflight.exchange import Folder, Service
 from deepseek_sft.preflight.settings import Needs, Settings
 
@@ -85,7 +85,7 @@ def fake_nvidia_smi(folder: Path, monkeypatch, rows: list[str], processes: str =
 
 
 def look(wanted: int = 2, needs: Needs = Needs(), visible: str | None = None):  # noqa: B008  frozen
-    return gpus.gpus("cuda", wanted, needs, visible)
+    return gpu_state.gpus("cuda", wanted, needs, visible)
 
 
 def test_healthy_gpus_pass_and_tell_model_and_driver(tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_inactive_infiniband_port_shows_in_the_number_that_is_compared(tmp_path)
         file = tmp_path / f"mlx5_{number}" / "ports" / "1" / "state"
         file.parent.mkdir(parents=True)
         file.write_text(state + "\n")
-    finding, same = gpus.infiniband(tmp_path)
+    finding, same = gpu_state.infiniband(tmp_path)
     assert same == {"active ports": 1}
     assert "not mlx5_1/1" in finding.detail
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from deepseek_sft import limits
+from deepseek_sft import time_limits
 from deepseek_sft.preflight import affinity, bandwidth, judge, spares
 from deepseek_sft.preflight.settings import Settings
 
@@ -134,7 +134,7 @@ def test_the_machine_s_cpus_are_read_as_the_kernel_writes_them(tmp_path):
 # ------------------------------------------------------------------------------------------- clocks of the measurement
 
 
-def run_stages(tmp_path, program: str, limit: limits.UnderLoad):
+def run_stages(tmp_path, program: str, limit: time_limits.UnderLoad):
     output = tmp_path / "rank0"
     with open(output, "wb") as stream:
         process = subprocess.Popen([sys.executable, "-uc", f"import time\n{program}"], stdout=stream)
@@ -143,7 +143,7 @@ def run_stages(tmp_path, program: str, limit: limits.UnderLoad):
 
 def test_a_slow_import_does_not_use_up_the_time_of_the_measurement(tmp_path):
     program = 'time.sleep(1.5); print(\'{"stage": "loaded"}\'); print(\'{"stage": "joined"}\'); time.sleep(0.2)'
-    assert run_stages(tmp_path, program, limits.UnderLoad(60, 60, 30)) is None
+    assert run_stages(tmp_path, program, time_limits.UnderLoad(60, 60, 30)) is None
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_slow_import_does_not_use_up_the_time_of_the_measurement(tmp_path):
     ],
 )
 def test_the_stage_that_takes_too_long_is_named(tmp_path, program, limit, what):
-    assert run_stages(tmp_path, program, limits.UnderLoad(*limit)) == (0, what)
+    assert run_stages(tmp_path, program, time_limits.UnderLoad(*limit)) == (0, what)
 
 
 def test_figures_of_a_node_come_from_all_its_ranks():

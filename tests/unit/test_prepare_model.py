@@ -12,9 +12,11 @@ import small_models
 import tokenizers
 
 from deepseek_sft import files
-from deepseek_sft.checkpoint import base_model, dequantize, safetensors_files
+from deepseek_sft.convert import base_model, dequantize, tiny_model
 from deepseek_sft.errors import BadInputError, CrashError
-from deepseek_sft.model import release, tiny
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import safetensors_files
+from deepseek_sft.tensors.tensor_spec import SCALE_SUFFIX, TensorSpec
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -34,7 +36,7 @@ def copy(base, tmp_path):
 
 
 def test_full_size_has_the_published_tensors_and_parameters():
-    specs = release.tensor_specs(tiny.config_of(small_models.FULL_SIZE))
+    specs = deepseek_v3.tensor_specs(tiny_model.config_of(small_models.FULL_SIZE))
     assert len(specs) == 45_395
     assert sum(spec.elements for spec in specs.values()) == 671_026_419_200
 
@@ -61,7 +63,7 @@ def test_tiny_model_starts_with_unit_norms_small_weights_and_spread_biases(base)
     assert (tensors["model.norm.weight"] == 1).all()
     assert (tensors["model.layers.0.self_attn.kv_a_layernorm.weight"] == 1).all()
     assert 0.045 < tensors["model.embed_tokens.weight"].std() < 0.055
-    biases = [values for name, values in tensors.items() if name.endswith(release.CORRECTION_BIAS)]
+    biases = [values for name, values in tensors.items() if name.endswith(deepseek_v3.CORRECTION_BIAS)]
     assert len(biases) == 2 and all(values.std() > 0 for values in biases)
     assert not np.array_equal(*biases)
 
@@ -109,7 +111,7 @@ def test_tokenizer_knows_the_control_tokens(base):
     assert tokenizer.encode(f"{BEGIN}<｜User｜>hi<｜Assistant｜><think>\n", add_special_tokens=False).ids == [
         *(0, 128803, 6366, 128804, 128798, 201)
     ]
-    assert tokenizer.get_vocab_size() <= tiny.TinyShape().vocab_size
+    assert tokenizer.get_vocab_size() <= tiny_model.TinyShape().vocab_size
 
 
 def test_complete_base_is_accepted_and_described(base):
@@ -276,7 +278,7 @@ def test_fp8_weights_without_their_configuration_are_named(fp8):
 
 def test_experts_in_one_tensor_are_named(copy):
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    (shard,) = safetensors_files.lay_out([(name, release.TensorSpec((2,), "BF16"))], 1 << 20)
+    (shard,) = safetensors_files.lay_out([(name, TensorSpec((2,), "BF16"))], 1 << 20)
     (copy / "model-extra.safetensors").write_bytes(shard.header + b"\0" * 4)
     edit(copy / "model.safetensors.index.json", lambda c: c["weight_map"].update({name: "model-extra.safetensors"}))
     with pytest.raises(BadInputError, match="all experts of a layer in one tensor") as error:
@@ -298,11 +300,11 @@ def test_a_companion_that_cannot_be_read_is_found_first(copy, monkeypatch):
 def damage_scale(folder, value):
     """Overwrite the first factor of the first scale; returns its tensor's name."""
     model = base_model.open_model(folder)
-    name = next(name for name in model.tensors if name.endswith(release.SCALE_SUFFIX) and ".layers.0." in name)
+    name = next(name for name in model.tensors if name.endswith(SCALE_SUFFIX) and ".layers.0." in name)
     with open(model.tensors[name].file, "r+b") as stream:
         stream.seek(model.tensors[name].offset)
         stream.write(np.float32(value).tobytes())
-    return name.removesuffix(release.SCALE_SUFFIX)
+    return name.removesuffix(SCALE_SUFFIX)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])

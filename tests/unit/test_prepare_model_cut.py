@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import small_models
 
-from deepseek_sft.checkpoint import base_model, cut_base, dequantize
 from deepseek_sft.config import merge
+from deepseek_sft.convert import base_model, cut_base, dequantize, tiny_model
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.model import release, tiny
+from deepseek_sft.families import deepseek_v3
 from deepseek_sft.planning import load
 
 
@@ -37,7 +37,7 @@ def test_the_first_layers_keep_their_values(base, tmp_path, kind, layers):
     found, before = small_models.read_tensors(tmp_path / "out"), small_models.read_tensors(base[0])
     wanted = {**before, **base[2]} if kind else before
     assert model.config["num_hidden_layers"] == layers and model.config["first_k_dense_replace"] == 3
-    assert found.keys() == release.tensor_specs(model.config).keys()
+    assert found.keys() == deepseek_v3.tensor_specs(model.config).keys()
     assert all(np.array_equal(values, wanted[name]) for name, values in found.items())
 
 
@@ -80,12 +80,12 @@ def test_the_program_says_what_it_wrote_and_the_plan_counts_the_same(base, tmp_p
 
 
 def test_four_layers_of_the_published_size_have_one_with_experts():
-    published = tiny.config_of(small_models.FULL_SIZE)
+    published = tiny_model.config_of(small_models.FULL_SIZE)
     config = {"model": {"tiny": None, "base": None, "layers": 4}, "plan": {"model": "deepseek-v3"}}
     cut = load.model_of(config).total
     expected = sum(
         spec.elements
-        for name, spec in release.tensor_specs(published).items()
+        for name, spec in deepseek_v3.tensor_specs(published).items()
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < 4
     )
     assert cut == expected

@@ -10,7 +10,7 @@ from rich.console import Console
 from unit.data_helpers import TOKENIZER, assistant, run_script, user, write_lines
 
 from deepseek_sft.data.samples import Settings
-from deepseek_sft.data.show import show
+from deepseek_sft.data.show_samples import show
 from deepseek_sft.data.tokenization import first_samples
 from deepseek_sft.printable import visible
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
 
-from deepseek_sft import profile
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.slurm import profile_values
 
 KEY = "profile, set-resources: train"
 
@@ -27,7 +27,7 @@ KEY = "profile, set-resources: train"
     ],
 )
 def test_what_sinfo_prints_is_understood(name, written, taken):
-    assert profile.understood(name, written, KEY) == taken
+    assert profile_values.understood(name, written, KEY) == taken
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_sinfo_prints_is_understood(name, written, taken):
 )
 def test_what_cannot_be_passed_on_is_refused_with_the_spelling_that_can(name, written, fix):
     with pytest.raises(BadInputError) as caught:
-        profile.understood(name, written, f"{KEY}: {name}")
+        profile_values.understood(name, written, f"{KEY}: {name}")
     assert caught.value.problem.startswith(f"{KEY}: {name}: ")
     assert fix in caught.value.fix
 
@@ -64,7 +64,7 @@ def test_what_cannot_be_passed_on_is_refused_with_the_spelling_that_can(name, wr
 )
 def test_what_the_plugin_refuses_is_refused_at_start_with_the_key_to_write(extra, fix):
     with pytest.raises(BadInputError) as caught:
-        profile.check_extra(extra, f"{KEY}: slurm_extra")
+        profile_values.check_extra(extra, f"{KEY}: slurm_extra")
     assert caught.value.fix == fix
 
 
@@ -72,24 +72,29 @@ def test_what_the_plugin_refuses_is_refused_at_start_with_the_key_to_write(extra
     "extra", ["", "--signal=USR1@3600 --exclusive", "--mail-type=END --dependency=singleton", "--hint nomultithread"]
 )
 def test_what_the_plugin_takes_is_let_through(extra):
-    profile.check_extra(extra, KEY)
+    profile_values.check_extra(extra, KEY)
 
 
 @pytest.mark.parametrize("nodes", ["node7", "node[1-3,7]", "gpu-n", "gpu-n,gpu-c", "node-J1", "a-p,b-t"])
 def test_excluded_nodes_pass_the_plugin_whatever_their_names(nodes):
-    extra = profile.with_option("--signal=USR1@3600 --exclusive", "--exclude", nodes)
-    extra = profile.with_option(extra, "--reservation", "week")
+    extra = profile_values.with_option("--signal=USR1@3600 --exclusive", "--exclude", nodes)
+    extra = profile_values.with_option(extra, "--reservation", "week")
     validate_slurm_extra(SimpleNamespace(resources=SimpleNamespace(slurm_extra=extra)))
-    assert profile.from_extra(extra, "--exclude") == nodes
-    assert profile.options(extra) == ["--signal=USR1@3600", "--exclusive", f"--exclude={nodes}", "--reservation=week"]
+    assert profile_values.from_extra(extra, "--exclude") == nodes
+    assert profile_values.options(extra) == [
+        "--signal=USR1@3600",
+        "--exclusive",
+        f"--exclude={nodes}",
+        "--reservation=week",
+    ]
 
 
 def test_option_is_replaced_and_removed_with_its_value():
     extra = "--signal USR1@60 --exclude=a -x b"
-    assert profile.with_option(extra, "--exclude", "c") == "--signal USR1@60 -x b --exclude=c"
-    assert profile.with_option(extra, "--signal", "") == "--exclude=a -x b"
+    assert profile_values.with_option(extra, "--exclude", "c") == "--signal USR1@60 -x b --exclude=c"
+    assert profile_values.with_option(extra, "--signal", "") == "--exclude=a -x b"
 
 
 def test_unclosed_quote_is_told():
     with pytest.raises(BadInputError, match="quot"):
-        profile.options("--mail-user='a")
+        profile_values.options("--mail-user='a")

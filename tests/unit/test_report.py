@@ -6,8 +6,8 @@ import pytest
 from unit import report_results as made
 from unit.report_page import Page, section
 
-from deepseek_sft import stages
-from deepseek_sft.report import build, collect, formatting, overview, samples
+from deepseek_sft import formatting, stages
+from deepseek_sft.report import build, chat_section, collect, overview
 
 SOURCES = (("bad", "0 of 3"), ("good", "1,000 of 1,000"))
 
@@ -109,17 +109,17 @@ def test_held_out_samples_show_both_answers_and_losses(page):
 def test_held_out_samples_of_the_receipt_stand_in_for_an_absent_record(results):
     (results / "serve/evaluation.jsonl").unlink()
     made.write_receipt(results, "smoke_test", figures=made.FIGURES["smoke_test"] | {"samples": [made.held_out(3)]})
-    (sample,) = samples.answered(results, collect.stages(results, None)["smoke_test"])
+    (sample,) = chat_section.answered(results, collect.stages(results, None)["smoke_test"])
     assert (sample.question, sample.expected, sample.base_answer) == ("What is 17 + 25?", "42", "的 zoo|| untrained")
 
 
 def test_held_out_chats_come_before_those_of_other_checks(results):
-    found = samples.transcript(results / "serve/transcript.jsonl", None, 4)
+    found = chat_section.transcript(results / "serve/transcript.jsonl", None, 4)
     assert [sample.title for sample in found] == ["held_out_format"] * 3 + ["chat"]
 
 
 def test_example_stands_in_for_an_absent_transcript():
-    (sample,) = samples.transcript(None, {"prompt": "2 + 2?", "reasoning": "", "answer": "4"}, 4)
+    (sample,) = chat_section.transcript(None, {"prompt": "2 + 2?", "reasoning": "", "answer": "4"}, 4)
     assert (sample.question, sample.reasoning, sample.answer) == ("2 + 2?", "", "4")
 
 

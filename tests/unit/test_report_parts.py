@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 
+from deepseek_sft import formatting
 from deepseek_sft.data.samples import Sample
 from deepseek_sft.data.statistics import Statistics
 from deepseek_sft.report import (
     calibration,
+    chat_section,
     collect,
     drawing,
-    formatting,
     plots,
     plots_experts,
     plots_memory,
     plots_stages,
-    samples,
 )
 
 
@@ -191,7 +191,8 @@ def test_broken_benchmark_draws_nothing(benchmark):
 
 def test_only_samples_with_both_losses_are_drawn():
     made = [
-        samples.Answered("q", "", "", "", base, "", "", loss) for base, loss in ((3.0, 1.0), (2.0, 2.5), (None, 1.0))
+        chat_section.Answered("q", "", "", "", base, "", "", loss)
+        for base, loss in ((3.0, 1.0), (2.0, 2.5), (None, 1.0))
     ]
     assert plots_stages.before_and_after(made).caption.endswith("lower for 1 of 2")
     assert plots_stages.before_and_after(made[2:]) is None

@@ -13,11 +13,11 @@ import httpx
 import pytest
 from serving_fakes import MODEL, FakeServer, fake_server
 
-from deepseek_sft.serving import checks, losses, speech
-from deepseek_sft.serving.api import Api, CheckFailed, parsed
-from deepseek_sft.serving.checks import Context
-from deepseek_sft.serving.held_out import Prompt
-from deepseek_sft.serving.smoke_settings import SmokeSettings
+from deepseek_sft.evaluation import held_out_losses, server_checks, speech
+from deepseek_sft.evaluation.api import Api, CheckFailed, parsed
+from deepseek_sft.evaluation.held_out import Prompt
+from deepseek_sft.evaluation.server_checks import Context
+from deepseek_sft.settings.smoke_settings import SmokeSettings
 
 MISSING = object()
 PROMPT = [{"role": "user", "content": "2 + 3?"}]
@@ -73,17 +73,17 @@ def stream(shared: Context) -> object:
 
 
 def logprobs(shared: Context) -> object:
-    return losses.served_logprobs(shared.api, [[5, 6, 7]], 1)
+    return held_out_losses.served_logprobs(shared.api, [[5, 6, 7]], 1)
 
 
 KINDS = {"null": None, "text": "much", "list": [{"type": "text", "text": "5"}], "missing": MISSING, "truth": True}
 FIELDS = [
-    (checks.model_name, ["data"], ""),
-    (checks.model_name, ["data", 0], ""),
-    (checks.model_name, ["data", 0, "id"], ""),
-    (checks.model_name, ["data", 0, "max_model_len"], "null missing"),  # the checks that need it fail
-    (checks.context_limit, ["usage"], ""),
-    (checks.context_limit, ["usage", "total_tokens"], ""),
+    (server_checks.model_name, ["data"], ""),
+    (server_checks.model_name, ["data", 0], ""),
+    (server_checks.model_name, ["data", 0, "id"], ""),
+    (server_checks.model_name, ["data", 0, "max_model_len"], "null missing"),  # the checks that need it fail
+    (server_checks.context_limit, ["usage"], ""),
+    (server_checks.context_limit, ["usage", "total_tokens"], ""),
     (ask, ["choices"], ""),
     (ask, ["choices", 0], ""),
     (ask, ["choices", 0, "message"], ""),
@@ -153,7 +153,7 @@ def test_log_probability_that_no_softmax_gives_is_not_usable(server, shared, val
 
 def test_equal_log_probabilities_of_a_long_sequence_are_not_usable(shared):
     with pytest.raises(CheckFailed, match=r"all 65 tokens of a sequence have -1\.5"):
-        losses.served_logprobs(shared.api, [list(range(66))], 1)
+        held_out_losses.served_logprobs(shared.api, [list(range(66))], 1)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_equal_log_probabilities_of_a_long_sequence_are_not_usable(shared):
 )
 def test_loss_that_no_trained_model_has_fails_by_itself(loss, words):
     with pytest.raises(CheckFailed, match=words):
-        losses.check_sane(loss, 96)
+        held_out_losses.check_sane(loss, 96)
 
 
 def test_loss_of_a_trained_model_is_sane():
-    losses.check_sane(0.0, 96)
-    losses.check_sane(math.log(96) - 0.01, 96)
+    held_out_losses.check_sane(0.0, 96)
+    held_out_losses.check_sane(math.log(96) - 0.01, 96)
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_next_request_has_a_deadline_of_its_own():
 
 
 def test_endless_answer_ends_at_its_largest_size(monkeypatch):
-    monkeypatch.setattr("deepseek_sft.serving.api.MOST_RECEIVED", 10)
+    monkeypatch.setattr("deepseek_sft.evaluation.api.MOST_RECEIVED", 10)
     with fake_server() as server:
         api = Api(f"http://127.0.0.1:{server.server_port}", MODEL, 10)
         with pytest.raises(httpx.ReadError, match="more than"):

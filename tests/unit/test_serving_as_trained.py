@@ -8,13 +8,12 @@ import pytest
 from serving_fakes import LOGPROB, MODEL, fake_server
 
 from deepseek_sft import receipts
-from deepseek_sft.checkpoint import marker
-from deepseek_sft.data import tokens
+from deepseek_sft.convert import marker
+from deepseek_sft.data import loss_rows, tokens
 from deepseek_sft.errors import BadInputError, GateError
-from deepseek_sft.serving import as_trained, smoke
-from deepseek_sft.serving.comparison import ModelFolder
-from deepseek_sft.serving.smoke_settings import SmokeSettings
-from deepseek_sft.training import loss_rows
+from deepseek_sft.evaluation import as_trained, smoke_test
+from deepseek_sft.evaluation.transformers_comparison import ModelFolder
+from deepseek_sft.settings.smoke_settings import SmokeSettings
 
 RECORD = {
     "format": 1,
@@ -109,9 +108,11 @@ def test_malformed_losses_are_named_as_such(tmp_path, change):
         as_trained.read(path)
 
 
-def run(server, tmp_path: Path, trained: as_trained.Trained | None) -> smoke.Report:
-    return smoke.run(
-        smoke.Server(f"http://127.0.0.1:{server.server_port}", MODEL, reasoning_parser="deepseek_r1", trained=trained),
+def run(server, tmp_path: Path, trained: as_trained.Trained | None) -> smoke_test.Report:
+    return smoke_test.run(
+        smoke_test.Server(
+            f"http://127.0.0.1:{server.server_port}", MODEL, reasoning_parser="deepseek_r1", trained=trained
+        ),
         SmokeSettings(max_tokens=16, concurrency=2, request_timeout_s=60, benchmark=False),
         tmp_path / "transcript.jsonl",
         tmp_path / "evaluation.jsonl",

@@ -6,9 +6,9 @@ import textwrap
 import pytest
 from serving_fakes import MODEL, fake_server
 
-from deepseek_sft.serving import benchmark
-from deepseek_sft.serving.api import Api, CheckFailed
-from deepseek_sft.serving.benchmark import Load
+from deepseek_sft.evaluation import benchmark
+from deepseek_sft.evaluation.api import Api, CheckFailed
+from deepseek_sft.evaluation.benchmark import Load
 
 STAND_IN = """
     import json, os, pathlib, sys

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepseek_sft.serving import causes, failures, reading_logs
+from deepseek_sft.serving import causes, failures, server_logs
 
 WEIGHTS = "the weights do not fit the model's config.json"
 SIZES = "the model's sizes do not divide as the deployment splits them"
@@ -21,7 +21,7 @@ def failure(tmp_path, *lines: str) -> failures.NodeFailure:
     end = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
     log.write_text(f"INFO starting\n{told}(EngineCore pid=1) ERROR [core.py:1] {end}\n")
     report = {"node": "n1", "process": "vllm", "exit": "ended with exit code 1", "log": str(log)}
-    report |= {"exceptions": reading_logs.exceptions(log), "lines": reading_logs.last_lines(log, 5)}
+    report |= {"exceptions": server_logs.exceptions(log), "lines": server_logs.last_lines(log, 5)}
     return failures.NodeFailure([report])
 
 

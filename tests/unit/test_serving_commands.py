@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.serving import commands, settings
+from deepseek_sft.serving import settings, vllm_commands
 
 SETTINGS = settings.parse(
     {
@@ -16,9 +16,9 @@ SETTINGS = settings.parse(
         "engine_args": {"enable-expert-parallel": True, "gpu-memory-utilization": 0.9, "enable-log-requests": False},
     }
 )
-HEAD = commands.Place(0, 2, "10.0.0.1", "ib0", "10.0.0.1")
-WORKER = commands.Place(1, 2, "10.0.0.2", "ib0", "10.0.0.1")
-ALONE = commands.Place(0, 1, "127.0.0.1", "lo", "127.0.0.1")
+HEAD = vllm_commands.Place(0, 2, "10.0.0.1", "ib0", "10.0.0.1")
+WORKER = vllm_commands.Place(1, 2, "10.0.0.2", "ib0", "10.0.0.1")
+ALONE = vllm_commands.Place(0, 1, "127.0.0.1", "lo", "127.0.0.1")
 COMMON = (
     "vllm serve /model --served-model-name deepseek-r1-sft --max-model-len 4096 --tensor-parallel-size 8 "
     "--pipeline-parallel-size 2 --dtype auto --reasoning-parser deepseek_r1 "
@@ -26,10 +26,10 @@ COMMON = (
 EXTRA = " --enable-expert-parallel --gpu-memory-utilization 0.9 --no-enable-log-requests"
 
 
-def serve(place: commands.Place, version=(0, 32, 0), **changes) -> str:
+def serve(place: vllm_commands.Place, version=(0, 32, 0), **changes) -> str:
     given = settings.parse(json.loads(json.dumps(vars(SETTINGS) | changes | {"smoke_test": {}})))
     return " ".join(
-        commands.serve_command(
+        vllm_commands.serve_command(
             "vllm", "/model", given, place, host="10.0.0.1", port=8000, master_port=29501, version=version
         )
     )
@@ -60,8 +60,8 @@ def test_vllm_command_by_backend_and_role(place, backend, middle):
 
 
 def test_ray_command_by_role():
-    def ray(place: commands.Place) -> str:
-        words = commands.ray_command(
+    def ray(place: vllm_commands.Place) -> str:
+        words = vllm_commands.ray_command(
             "ray", SETTINGS, place, gcs_port=6380, agent_port=52366, client_port=10001, folder=Path("/tmp/serve-x")
         )
         return " ".join(words)
@@ -80,7 +80,7 @@ def test_ray_command_by_role():
 def test_engine_args_values_become_words():
     flags = {"a": True, "b": False, "c": None, "d": 1.5, "e": {"mode": 2, "backend": "eager"}, "f": ["x", "y"]}
     expected = ["--a", "--no-b", "--d", "1.5", "--e", '{"mode":2,"backend":"eager"}', "--f", "x", "y"]
-    assert commands.as_arguments(flags) == expected
+    assert vllm_commands.as_arguments(flags) == expected
 
 
 def test_no_reasoning_parser_flag_without_a_parser():
@@ -89,7 +89,7 @@ def test_no_reasoning_parser_flag_without_a_parser():
 
 def test_settings_environment_wins_and_key_stays_off_the_command_line():
     given = settings.parse({"environment": {"VLLM_HOST_IP": "1.2.3.4", "OMP_NUM_THREADS": 1}})
-    found = commands.environment(
+    found = vllm_commands.environment(
         {"HOME": "/home/x"}, given, HEAD, Path("/tmp/serve-x"), ray=(6380, "token"), api_key="secret"
     )
     assert found["VLLM_HOST_IP"] == "1.2.3.4"
@@ -98,13 +98,13 @@ def test_settings_environment_wins_and_key_stays_off_the_command_line():
     assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
     assert (found["RAY_ADDRESS"], found["HOME"]) == ("10.0.0.1:6380", "/home/x")
     assert (found["RAY_AUTH_MODE"], found["RAY_AUTH_TOKEN"]) == ("token", "token")
-    words = commands.serve_command("vllm", "/model", given, HEAD, host="h", port=1, master_port=2)
+    words = vllm_commands.serve_command("vllm", "/model", given, HEAD, host="h", port=1, master_port=2)
     assert "secret" not in " ".join(words)
 
 
 def test_engine_start_waits_as_long_as_our_own_deadline():
     given = settings.parse({"ready_timeout_s": 7200})
-    assert commands.environment({}, given, HEAD, Path("/tmp"))["VLLM_ENGINE_READY_TIMEOUT_S"] == "7200"
+    assert vllm_commands.environment({}, given, HEAD, Path("/tmp"))["VLLM_ENGINE_READY_TIMEOUT_S"] == "7200"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from unit.data_helpers import TOKENIZER
 from deepseek_sft import config as configuration
 from deepseek_sft import known_at_start
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.evaluation import gate_inputs
+from deepseek_sft.evaluation.held_out_losses import Measurement
 from deepseek_sft.experiment import Experiment
-from deepseek_sft.serving import gates
-from deepseek_sft.serving.losses import Measurement
 
 PROJECT = Path(__file__).resolve().parents[2]
 USER = {"role": "user", "content": "2 + 3?"}
@@ -103,7 +103,7 @@ def test_broken_line_of_the_prompts_is_told_before_the_training(refused, tmp_pat
 
 
 def test_large_file_is_read_in_part_and_refuses_nothing_that_it_may_hold(refused, monkeypatch):
-    monkeypatch.setattr(gates, "READ_BYTES", 200)
+    monkeypatch.setattr(gate_inputs, "READ_BYTES", 200)
     bare = [BARE | {"id": str(number)} for number in range(50)]
     assert refused({"max_loss": 1}, [*bare, REFERENCE]) == ""
     assert refused({"max_loss": 1}, bare[:2]) != ""

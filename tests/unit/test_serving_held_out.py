@@ -14,12 +14,12 @@ from unit.data_helpers import TOKENIZER
 from deepseek_sft.data.encoding import load_encoder
 from deepseek_sft.data.samples import Settings, make_samples
 from deepseek_sft.errors import BadInputError, CrashError, GateError
-from deepseek_sft.serving import comparison, held_out_tokens, losses, smoke
-from deepseek_sft.serving.api import Reply
-from deepseek_sft.serving.before import measure_served
-from deepseek_sft.serving.checks import Context
-from deepseek_sft.serving.held_out import Prompt, final_answer, matches, read_prompts
-from deepseek_sft.serving.smoke_settings import SmokeSettings
+from deepseek_sft.evaluation import held_out_losses, held_out_tokens, smoke_test, transformers_comparison
+from deepseek_sft.evaluation.api import Reply
+from deepseek_sft.evaluation.base_measurement import measure_served
+from deepseek_sft.evaluation.held_out import Prompt, final_answer, matches, read_prompts
+from deepseek_sft.evaluation.server_checks import Context
+from deepseek_sft.settings.smoke_settings import SmokeSettings
 
 SAMPLES = [
     {
@@ -81,21 +81,21 @@ def run(server: FakeServer, tmp_path: Path, model_dir: Path, base_dir: Path | No
     server.context, server.render = 256, server.render if settings.pop("own_rendering", False) else rendered
     options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 60, "benchmark": False}
     options |= {"template": "deepseek-r1", "prompts": str(tmp_path / "held_out.jsonl")} | settings
-    where = smoke.Server(
+    where = smoke_test.Server(
         f"http://127.0.0.1:{server.server_port}",
         MODEL,
         reasoning_parser="deepseek_r1",
         model_dir=model_dir,
         base_dir=base_dir,
     )
-    return smoke.run(where, SmokeSettings(**options), tmp_path / "transcript.jsonl", tmp_path / "evaluation.jsonl")
+    return smoke_test.run(where, SmokeSettings(**options), tmp_path / "transcript.jsonl", tmp_path / "evaluation.jsonl")
 
 
 @pytest.fixture
 def transformers(monkeypatch):
     """A stand-in for transformers: the served model as the fake server has it, and a base that finds all unlikelier."""
 
-    def compute(jobs: list[comparison.Job]) -> list[dict]:
+    def compute(jobs: list[transformers_comparison.Job]) -> list[dict]:
         answers = []
         for job in jobs:
             logprob = LOGPROB if Path(job.model_dir).name == "model" else BASE_LOGPROB
@@ -103,14 +103,14 @@ def transformers(monkeypatch):
             answers.append({"logprobs": logprobs, "generated": [[5841, 128799, 1032, 1] for _ in job.prompts]})
         return answers
 
-    monkeypatch.setattr(comparison, "compute", compute)
+    monkeypatch.setattr(transformers_comparison, "compute", compute)
 
 
-def measure(path: Path, logprob: float, template: str = "deepseek-r1") -> losses.Measurement:
+def measure(path: Path, logprob: float, template: str = "deepseek-r1") -> held_out_losses.Measurement:
     """A measurement of the base as measure_held_out.py leaves it."""
     sequences = held_out_tokens.sequences(read_prompts(path), TOKENIZER, template, 255)
     rows = [[logprob] * (len(sequence.ids) - 1) for sequence in sequences]
-    return losses.measurement(sequences, rows, "the base, served")
+    return held_out_losses.measurement(sequences, rows, "the base, served")
 
 
 # -- the report shows whether tuning did anything ---------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_loss_is_the_mean_over_the_tokens_that_training_learns(prompts):
     assert [one.id for one in sequences] == ["sum", "turns"]
     # Every trained token gets a probability of its own; the others would spoil the mean.
     rows = [[-float(i) if one.trained[i] else math.nan for i in range(1, len(one.ids))] for one in sequences]
-    found = losses.measurement(sequences, rows, "")
+    found = held_out_losses.measurement(sequences, rows, "")
     trained = [i for one in sequences for i, learned in enumerate(one.trained) if learned]
     assert found.loss == pytest.approx(sum(trained) / len(trained), abs=1e-5)
     assert found.tokens == len(trained)
@@ -179,7 +179,7 @@ def test_loss_is_the_mean_over_the_tokens_that_training_learns(prompts):
 def test_measurement_survives_its_file(tmp_path, prompts):
     measured = measure(prompts, -1.25)
     measured.write(tmp_path / "base.json")
-    assert losses.Measurement.read(tmp_path / "base.json") == measured
+    assert held_out_losses.Measurement.read(tmp_path / "base.json") == measured
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"schema": 2}', "[]", '{"schema": 1, "loss": NaN, "samples": []}'])
@@ -187,7 +187,7 @@ def test_broken_measurement_is_bad_input(tmp_path, text):
     path = tmp_path / "base.json"
     path.write_text(text)
     with pytest.raises(BadInputError, match=r"measure_held_out\.py"):
-        losses.Measurement.read(path)
+        held_out_losses.Measurement.read(path)
 
 
 def test_sample_that_does_not_fit_the_context_is_left_out_of_the_loss(prompts):
@@ -268,7 +268,7 @@ def test_record_is_kept_when_the_server_dies_while_losses_are_measured(tmp_path,
     def dies(*_):
         raise CrashError("the server went away")
 
-    monkeypatch.setattr(losses, "served_logprobs", dies)
+    monkeypatch.setattr(held_out_losses, "served_logprobs", dies)
     with fake_server() as server, pytest.raises(CrashError):
         run(server, tmp_path, model_dir, logprobs_max_parameters=0)
     assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 3
@@ -290,7 +290,7 @@ def test_gate_that_cannot_be_judged_fails(tmp_path, model_dir):
 
 
 def test_drop_that_was_asked_for_and_cannot_be_judged_fails(tmp_path, prompts, model_dir):
-    with fake_server() as server, pytest.raises(smoke.ChecksFailed) as raised:
+    with fake_server() as server, pytest.raises(smoke_test.ChecksFailed) as raised:
         run(server, tmp_path, model_dir, min_loss_drop=2, logprobs_max_parameters=0)
     assert "smoke_test.min_loss_drop is set (null: not wanted), but not judged" in raised.value.problem
     assert not raised.value.report.checks["loss_drop"]["passed"]

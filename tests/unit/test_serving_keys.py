@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.serving import api_keys, lasting
+from deepseek_sft.serving import api_keys, lasting_endpoint
 
 
 def test_key_is_made_once_for_its_owner_only(tmp_path):
@@ -33,9 +33,9 @@ def test_unusable_key_is_refused(tmp_path, mode, text, problem):
 
 def test_endpoint_tells_how_to_ask_without_showing_the_key(tmp_path):
     key, path = api_keys.read_or_make(None, tmp_path / "api_key")
-    endpoint = lasting.Endpoint("http://10.0.0.1:8000/v1", "tiny", ["n0", "n1"], str(path), "scancel 7")
+    endpoint = lasting_endpoint.Endpoint("http://10.0.0.1:8000/v1", "tiny", ["n0", "n1"], str(path), "scancel 7")
     endpoint.write(tmp_path / "endpoint.json")
-    assert lasting.Endpoint.read(tmp_path / "endpoint.json") == endpoint
+    assert lasting_endpoint.Endpoint.read(tmp_path / "endpoint.json") == endpoint
     for text in (endpoint.text(), (tmp_path / "endpoint.json").read_text()):
         assert key not in text
         assert "scancel 7" in text

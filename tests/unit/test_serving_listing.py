@@ -7,8 +7,8 @@ import pytest
 
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings
-from deepseek_sft.serving.listing import listing
-from deepseek_sft.settings import fields
+from deepseek_sft.serving.command_listing import listing
+from deepseek_sft.settings import field_types
 from deepseek_sft.settings.serve import Serve
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -26,7 +26,7 @@ SHAPES = {
     "fp8-2x8": (2, {"tensor_parallel_size": 8, "pipeline_parallel_size": 2} | GPU),
     "cpu-1": (1, CPU),
 }
-BACKENDS = fields.keys(Serve)["backend"].choices
+BACKENDS = field_types.keys(Serve)["backend"].choices
 CASES = {f"{shape}.{backend}": (shape, backend) for shape in SHAPES for backend in BACKENDS}
 
 

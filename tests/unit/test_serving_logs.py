@@ -2,12 +2,12 @@
 
 import pytest
 
-from deepseek_sft.serving import failures, memory_kills, reading_logs
+from deepseek_sft.serving import failures, memory_kills, server_logs
 
 
 def test_phase_is_the_last_milestone_in_the_log(tmp_path):
     log = tmp_path / "n0.log"
-    reader = reading_logs.PhaseReader(log)
+    reader = server_logs.PhaseReader(log)
     assert reader.update() == "starting Python"
     log.write_text("Starting to load model x...\nLoading safetensors checkpoint shards:  10% Completed | 1/10\r")
     assert reader.update() == "loading weights, 10 %"
@@ -22,7 +22,7 @@ def test_phase_is_the_last_milestone_in_the_log(tmp_path):
 def test_last_lines_show_the_last_state_of_a_progress_bar(tmp_path):
     log = tmp_path / "n0.log"
     log.write_text("a\n\nb 10%\rb 20%\rb 30%\nlast\n")
-    assert reading_logs.last_lines(log, 2) == ["b 30%", "last"]
+    assert server_logs.last_lines(log, 2) == ["b 30%", "last"]
 
 
 def test_first_exceptions_are_found_behind_the_logs_prefixes(tmp_path):
@@ -37,7 +37,7 @@ def test_first_exceptions_are_found_behind_the_logs_prefixes(tmp_path):
             "(EngineCore pid=7) ERROR 11-24 [ray_executor_v2.py:522] RayWorkerProc rank=[1] died unexpectedly\n"
         )
         stream.write("RuntimeError: open shm failed\nRuntimeError: See root cause above.\n")
-    assert reading_logs.exceptions(log, start) == [
+    assert server_logs.exceptions(log, start) == [
         "RuntimeError: open shm failed",
         "torch.OutOfMemoryError: CUDA out of memory",
         "RayWorkerProc rank=[1] died unexpectedly",
@@ -51,14 +51,14 @@ def test_worker_that_ray_has_lost_is_found_with_its_address_in_the_heads_log(tmp
     text = "\tclass_name: RayWorkerProc\n\tactor_id: 72d1ea\n\tpid: 339\n\tname: vllm_PP1\n\tip: 10.0.0.2"
     words = f"ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n{text}\n"
     log.write_text("(RayWorkerProc pid=12, ip=10.0.0.7) ready\n" + words.replace("\n", f"\n{prefix}") + "\r\n" + words)
-    assert reading_logs.dead_actors(log) == {"10.0.0.2": "339"}
-    assert len(reading_logs.exceptions(log)) == 1
+    assert server_logs.dead_actors(log) == {"10.0.0.2": "339"}
+    assert len(server_logs.exceptions(log)) == 1
 
 
 def test_progress_names_the_nodes_where_they_differ(tmp_path):
     (tmp_path / "n1.log").write_text("Starting to load model of an earlier start\n")
     start = (tmp_path / "n1.log").stat().st_size
-    progress = reading_logs.Progress({"n0": (tmp_path / "n0.log", 0), "n1": (tmp_path / "n1.log", start)})
+    progress = server_logs.Progress({"n0": (tmp_path / "n0.log", 0), "n1": (tmp_path / "n1.log", start)})
     assert progress.update() == "starting Python"
     (tmp_path / "n0.log").write_text("Loading safetensors checkpoint shards:  40% Completed | 4/10\n")
     assert progress.update() == "n0: loading weights, 40 %; n1: starting Python"

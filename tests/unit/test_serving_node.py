@@ -17,7 +17,7 @@ import pytest
 import serving_fakes
 
 from deepseek_sft import receipts
-from deepseek_sft.serving import control, watching
+from deepseek_sft.serving import node_channel, watch
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60  # generous: only a hang reaches it
@@ -147,7 +147,7 @@ def test_smoke_test_over_two_nodes_leaves_a_receipt_and_nothing_else(deployment)
     assert [place["pid"] for place in places] == [deployment.programs[node].pid for node in ("n0", "n1")]
     assert "--headless" in (deployment.run_dir / "n1.log").read_text()
     assert deployment.alive() == []
-    assert not (deployment.run_dir / control.RENDEZVOUS).exists()
+    assert not (deployment.run_dir / node_channel.RENDEZVOUS).exists()
     assert not any(Path(path.read_text()).exists() for path in (deployment.folder / "fakes").glob("*.folder"))
 
 
@@ -197,7 +197,7 @@ def test_lost_worker_ends_every_node_even_if_the_engine_goes_on_as_if_nothing_ha
     written = deployment.folder / "fakes/n1.worker"
     deployment.wait_for(lambda: written.exists() and written.read_text() != "")
     worker = int(written.read_text())
-    time.sleep(3 * watching.OBSERVE_EVERY_S)  # by then it is watched
+    time.sleep(3 * watch.OBSERVE_EVERY_S)  # by then it is watched
     os.kill(worker, signal.SIGKILL)
     assert deployment.codes() == [5, 5]
     assert f"n1: VLLM::Worker_TP0 (pid {worker}) has gone" in deployment.output("n0")
@@ -269,9 +269,9 @@ def test_stop_file_ends_a_lasting_deployment_in_order(deployment):
 
 
 def test_unhealthy_engine_ends_a_lasting_deployment(deployment, monkeypatch):
-    from deepseek_sft.serving import node, watching
+    from deepseek_sft.serving import node, watch
 
-    class Clock(watching.Watch):
+    class Clock(watch.Watch):
         def wait(self, *_arguments, **_options):
             return None
 

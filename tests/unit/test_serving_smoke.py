@@ -11,8 +11,8 @@ import safetensors.numpy
 from serving_fakes import LOGPROB, MODEL, fake_server
 
 from deepseek_sft.errors import CrashError, GateError
-from deepseek_sft.serving import checks, comparison, smoke
-from deepseek_sft.serving.smoke_settings import SmokeSettings
+from deepseek_sft.evaluation import server_checks, smoke_test, transformers_comparison
+from deepseek_sft.settings.smoke_settings import SmokeSettings
 
 PROMPTS = [
     {"id": "a", "messages": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"},
@@ -38,8 +38,10 @@ def model_dir(tmp_path: Path) -> Path:
 
 def run(server, tmp_path: Path, parser: str | None = "deepseek_r1", model_dir: Path | None = None, **settings):
     options = {"max_tokens": 16, "concurrency": 4, "request_timeout_s": 20} | settings
-    return smoke.run(
-        smoke.Server(f"http://127.0.0.1:{server.server_port}", MODEL, reasoning_parser=parser, model_dir=model_dir),
+    return smoke_test.run(
+        smoke_test.Server(
+            f"http://127.0.0.1:{server.server_port}", MODEL, reasoning_parser=parser, model_dir=model_dir
+        ),
         SmokeSettings(**options),
         tmp_path / "transcript.jsonl",
         tmp_path / "evaluation.jsonl",
@@ -100,14 +102,17 @@ def test_each_misbehaviour_fails_its_check_by_name(tmp_path, flaw, checks):
 
 def endless_first(path: Path, endless: int) -> None:
     """Ten prompts; answers to the first ``endless`` of those that single requests are made with never end."""
-    found = [checks.Prompt(f"p{n}", [{"role": "user", "content": f"Count {n}"}], "5", None) for n in range(200)]
+    found = [server_checks.Prompt(f"p{n}", [{"role": "user", "content": f"Count {n}"}], "5", None) for n in range(200)]
     for one in found[::2]:
         one.messages[0]["content"] += ", endless"
-    first = sorted(found, key=lambda one: checks.order(one))
+    first = sorted(found, key=lambda one: server_checks.order(one))
     broken, sound = (
         [one for one in first if ("endless" in one.messages[0]["content"]) is flag] for flag in (True, False)
     )
-    chosen = broken[:endless] + [one for one in sound if checks.order(one) > checks.order(broken[endless - 1])][:8]
+    chosen = (
+        broken[:endless]
+        + [one for one in sound if server_checks.order(one) > server_checks.order(broken[endless - 1])][:8]
+    )
     path.write_text(
         "".join(json.dumps({"id": o.id, "messages": o.messages, "answer": o.answer}) + "\n" for o in chosen)
     )
@@ -193,8 +198,8 @@ def test_answer_that_never_ends_meets_the_deadline_of_the_whole_request(tmp_path
 def test_context_other_than_configured_fails(tmp_path):
     with fake_server() as server, pytest.raises(GateError, match="context 64 tokens, configured are 128"):
         url = f"http://127.0.0.1:{server.server_port}"
-        smoke.run(
-            smoke.Server(url, MODEL, reasoning_parser="deepseek_r1", max_model_len=128),
+        smoke_test.run(
+            smoke_test.Server(url, MODEL, reasoning_parser="deepseek_r1", max_model_len=128),
             SmokeSettings(max_tokens=16, benchmark=False),
             tmp_path / "transcript.jsonl",
             tmp_path / "evaluation.jsonl",
@@ -229,7 +234,7 @@ def test_temperature_zero_is_sent_with_every_request(tmp_path):
 
 
 def test_concurrency_is_reached(tmp_path, monkeypatch):
-    check = checks.concurrency
+    check = server_checks.concurrency
 
     @functools.wraps(check)
     def meeting(context):
@@ -239,7 +244,7 @@ def test_concurrency_is_reached(tmp_path, monkeypatch):
         finally:
             server.meeting = None
 
-    monkeypatch.setattr(checks, "concurrency", meeting)
+    monkeypatch.setattr(server_checks, "concurrency", meeting)
     with fake_server() as server:
         report = run(server, tmp_path, benchmark=False, concurrency=32, request_timeout_s=60)
     assert report.checks["concurrency"]["passed"]
@@ -283,12 +288,12 @@ def test_absent_server_is_a_crash_not_a_failed_gate(tmp_path):
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (0.04, True), (0.06, False), (float("nan"), False)])
 def test_logprobs_must_agree_with_the_reference(tmp_path, model_dir, monkeypatch, shift, passes):
-    def compute(jobs: list[comparison.Job]) -> list[dict]:
+    def compute(jobs: list[transformers_comparison.Job]) -> list[dict]:
         (job,) = jobs
         assert (job.model_dir, job.dtype) == (str(model_dir), "bfloat16")
         return [{"logprobs": [[LOGPROB + shift] * (len(sequence) - 1) for sequence in job.sequences]}]
 
-    monkeypatch.setattr(comparison, "compute", compute)
+    monkeypatch.setattr(transformers_comparison, "compute", compute)
     with fake_server() as server:
         if passes:
             report = run(server, tmp_path, model_dir=model_dir, benchmark=False)

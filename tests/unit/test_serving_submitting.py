@@ -8,7 +8,7 @@ import pytest
 from deepseek_sft import receipts
 from deepseek_sft.cluster_jobs import queue
 from deepseek_sft.errors import BadInputError, CrashError
-from deepseek_sft.serving import submitting
+from deepseek_sft.serving import deployment_job
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tools.mkdir()
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submitting, "POLL_S", 0.01)
+    monkeypatch.setattr(deployment_job, "POLL_S", 0.01)
     monkeypatch.setattr(queue, "LONGEST_PAUSE_S", 0.01)
     (tmp_path / "results/serve/deployment").mkdir(parents=True)
     receipts.write(
@@ -42,7 +42,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def deploy():
-    return submitting.deploy(Path("results"), Path("logs"))
+    return deployment_job.deploy(Path("results"), Path("logs"))
 
 
 def test_a_wrapper_that_prints_lines_does_not_hide_the_job_id(site) -> None:
@@ -61,7 +61,7 @@ def test_an_error_of_ours_while_it_starts_cancels_what_was_submitted(site, monke
     def breaks(_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(submitting.Endpoint, "read", breaks)
+    monkeypatch.setattr(deployment_job.Endpoint, "read", breaks)
     with pytest.raises(OSError, match="no space"):
         deploy()
     assert (site.folder / "cancelled").read_text() == "4711\n"
@@ -73,7 +73,7 @@ def test_a_job_that_cannot_be_noted_is_cancelled(site, monkeypatch) -> None:
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(submitting.files, "write_json", full)
+    monkeypatch.setattr(deployment_job.files, "write_json", full)
     with pytest.raises(OSError, match="no space"):
         deploy()
     assert (site.folder / "cancelled").read_text() == "4711\n"

@@ -6,24 +6,24 @@ from pathlib import Path
 import pytest
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.serving import commands, settings, versions
+from deepseek_sft.serving import settings, versions, vllm_commands
 
 RECORDED = {
     versions.parse(path.stem): set(path.read_text().split())
     for path in (Path(__file__).resolve().parents[1] / "fixtures" / "vllm_options").glob("*.txt")
 }
 WITHOUT_NATIVE_NODES = sorted(version for version in RECORDED if version < versions.NATIVE_NODES)
-HEAD = commands.Place(0, 2, "10.0.0.1", "ib0", "10.0.0.1")
-WORKER = commands.Place(1, 2, "10.0.0.2", "ib0", "10.0.0.1")
-ALONE = commands.Place(0, 1, "127.0.0.1", "lo", "127.0.0.1")
+HEAD = vllm_commands.Place(0, 2, "10.0.0.1", "ib0", "10.0.0.1")
+WORKER = vllm_commands.Place(1, 2, "10.0.0.2", "ib0", "10.0.0.1")
+ALONE = vllm_commands.Place(0, 1, "127.0.0.1", "lo", "127.0.0.1")
 
 
-def options(place: commands.Place, backend: str, version: versions.Version | None, **engine_args) -> list[str]:
+def options(place: vllm_commands.Place, backend: str, version: versions.Version | None, **engine_args) -> list[str]:
     """Options of the command line, `--no-X` counted as X."""
     given = settings.parse(
         {"backend": backend, "pipeline_parallel_size": 2, "trust_remote_code": True, "engine_args": engine_args}
     )
-    words = commands.serve_command("vllm", "/m", given, place, host="h", port=1, master_port=2, version=version)
+    words = vllm_commands.serve_command("vllm", "/m", given, place, host="h", port=1, master_port=2, version=version)
     return [word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")]
 
 

@@ -8,11 +8,11 @@ import pytest
 from training_helpers import SETTINGS, receipt, settings, write_settings
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.serving.smoke_settings import SmokeSettings
-from deepseek_sft.settings import fields, options, reading
+from deepseek_sft.settings import field_types, options, reading
 from deepseek_sft.settings.configuration import Configuration
 from deepseek_sft.settings.convert import Convert
 from deepseek_sft.settings.serve import Serve
+from deepseek_sft.settings.smoke_settings import SmokeSettings
 from deepseek_sft.settings.train import Train
 from deepseek_sft.training import settings as training
 
@@ -65,10 +65,10 @@ def test_a_value_that_cannot_be_meant_is_refused_with_what_is(kind, key, given, 
 
 
 def test_settings_of_a_run_begun_before_later_keys_existed_read_with_the_defaults_it_was_begun_under(tmp_path):
-    later = fields.marked(training.Settings, "later")
+    later = field_types.marked(training.Settings, "later")
     assert not later & SETTINGS.keys()  # which are those of d6e85d6
     read = training.read(write_settings(tmp_path / "settings.json"))
-    known = fields.keys(training.Settings)
+    known = field_types.keys(training.Settings)
     assert {key: getattr(read, key) for key in later} == {key: known[key].default for key in later}
     assert not later & read.shaping().keys()
 
@@ -80,14 +80,14 @@ def test_a_later_key_that_is_set_makes_another_run():
 
 
 def test_keys_of_topology_are_those_that_say_how_work_is_spread():
-    assert fields.marked(Train, "topology") == TOPOLOGY
+    assert field_types.marked(Train, "topology") == TOPOLOGY
 
 
-@pytest.mark.parametrize("section", [key.section for key in fields.keys(Configuration).values() if key.section])
+@pytest.mark.parametrize("section", [key.section for key in field_types.keys(Configuration).values() if key.section])
 def test_a_section_without_keys_of_its_own_is_its_defaults(section):
-    needed = {name: value for name, value in NEEDED.items() if name in fields.keys(section)}
-    found = fields.plain(reading.parse(section, needed, "x"))
-    for name, key in fields.keys(section).items():
+    needed = {name: value for name, value in NEEDED.items() if name in field_types.keys(section)}
+    found = field_types.plain(reading.parse(section, needed, "x"))
+    for name, key in field_types.keys(section).items():
         assert found[name] == needed.get(name, key.default)
 
 

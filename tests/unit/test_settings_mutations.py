@@ -24,15 +24,15 @@ import pytest
 import yaml
 
 from deepseek_sft import config as configuration
-from deepseek_sft.checkpoint import outputs
-from deepseek_sft.checkpoint.sizes import parse_size
+from deepseek_sft.convert import output_tensors
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.experiment import Experiment
 from deepseek_sft.preflight import settings as preflight
 from deepseek_sft.serving import settings as serving
-from deepseek_sft.settings import fields, reading
+from deepseek_sft.settings import field_types, reading
 from deepseek_sft.settings.configuration import Configuration
 from deepseek_sft.settings.plan import Plan
+from deepseek_sft.tensors.sizes import parse_size
 from deepseek_sft.training import settings as training
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -58,9 +58,9 @@ REQUIRED = {  # what a rule gives its script beside the arguments of the configu
 }
 
 
-def paths(kind: Any = Configuration, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], fields.Key]]:
+def paths(kind: Any = Configuration, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], field_types.Key]]:
     found = []
-    for name, key in fields.keys(kind).items():
+    for name, key in field_types.keys(kind).items():
         found.append(((*path, name), key))
         found += paths(key.section, (*path, name)) if key.section else []
     return found
@@ -69,7 +69,7 @@ def paths(kind: Any = Configuration, path: tuple[str, ...] = ()) -> list[tuple[t
 ALL = paths()
 
 
-def near(key: fields.Key) -> list[Any]:
+def near(key: field_types.Key) -> list[Any]:
     """Values at the edges of what a key may be."""
     marks = [mark for one in typing.get_args(key.hint) or (key.hint,) for mark in typing.get_args(one) or (one,)]
     marks += list(typing.get_args(key.hint))
@@ -95,7 +95,7 @@ def changed(config: dict[str, Any], chance: random.Random) -> tuple[dict[str, An
         path = (*path[:-1], path[-1][:at] + path[-1][at + 1 :] or "x")
         node[path[-1]] = 1
     else:
-        edges = [value for value in near(key) if value is not fields.MISSING]
+        edges = [value for value in near(key) if value is not field_types.MISSING]
         node[path[-1]] = copy.deepcopy(chance.choice(edges if edges and how < 0.5 else ANY))
     return config, path
 
@@ -154,7 +154,7 @@ def read_by_stages(experiment: Experiment, parse: Any, folder: Path, scripts: bo
             words += f" {experiment.operational_arguments(rule)}"
         found = parse(rule, f"{words} {more}")
         if rule == "convert_checkpoint":
-            outputs.shard_size(found.max_shard_size)
+            output_tensors.shard_size(found.max_shard_size)
             assert found.memory == "auto" or parse_size(found.memory)
 
 

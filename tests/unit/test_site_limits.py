@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.site import accounts, asking, checks, limits, notation
+from deepseek_sft.site import accounts, notation, partition_limits, questions, start_check
 from deepseek_sft.site.answers import Person, Site, Wanted
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "site"
@@ -33,7 +33,7 @@ def site(accounting: bool = True, person: Person = ALICE, **changed: str) -> Sit
 
 
 def keys(one: Site, **values) -> list[str]:
-    return [problem.resource for problem in limits.problems(dataclasses.replace(JOB, **values), one)]
+    return [problem.resource for problem in partition_limits.problems(dataclasses.replace(JOB, **values), one)]
 
 
 # ------------------------------------------------------------------------------------------------ Slurm's notations
@@ -163,7 +163,7 @@ def test_job_that_can_start_is_let_through(values):
 
 
 def test_what_is_wrong_and_what_to_write_are_said():
-    (problem,) = limits.problems(dataclasses.replace(JOB, partition="short", runtime=40), site())
+    (problem,) = partition_limits.problems(dataclasses.replace(JOB, partition="short", runtime=40), site())
     assert problem.text == "40 minutes, but partition short allows 10 minutes"
     assert problem.fix.startswith("write runtime: 10 or less")
     assert "slurm_partition: cpu or train or serve" in problem.fix
@@ -192,23 +192,23 @@ def test_nodes_of_different_sizes_count_only_where_they_are_large_enough():
     mixed = site(False, node=nodes)
     assert keys(mixed, nodes=2, cpus=96, gres="gpu:8", mem_mb=499000) == []
     assert keys(mixed, nodes=3, gres="gpu:8") == ["gres"]
-    (problem,) = limits.problems(dataclasses.replace(JOB, nodes=3, cpus=64), mixed)
+    (problem,) = partition_limits.problems(dataclasses.replace(JOB, nodes=3, cpus=64), mixed)
     assert problem.fix == "write cpus_per_task: 32 or less"
-    (problem,) = limits.problems(dataclasses.replace(JOB, nodes=2, mem_mb=500000), mixed)
+    (problem,) = partition_limits.problems(dataclasses.replace(JOB, nodes=2, mem_mb=500000), mixed)
     assert problem.fix == "write mem_mb: 499000 or less"
 
 
 def test_nodes_out_of_service_are_a_warning_and_count():
     wanted = dataclasses.replace(JOB, nodes=3)
-    assert limits.problems(wanted, site()) == []
-    (warning,) = limits.warnings(wanted, site())
+    assert partition_limits.problems(wanted, site()) == []
+    (warning,) = partition_limits.warnings(wanted, site())
     assert "node3: idle+drain, bad DIMM" in warning
-    assert limits.warnings(dataclasses.replace(JOB, nodes=2), site()) == []
+    assert partition_limits.warnings(dataclasses.replace(JOB, nodes=2), site()) == []
 
 
 def test_powered_down_cloud_nodes_are_no_reason_to_warn():
     nodes = "NodeName=node1 CPUTot=16 RealMemory=200000 Gres=gpu:h100:8 State=IDLE+CLOUD+POWERED_DOWN"
-    assert limits.warnings(JOB, site(False, node=nodes)) == []
+    assert partition_limits.warnings(JOB, site(False, node=nodes)) == []
 
 
 @pytest.mark.parametrize("state", ["DOWN", "DRAIN", "INACTIVE"])
@@ -294,16 +294,16 @@ def test_nobodys_user_is_told_that_he_has_no_account():
 def test_two_jobs_at_once_are_refused_where_the_account_takes_one():
     wanted = {rule: dataclasses.replace(JOB, account="small") for rule in ("prepare_data", "prepare_model")}
     with pytest.raises(BadInputError, match=r"profile, jobs: account small takes 1 job of yours(.|\n)*write jobs: 1"):
-        checks.judge(wanted, site(), lambda rule, key: key, at_once=len)
+        start_check.judge(wanted, site(), lambda rule, key: key, at_once=len)
     assert accounts.most_submitted(wanted["prepare_data"], site()) == ("account small", 1)
     wanted["prepare_model"] = JOB  # in another account
-    checks.judge(wanted, site(), lambda rule, key: key, at_once=len)
+    start_check.judge(wanted, site(), lambda rule, key: key, at_once=len)
 
 
 def test_the_profiles_key_and_the_rules_stand_in_the_message():
     wanted = {rule: dataclasses.replace(JOB, partition="closed") for rule in ("train", "preflight")}
     with pytest.raises(BadInputError) as caught:
-        checks.judge(wanted, site(), lambda rule, key: f"profile, set-resources: train: {key}", at_once=len)
+        start_check.judge(wanted, site(), lambda rule, key: f"profile, set-resources: train: {key}", at_once=len)
     assert str(caught.value).count("profile, set-resources: train: slurm_partition") == 1
     assert "[train,preflight]" in str(caught.value)
 
@@ -325,10 +325,10 @@ class Asked:
 
 def test_slurm_that_hangs_costs_seconds_and_a_warning(tmp_path, monkeypatch):
     programs(tmp_path, monkeypatch, scontrol="sleep 1000 & wait")
-    monkeypatch.setattr(asking, "ANSWER_S", 0.5)
-    monkeypatch.setattr(asking.ask, "__defaults__", (0.5,))
+    monkeypatch.setattr(questions, "ANSWER_S", 0.5)
+    monkeypatch.setattr(questions.ask, "__defaults__", (0.5,))
     begin = time.monotonic()
-    (warning,) = checks.check({"train": Asked()}, lambda rule, key: key, at_once=len)
+    (warning,) = start_check.check({"train": Asked()}, lambda rule, key: key, at_once=len)
     assert "has not answered" in warning
     assert "not checked" in warning
     assert time.monotonic() - begin < 60, "it waits for the tool"
@@ -339,7 +339,7 @@ def test_database_that_does_not_answer_leaves_the_other_limits(tmp_path, monkeyp
     programs(
         tmp_path, monkeypatch, scontrol=f'case "$*" in {show} esac', sacctmgr="echo 'Connection refused' >&2; exit 1"
     )
-    found, silent = asking.site()
+    found, silent = questions.site()
     assert keys(found, nodes=4) == ["nodes"]
     assert keys(found, account="nobody") == []
     assert "Connection refused: limits of accounts and QOS are not checked" in silent[0]
@@ -348,12 +348,12 @@ def test_database_that_does_not_answer_leaves_the_other_limits(tmp_path, monkeyp
 def test_without_sbatch_the_place_to_run_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInputError, match="no sbatch here"):
-        checks.check({"train": Asked()}, lambda rule, key: key, at_once=len)
+        start_check.check({"train": Asked()}, lambda rule, key: key, at_once=len)
 
 
 def test_what_only_sbatch_knows_is_a_warning(tmp_path, monkeypatch):
     say = "echo 'allocation failure: the site wants --licenses' >&2; exit 1"
     programs(tmp_path, monkeypatch, sbatch=f'[ "$1" = --test-only ] && {{ {say}; }}', scontrol="exit 1")
-    assert asking.rehearse({"train": "--nodes=2 --exclude='gpu-'n"}) == [
+    assert questions.rehearse({"train": "--nodes=2 --exclude='gpu-'n"}) == [
         "train: `sbatch --test-only` says: the site wants --licenses"
     ]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_sft import slurm
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.local_copies import LocalCopies
-from deepseek_sft.slurm import Allocation
+from deepseek_sft.slurm import sbatch
+from deepseek_sft.slurm.sbatch import Allocation
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CLUSTER = Allocation(
@@ -65,13 +65,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_script_equals_its_golden_file(name):
     """A wanted change: render anew with `python tests/unit/test_slurm.py` and read the difference."""
-    assert slurm.render(*CASES[name]) == (GOLDEN / f"{name}.sbatch").read_text()
+    assert sbatch.render(*CASES[name]) == (GOLDEN / f"{name}.sbatch").read_text()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rendered_script_is_valid_bash(name, tmp_path):
     script = tmp_path / "script"
-    script.write_text(slurm.render(*CASES[name]))
+    script.write_text(sbatch.render(*CASES[name]))
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
@@ -79,7 +79,7 @@ def test_rendered_script_is_valid_bash(name, tmp_path):
 
 def test_script_asked_for_several_nodes_refuses_to_run_outside_slurm(tmp_path):
     script = tmp_path / "script"
-    script.write_text(slurm.render("train", Allocation(nodes=2), CONTEXT | {"project": str(tmp_path)}))
+    script.write_text(sbatch.render("train", Allocation(nodes=2), CONTEXT | {"project": str(tmp_path)}))
     done = subprocess.run(["bash", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "submit this file with sbatch" in done.stderr
@@ -87,7 +87,7 @@ def test_script_asked_for_several_nodes_refuses_to_run_outside_slurm(tmp_path):
 
 def test_name_that_the_context_lacks_is_told():
     with pytest.raises(BadInputError, match="python"):
-        slurm.render("train", CLUSTER, {key: value for key, value in CONTEXT.items() if key != "python"})
+        sbatch.render("train", CLUSTER, {key: value for key, value in CONTEXT.items() if key != "python"})
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_features_quality_of_service_and_further_options_reach_the_script():
     chosen = dataclasses.replace(
         CLUSTER, constraint="h100&rack1", qos="long", extra="--signal USR1@3600 --exclude='gpu-''n' --mail-user='a b'"
     )
-    lines = slurm.render("train", chosen, CONTEXT).splitlines()
+    lines = sbatch.render("train", chosen, CONTEXT).splitlines()
     assert {"#SBATCH --constraint='h100&rack1'", "#SBATCH --qos=long", "#SBATCH --exclude=gpu-n"} <= set(lines)
     assert {"#SBATCH --signal USR1@3600", "#SBATCH --mail-user='a b'"} <= set(lines)
 
@@ -136,7 +136,7 @@ def test_arguments_of_an_allocation_make_the_same_one():
 
 
 def test_jobs_by_hand_are_named_after_experiment_and_stage():
-    assert "#SBATCH --job-name=r1-5_train\n" in slurm.render("train", CLUSTER, CONTEXT | {"experiment": "r1.5"})
+    assert "#SBATCH --job-name=r1-5_train\n" in sbatch.render("train", CLUSTER, CONTEXT | {"experiment": "r1.5"})
 
 
 STUBS = {
@@ -158,7 +158,7 @@ def test_a_requeued_job_leaves_slow_nodes_out_where_there_are_enough_others(node
     (tmp_path / "nodes").write_text(str(nodes))
     (tmp_path / "comment").write_text("rule_train r1 abc")
     context = CONTEXT | {"project": str(tmp_path), "python": sys.executable, "preflight": False}
-    (tmp_path / "script").write_text(slurm.render("train", CLUSTER, context))
+    (tmp_path / "script").write_text(sbatch.render("train", CLUSTER, context))
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
     command = ["bash", "script", "--in-workflow", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -188,7 +188,7 @@ def test_where_slurm_takes_no_nodes_back_what_keeping_them_costs_is_said_and_the
         (tmp_path / name).chmod(0o755)
     (tmp_path / "results/r1/train").mkdir(parents=True)
     context = CONTEXT | {"project": str(tmp_path), "python": sys.executable, "spare_nodes": 2}
-    (tmp_path / "script").write_text(slurm.render("train", Allocation(nodes=4, gres="gpu:8"), context))
+    (tmp_path / "script").write_text(sbatch.render("train", Allocation(nodes=4, gres="gpu:8"), context))
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node1"}
     command = ["bash", "script", "--in-workflow", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -201,4 +201,4 @@ def test_where_slurm_takes_no_nodes_back_what_keeping_them_costs_is_said_and_the
 
 if __name__ == "__main__":
     for case, arguments in CASES.items():
-        (GOLDEN / f"{case}.sbatch").write_text(slurm.render(*arguments))
+        (GOLDEN / f"{case}.sbatch").write_text(sbatch.render(*arguments))

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from deepseek_sft import slurm
-from deepseek_sft.slurm import Allocation
+from deepseek_sft.slurm import sbatch
+from deepseek_sft.slurm.sbatch import Allocation
 
 FAKES = {
     # Runs the one task; the rest of srun's options are of no interest.
@@ -64,7 +64,7 @@ def by_hand(tmp_path):
 
     def write(extra="", preflight=False):
         allocation = Allocation(runtime=60, extra=extra)
-        script.write_text(slurm.render("train", allocation, context | {"preflight": preflight}))
+        script.write_text(sbatch.render("train", allocation, context | {"preflight": preflight}))
 
     write()
 

@@ -9,9 +9,10 @@ import pytest
 from training_helpers import settings, write_checkpoint
 
 from deepseek_sft import engines
-from deepseek_sft.checkpoint import marker
+from deepseek_sft.convert import marker
 from deepseek_sft.planning import device_memory, host_memory
-from deepseek_sft.training import checkpoints, launch, nodes
+from deepseek_sft.slurm import nodes
+from deepseek_sft.training import checkpoints, launch
 
 LOOP = Path(launch.__file__).parent / "xtuner_engine/loop.py"
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from deepseek_sft.model import tiny
+from deepseek_sft.convert import tiny_model
 from deepseek_sft.training import first_batch, flops, health
 from deepseek_sft.training.health import StepHealth
 
@@ -76,7 +76,7 @@ def test_a_resumed_run_judges_as_an_uninterrupted_one():
 
 
 def test_operations_of_a_step_count_the_chosen_experts_and_the_keys_that_are_seen():
-    config = tiny.config_of(tiny.TinyShape())
+    config = tiny_model.config_of(tiny_model.TinyShape())
     counted = flops.StepFlops.of(config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     query, value = config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"]
@@ -103,7 +103,7 @@ def test_utilisation_is_the_share_of_all_ranks_peaks():
 
 
 def test_the_first_batch_shows_what_is_learned_and_every_special_token(tmp_path):
-    tiny.write_tiny(tmp_path / "base", tiny.TinyShape(), 0, 8_000_000)
+    tiny_model.write_tiny(tmp_path / "base", tiny_model.TinyShape(), 0, 8_000_000)
     tokenizer = first_batch.read_tokenizer(tmp_path / "base")
     ids = tokenizer.encode("Question? Answer.", add_special_tokens=False).ids
     end = tokenizer.token_to_id("<｜end▁of▁sentence｜>")

@@ -15,7 +15,8 @@ from training_helpers import settings
 from deepseek_sft import files, secrets_file
 from deepseek_sft.cluster_jobs import holders, queue
 from deepseek_sft.errors import BadInputError, CrashError
-from deepseek_sft.training import launch, lock, nodes, schedule, stage
+from deepseek_sft.slurm import nodes
+from deepseek_sft.training import launch, lock, schedule, stage
 from deepseek_sft.training.xtuner_engine import config
 
 SLURM = {

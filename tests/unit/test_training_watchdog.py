@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_sft.training import launch, nodes, watchdog
+from deepseek_sft.slurm import nodes
+from deepseek_sft.training import launch, watchdog
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflow"
 HANGS = {

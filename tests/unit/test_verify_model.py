@@ -14,20 +14,13 @@ import pytest
 import small_models
 import synthetic_zero3
 
-from deepseek_sft.checkpoint import (
-    base_model,
-    byte_ranges,
-    convert,
-    outputs,
-    safetensors_files,
-    verify,
-    weight_checks,
-    zero,
-)
-from deepseek_sft.checkpoint.number_formats import float32_to_bf16
-from deepseek_sft.checkpoint.weight_checks import ChangeBound, adamw_ratio
+from deepseek_sft.convert import base_model, convert, output_tensors, zero
 from deepseek_sft.errors import BadInputError, GateError
-from deepseek_sft.model import release
+from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import byte_ranges, safetensors_files
+from deepseek_sft.tensors.number_formats import float32_to_bf16
+from deepseek_sft.verify import verify, weight_checks
+from deepseek_sft.verify.weight_checks import ChangeBound, adamw_ratio
 
 LEARNING_RATE, STEPS = 1e-3, 1
 EXPERT = "model.layers.1.mlp.experts.2"
@@ -40,7 +33,7 @@ def made(tmp_path_factory):
     base = small_models.make_base(folder / "base")
     trained = small_models.train(small_models.read_tensors(base), LEARNING_RATE)
     fused = synthetic_zero3.fuse(trained, 2)
-    buffers = {n: v for n, v in fused.items() if n.endswith(release.CORRECTION_BIAS)}
+    buffers = {n: v for n, v in fused.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
     parameters = {n: v for n, v in fused.items() if n not in buffers}
     synthetic_zero3.write_checkpoint(folder / "step7", [parameters], 2, buffers)
     opened = zero.open_checkpoint(folder / "step7"), base_model.open_model(base)
@@ -129,14 +122,14 @@ def test_values_that_are_not_finite_are_found(made, model):
 
 
 def test_changed_router_bias_is_found(made, model):
-    name = f"model.layers.2.{release.CORRECTION_BIAS}"
+    name = f"model.layers.2.{deepseek_v3.CORRECTION_BIAS}"
     overwrite(model, name, np.nextafter(small_models.read_tensors(model)[name], np.float32(9)))
     assert failures(check(made, model, with_checkpoint=False)) == {"untouched": [f"{name}: 4 values differ"]}
 
 
 @pytest.mark.parametrize("moves, found", [([1, -1, 0, 1], None), ([1, -1, 0, 1.1], "a bias moved by 0.0011")])
 def test_router_bias_may_move_as_far_as_the_balance_rule_moves_it(made, model, moves, found):
-    name, speed = f"model.layers.2.{release.CORRECTION_BIAS}", 1e-3
+    name, speed = f"model.layers.2.{deepseek_v3.CORRECTION_BIAS}", 1e-3
     overwrite(model, name, small_models.read_tensors(model)[name] + np.float32(speed * STEPS) * np.float32(moves))
     result = failures(check(made, model, with_checkpoint=False, speed=speed))
     assert result == ({"change": [f"{name}: {found}"]} if found else {})
@@ -312,7 +305,7 @@ def partly():
         before = small_models.read_tensors(base)
         after = small_models.train(before, LEARNING_RATE)
         tensors = {name: before[name] if untouched(name) else values for name, values in after.items()}
-        buffers = {n: v for n, v in tensors.items() if n.endswith(release.CORRECTION_BIAS)}
+        buffers = {n: v for n, v in tensors.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
         parameters = {n: v for n, v in tensors.items() if n not in buffers}
         synthetic_zero3.write_checkpoint(folder / "step7", [parameters], 2, buffers)
         opened = zero.open_checkpoint(folder / "step7"), base_model.open_model(base)
@@ -364,7 +357,7 @@ def test_frozen_parameters_are_named_and_not_blamed(made, tmp_path):
     trained = small_models.train(small_models.read_tensors(made[0]), LEARNING_RATE)
     name = "model.embed_tokens.weight"
     frozen = {name: float32_to_bf16(small_models.read_tensors(made[0])[name])}
-    buffers = {n: v for n, v in trained.items() if n.endswith(release.CORRECTION_BIAS)}
+    buffers = {n: v for n, v in trained.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
     parameters = {n: v for n, v in trained.items() if n not in buffers and n != name}
     synthetic_zero3.write_checkpoint(tmp_path / "step", [parameters], 2, buffers, frozen)
     opened = zero.open_checkpoint(tmp_path / "step"), base_model.open_model(made[0])
@@ -389,9 +382,9 @@ def test_code_that_the_base_lacks_is_not_named_by_the_model(made, tmp_path):
     config = json.loads((base / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
     (base / "config.json").write_text(json.dumps(config))
-    assert "auto_map" not in outputs.output_config(base_model.open_model(base), "bf16", "drop")
+    assert "auto_map" not in output_tensors.output_config(base_model.open_model(base), "bf16", "drop")
     (base / "configuration_deepseek.py").write_text("")
-    assert "auto_map" in outputs.output_config(base_model.open_model(base), "bf16", "drop")
+    assert "auto_map" in output_tensors.output_config(base_model.open_model(base), "bf16", "drop")
 
 
 @pytest.mark.parametrize("said", [0, 2, None])
@@ -401,8 +394,8 @@ def test_the_number_of_copied_prediction_layers_is_written_whatever_the_base_say
     config = json.loads((base / "config.json").read_text()) | {"num_nextn_predict_layers": said}
     (base / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     opened = base_model.open_model(base)
-    assert outputs.output_config(opened, "bf16", "copy")["num_nextn_predict_layers"] == 1
-    assert outputs.output_config(opened, "bf16", "drop")["num_nextn_predict_layers"] == 0
+    assert output_tensors.output_config(opened, "bf16", "copy")["num_nextn_predict_layers"] == 1
+    assert output_tensors.output_config(opened, "bf16", "drop")["num_nextn_predict_layers"] == 0
 
 
 def test_a_prediction_layer_that_is_not_whole_is_not_copied(made, tmp_path):
@@ -410,7 +403,7 @@ def test_a_prediction_layer_that_is_not_whole_is_not_copied(made, tmp_path):
     opened = base_model.open_model(tmp_path / "fp8")
     cut = dataclasses.replace(opened, mtp=[name for name in opened.mtp if not name.endswith(".enorm.weight")])
     with pytest.raises(BadInputError, match=r"cannot be copied: layer 3 lacks model.layers.3.enorm.weight"):
-        outputs.output_config(cut, "bf16", "copy")
+        output_tensors.output_config(cut, "bf16", "copy")
 
 
 def test_a_bound_that_is_not_a_number_is_refused(made, tmp_path, project):

@@ -7,8 +7,8 @@ import copy
 from typing import Any
 
 from .errors import BadInputError
-from .planning import gpus
-from .settings import fields, reading
+from .planning import gpu_models
+from .settings import field_types, reading
 from .settings.configuration import Configuration
 
 
@@ -25,10 +25,10 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
         BadInputError: every problem found, each with the key's path, its value, what is allowed and what to write.
     """
     given = reading.filled(Configuration, copy.deepcopy(config))
-    settings, problems = reading.check(Configuration, given | {"plan": gpus.fill_in(given["plan"])})
+    settings, problems = reading.check(Configuration, given | {"plan": gpu_models.fill_in(given["plan"])})
     if problems:
         raise BadInputError("the configuration is not valid\n" + "\n".join(f"  - {p}" for p in problems))
-    return fields.plain(settings)
+    return field_types.plain(settings)
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -42,20 +42,20 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def operational(section: str, config: dict[str, Any]) -> dict[str, Any]:
     """The operational keys of a section."""
-    marked = fields.marked(_section(section), "operational")
+    marked = field_types.marked(_section(section), "operational")
     return {key: value for key, value in settled(section, config).items() if key in marked}
 
 
 def shaping(section: str, config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a section that decide its result."""
-    marked = fields.marked(_section(section), "operational")
+    marked = field_types.marked(_section(section), "operational")
     return {key: value for key, value in settled(section, config).items() if key not in marked}
 
 
 def settled(section: str, config: dict[str, Any]) -> dict[str, Any]:
     """A section without the keys that came later and are at their defaults; see ``fields.settled``."""
-    return fields.settled(_section(section), config[section])
+    return field_types.settled(_section(section), config[section])
 
 
 def _section(name: str) -> Any:
-    return fields.keys(Configuration)[name].section
+    return field_types.keys(Configuration)[name].section

@@ -16,12 +16,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """What lies in a checkpoint folder; ``checkpoint/`` reads it.
+    """What lies in a checkpoint folder; ``convert/`` reads it.
 
     Attributes:
         zero_stage: of DeepSpeed.
         parameter_prefix: before the names of the training model's parameters.
-        experts: how experts are put together, see ``checkpoint/marker.py``.
+        experts: how experts are put together, see ``convert/marker.py``.
         files: expressions for the names of the files that each rank writes; the group is the rank.
     """
 

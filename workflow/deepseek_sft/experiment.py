@@ -23,9 +23,9 @@ from .local_copies import LocalCopies, copies_of
 from .planning import gate
 from .planning import load as planning
 from .planning.plan import Plan
-from .planning.resources import read_resources
 from .planning.settings import COUNTED
-from .slurm import Allocation
+from .planning.training_resources import read_resources
+from .slurm.sbatch import Allocation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,16 +5,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 from . import rule_settings, stages
-from .checkpoint.base_model import lacks_prediction_layer
+from .convert.base_model import lacks_prediction_layer
 from .errors import BadInputError
+from .evaluation import gate_inputs
 from .experiment import Experiment
 from .planning import load as planning
 from .preflight import cuda_stack, software
-from .serving import gates
 
 
-def unjudged_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> list[gates.Problem]:
-    """What ``rules`` would refuse after the training although it is known now; see ``serving/gates.py``.
+def unjudged_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> list[gate_inputs.Problem]:
+    """What ``rules`` would refuse after the training although it is known now; see ``evaluation/gate_inputs.py``.
 
     Raises:
         BadInputError: the smoke test's prompts or the base's measurement cannot be read.
@@ -25,11 +25,13 @@ def unjudged_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN
     if "smoke_test" in rules and all(Path(path).is_file() for path in named):
         model = Path(base, "config.json").is_file() if base else True
         count = (lambda: planning.model_of(config).total) if model else None
-        found += gates.problems(config, Path(experiment.tokenizer()), count)
+        found += gate_inputs.problems(config, Path(experiment.tokenizer()), count)
     copies = "convert_checkpoint" in rules and base and config["convert"]["mtp"] == "copy"
     if copies and lacks_prediction_layer(Path(base)):
         text = f"convert.mtp: copy is not possible, since {base} holds no multi-token-prediction layer"
-        found.append(gates.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base"))
+        found.append(
+            gate_inputs.Problem(text, "write convert: {mtp: drop}, or give the complete release as model.base")
+        )
     return found
 
 

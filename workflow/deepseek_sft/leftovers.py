@@ -7,7 +7,7 @@ One place for all of them, by who writes and who removes:
 ``<output>.incomplete``, ``<shard>.part``, progress beside them: conversion and dequantisation go on from them
 ``<tokens>.incomplete``        tokens: removed when ``tokenize_data`` starts
 ``step_<N>`` without a marker  a checkpoint: set aside when training starts, removed after the next commit
-``.swap.…``                    swap files of conversions: ``checkpoint/swap.py``, at the next start on that host
+``.swap.…``                    swap files of conversions: ``tensors/swap.py``, at the next start on that host
 """
 
 import contextlib

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from . import limits
-from .slurm import Allocation
+from . import time_limits
+from .slurm.sbatch import Allocation
 
 
 def of_preflight(config: dict[str, Any], allocation: Allocation) -> list[str]:
     """Why preflight's own job would be ended while healthy nodes still import torch and measure."""
     ranks = allocation.nodes * (allocation.gpus_per_node() or 1)
-    found = limits.under_load(ranks)
+    found = time_limits.under_load(ranks)
     needed = found.loading + found.measuring
     if config["accelerator"] == "cpu" or needed <= 60 * allocation.runtime:
         return []

@@ -10,22 +10,8 @@ sys.path.insert(0, f"{workflow.basedir}/workflow")
 from snakemake.exceptions import WorkflowError
 
 try:
-    from deepseek_sft import chain as stages_chain  # Snakemake has a `chain` of its own among these names
-    from deepseek_sft import (
-        adoption,
-        ending,
-        environment_faults,
-        job_names,
-        json_files,
-        known_at_start,
-        locks,
-        place,
-        stages,
-        starting,
-        submission,
-        terminal,
-    )
-    from deepseek_sft import resources as job_resources
+    from deepseek_sft import chain as stages_chain
+    from deepseek_sft import adoption, ending, environment_faults, json_files, known_at_start, locks, place, stages, starting, terminal
     from deepseek_sft.cluster_jobs import holders
     from deepseek_sft.cluster_jobs import start as cluster_start
     from deepseek_sft.command_line import read_yaml
@@ -33,7 +19,9 @@ try:
     from deepseek_sft.experiment import Experiment
     from deepseek_sft.files import canonical_json
     from deepseek_sft.planning import rehearsed
-    from deepseek_sft.site import asking
+    from deepseek_sft.site import questions
+    from deepseek_sft.slurm import job_names, submission_preview
+    from deepseek_sft.slurm import snakemake_resources as job_resources
     from deepseek_sft.training import retention, slow_nodes
 except ModuleNotFoundError as error:
     raise WorkflowError(
@@ -146,13 +134,14 @@ def jobs_to_preview(wildcards):
     """Texts for the rules that Snakemake's plugin submits to Slurm; none under a profile without Slurm."""
     jobs = [rule.name for rule in workflow.rules if not workflow.is_local(rule)]
     return expand(
-        f"{RESULTS}/render/{{rule}}/{{rule}}.submission.txt", rule=jobs if submission.is_previewed(workflow) else []
+        f"{RESULTS}/render/{{rule}}/{{rule}}.submission.txt",
+        rule=jobs if submission_preview.is_previewed(workflow) else [],
     )
 
 
 def submission_of(wildcards):
     """What the plugin would submit for a rule."""
-    return submission.preview(workflow, wildcards.job, EXPERIMENT.config["experiment"])
+    return submission_preview.preview(workflow, wildcards.job, EXPERIMENT.config["experiment"])
 
 
 def resources_of_training(wildcards):
@@ -295,13 +284,13 @@ def check_before_start(workflow):
             TERMINAL.warn(note)
         if jobs := rules & job_resources.submitted(workflow):
             starting.check_slurm_answers(jobs)
-        line = submission.options if submission.is_previewed(workflow) else None
+        line = submission_preview.options if submission_preview.is_previewed(workflow) else None
         for warning in job_resources.check_allocations(workflow, rules, line):
             TERMINAL.warn(warning)
         if rules & {"prepare_model", "train", "rehearse"}:
             resources = json_files.parse(resources_of_training(None))
             train = job_resources.allocations(workflow).get("train")
-            node_mb = train and asking.node_memory_mb(train.partition, train.nodes)
+            node_mb = train and questions.node_memory_mb(train.partition, train.nodes)
             plan = EXPERIMENT.check_plan(resources, "tokenize_data" not in rules, node_mb)
             if "rehearse" in rules:
                 limit = job_resources.allocations(workflow)["rehearse"].runtime
@@ -309,7 +298,7 @@ def check_before_start(workflow):
                     TERMINAL.warn(note)
         EXPERIMENT.write_config()
         job_names.name_jobs(workflow, EXPERIMENT.config["experiment"])
-        jobs_of_slurm = submission.is_previewed(workflow)
+        jobs_of_slurm = submission_preview.is_previewed(workflow)
         name = EXPERIMENT.config["experiment"]
         cluster_start.begin(workflow, name, Path(LOGS), Path(RESULTS), THIS_PROCESS, jobs_of_slurm)
     except (StageError, OSError) as error:

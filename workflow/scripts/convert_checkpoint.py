@@ -21,12 +21,13 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
-from deepseek_sft.checkpoint import base_model, conversion_plan, convert, memory, outputs, parts, swap, zero
-from deepseek_sft.checkpoint.model_writer import Progress, finished_files
+from deepseek_sft.convert import base_model, convert, dry_run, output_tensors, zero
 from deepseek_sft.errors import BadInputError, StoppedError
-from deepseek_sft.report.formatting import byte_size
+from deepseek_sft.formatting import byte_size
 from deepseek_sft.settings import options
 from deepseek_sft.settings.convert import Convert
+from deepseek_sft.tensors import memory_bound, node_shares, swap
+from deepseek_sft.tensors.model_writer import Progress, finished_files
 
 
 def arguments() -> argparse.Namespace:
@@ -68,13 +69,13 @@ def main() -> None:
     options = convert.Options(
         dtype=args.dtype,
         mtp=args.mtp,
-        largest_shard=outputs.shard_size(args.max_shard_size),
+        largest_shard=output_tensors.shard_size(args.max_shard_size),
         memory=args.memory,
         workers=max(0, args.workers),
         replace=args.replace,
         swap=args.swap == "auto",
         swap_folder=args.swap_folder,
-        part=parts.parse_part(args.part) if args.part else None,
+        part=node_shares.parse_part(args.part) if args.part else None,
         checksums=not args.no_checksums,
         missing_from_base=args.missing_from_base,
     )
@@ -87,14 +88,14 @@ def main() -> None:
     base = base_model.open_model(args.base)
     conversion = convert.prepare(checkpoint, base, args.output, options)
     if args.dry_run:
-        plan = conversion_plan.describe(conversion, args.nodes)
-        cli.say(conversion_plan.summary(plan))
-        print(conversion_plan.text(plan))
+        plan = dry_run.describe(conversion, args.nodes)
+        cli.say(dry_run.summary(plan))
+        print(dry_run.text(plan))
         return
     started = time.monotonic()
     if args.nodes > 1:
         earlier = finished_files(conversion.plan)
-        parts.run_on_nodes(args.nodes, [*sys.argv, "--nodes=1", "--part=slurm"])
+        node_shares.run_on_nodes(args.nodes, [*sys.argv, "--nodes=1", "--part=slurm"])
     progress, bytes_read, seconds = convert.run(conversion)
     _tell(args, conversion, progress, seconds)
     if options.part:
@@ -113,7 +114,7 @@ def main() -> None:
         "bytes_written": progress.written,
         "seconds": round(seconds, 3),
         "gib_per_second": round((bytes_read + progress.written) / seconds / 2**30, 3),
-        "peak_rss_mib": round(memory.peak_resident() / 2**20, 1),
+        "peak_rss_mib": round(memory_bound.peak_resident() / 2**20, 1),
         "non_finite": sum(progress.non_finite.values()),
         "step": checkpoint.step,
         "world_size": checkpoint.world_size,
@@ -139,7 +140,7 @@ def _tell(args: argparse.Namespace, conversion: convert.Conversion, progress: Pr
     if non_finite:
         count, names = sum(non_finite.values()), ", ".join(list(non_finite)[:5])
         cli.say(f"warning: {count} values are infinite or not numbers, in {names}")
-    peak = byte_size(memory.peak_resident())
+    peak = byte_size(memory_bound.peak_resident())
     if progress.already_complete:
         cli.say(f"{args.output} is complete already, made from the same checkpoint and base: nothing to do")
     elif part := conversion.options.part:

@@ -11,9 +11,9 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files
-from deepseek_sft.serving import before
-from deepseek_sft.serving.smoke_settings import SmokeSettings
+from deepseek_sft.evaluation import base_measurement
 from deepseek_sft.settings import options
+from deepseek_sft.settings.smoke_settings import SmokeSettings
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         concurrency=arguments.concurrency,
         request_timeout_s=arguments.request_timeout_s,
     )
-    measured = before.measure_served(
+    measured = base_measurement.measure_served(
         arguments.url,
         arguments.model,
         arguments.tokenizer,

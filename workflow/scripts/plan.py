@@ -21,16 +21,16 @@ import yaml
 
 from deepseek_sft import cli, config, files, receipts
 from deepseek_sft.errors import BadInputError, GateError
-from deepseek_sft.planning import alternatives, gate, load, show
+from deepseek_sft.planning import alternatives, gate, load, plan_text
 from deepseek_sft.planning.remedies import for_the_disk, suffices
-from deepseek_sft.planning.resources import read_resources
 from deepseek_sft.planning.settings import COUNTED
+from deepseek_sft.planning.training_resources import read_resources
 from deepseek_sft.settings import reading
 from deepseek_sft.settings.convert import Convert
 from deepseek_sft.settings.model import Model
 from deepseek_sft.settings.plan import Plan
 from deepseek_sft.settings.train import Train
-from deepseek_sft.site import asking
+from deepseek_sft.site import questions
 
 DEFAULT = Path(__file__).resolve().parents[2] / "config/config.yaml"
 
@@ -102,7 +102,9 @@ def main() -> None:
     if args.tokens_receipt:
         tokens = receipts.read(args.tokens_receipt, "tokenize_data", COUNTED)
         inputs["tokens"] = receipts.input_entry(args.tokens_receipt)
-    node_mb = asking.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
+    node_mb = (
+        questions.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
+    )
     plan = load.from_config(settings, resources, tokens, node_mb)
     gate.check_possible(plan)
     if args.sweep and args.fit:
@@ -110,10 +112,10 @@ def main() -> None:
     if args.sweep:
         found = alternatives.sweep(plan, alternatives.parse_sweep(args.sweep))
         if args.json:
-            rows = [{"settings": chosen, **show.figures(changed)} for chosen, changed in found]
+            rows = [{"settings": chosen, **plan_text.figures(changed)} for chosen, changed in found]
             print(json.dumps(rows, indent=2))
         else:
-            print(show.sweep_table(plan, found))
+            print(plan_text.sweep_table(plan, found))
         if alternatives.recommend(changed for _, changed in found) is None:
             raise GateError(
                 "none of these alternatives fits", "; ".join(for_the_disk(plan) or ["sweep over more nodes, or --fit"])
@@ -128,12 +130,12 @@ def main() -> None:
             )
         plan = fewest
         cli.say(f"fewest nodes: {plan.cluster.nodes}")
-    figures = show.figures(plan)
+    figures = plan_text.figures(plan)
     hang_minutes = settings["train"].get("hang_minutes")
-    written = show.text(plan, args.explain, hang_minutes)
+    written = plan_text.text(plan, args.explain, hang_minutes)
     print(json.dumps(figures, indent=2) if args.json else written)
     if args.output:
-        files.write_text(args.output / "plan.txt", show.text(plan, True, hang_minutes) + "\n")
+        files.write_text(args.output / "plan.txt", plan_text.text(plan, True, hang_minutes) + "\n")
         files.write_json(args.output / "plan.json", figures)
     gate.stop_unless_it_fits(plan, settings["plan"]["on_misfit"])
     if args.receipt:

@@ -22,7 +22,8 @@ from deepseek_sft import cli, files, receipts
 from deepseek_sft.preflight import settings as preflight_settings
 from deepseek_sft.preflight import stage
 from deepseek_sft.preflight.node_report import Place
-from deepseek_sft.training import nodes, slow_nodes
+from deepseek_sft.slurm import nodes
+from deepseek_sft.training import slow_nodes
 
 RULES = ("preflight", "train_preflight", "rehearse_preflight")
 

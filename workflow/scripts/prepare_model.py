@@ -22,10 +22,11 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
-from deepseek_sft.checkpoint import base_model, base_sums, cut_base, dequantize, memory
-from deepseek_sft.checkpoint.sizes import parse_size
+from deepseek_sft.convert import base_model, base_sums, cut_base, dequantize, tiny_model
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.model import config_file, release, tiny
+from deepseek_sft.families import config_file, deepseek_v3
+from deepseek_sft.tensors import memory_bound
+from deepseek_sft.tensors.sizes import parse_size
 
 DESCRIPTIONS = {
     "dense_layers": "leading layers without experts",
@@ -57,14 +58,14 @@ def arguments() -> argparse.Namespace:
     streaming.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 16")
     sizes = parser.add_argument_group("tiny model")
     sizes.add_argument("--seed", type=int, default=0, help="of the random weights")
-    for field in dataclasses.fields(tiny.TinyShape):
+    for field in dataclasses.fields(tiny_model.TinyShape):
         option = "--" + field.name.replace("_", "-")
         description = DESCRIPTIONS.get(field.name, field.name.replace("_", " "))
         if field.name != "layers":
             sizes.add_argument(option, type=type(field.default), default=field.default, help=description)
     args = parser.parse_args()
     if args.tiny and args.layers is None:
-        args.layers = tiny.TinyShape.layers
+        args.layers = tiny_model.TinyShape.layers
     return args
 
 
@@ -100,12 +101,14 @@ def main() -> None:
     inputs, settings, source = {}, {}, args.output
     dequantized = False
     if args.tiny:
-        shape = tiny.TinyShape(**{f.name: getattr(args, f.name) for f in dataclasses.fields(tiny.TinyShape)})
-        tiny.write_tiny(args.output, shape, args.seed, min(largest_shard, tiny.LARGEST_SHARD), args.replace)
+        shape = tiny_model.TinyShape(
+            **{f.name: getattr(args, f.name) for f in dataclasses.fields(tiny_model.TinyShape)}
+        )
+        tiny_model.write_tiny(args.output, shape, args.seed, min(largest_shard, tiny_model.LARGEST_SHARD), args.replace)
         settings = {"tiny": dataclasses.asdict(shape), "seed": args.seed}
     else:
         source = args.base
-        release.require_trainable(release.read_config(source), source / "config.json")
+        deepseek_v3.require_trainable(deepseek_v3.read_config(source), source / "config.json")
         base = base_model.open_model(source)
         _tell(base)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}
@@ -122,7 +125,7 @@ def main() -> None:
     figures = base_model.figures(prepared) | {
         "dequantised": dequantized,
         "fingerprint": prepared.fingerprint,
-        "peak_rss_mib": round(memory.peak_resident() / 2**20, 1),
+        "peak_rss_mib": round(memory_bound.peak_resident() / 2**20, 1),
     }
     if dequantized:
         figures["non_finite"] = 0  # others are refused; of a BF16 base no value is read here

@@ -16,7 +16,7 @@ import _bootstrap  # noqa: F401
 from deepseek_sft import cli, files, json_files, receipts
 from deepseek_sft.errors import GateError
 from deepseek_sft.planning import rehearsed
-from deepseek_sft.planning.resources import read_resources
+from deepseek_sft.planning.training_resources import read_resources
 from deepseek_sft.training import rehearsal
 
 AGAIN = "rehearse again: snakemake rehearse …"

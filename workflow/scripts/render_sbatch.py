@@ -9,7 +9,8 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, local_copies, receipts, secrets_file, slurm, stages
+from deepseek_sft import cli, files, local_copies, receipts, secrets_file, stages
+from deepseek_sft.slurm import sbatch
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -43,10 +44,10 @@ def main() -> None:
     parser.add_argument("--environment", help="the environment's, from which --python runs")
     parser.add_argument("--code", help="our code's")
     parser.add_argument("--accelerator", choices=["cuda", "cpu"], required=True)
-    fields = dataclasses.fields(slurm.Allocation)
+    fields = dataclasses.fields(sbatch.Allocation)
     for field in fields:
         parser.add_argument(
-            slurm.option(field.name), type=field.type, default=field.default, help=field.metadata["meaning"]
+            sbatch.option(field.name), type=field.type, default=field.default, help=field.metadata["meaning"]
         )
     arguments = parser.parse_args()
 
@@ -57,13 +58,13 @@ def main() -> None:
     smoke_test = settings.get("smoke_test")
     if isinstance(smoke_test, dict) and smoke_test.get("template") == "auto":
         smoke_test["template"] = trained_template(Path(arguments.results))
-    allocation = slurm.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
+    allocation = sbatch.Allocation(**{field.name: getattr(arguments, field.name) for field in fields})
     environment = settings.pop("environment", {}) if stages.environment_of(arguments.stage) == "train" else {}
     if arguments.stage in ("rehearse", "train") and (path := settings.pop("secrets_file", None)):
         environment = environment | {secrets_file.VARIABLE: path}
     ranks_per_node = settings.pop("ranks_per_node", None)
     spare_nodes = settings.pop("spare_nodes", 0) if arguments.stage == "train" else 0
-    script = slurm.render(
+    script = sbatch.render(
         arguments.stage,
         allocation,
         {

@@ -10,7 +10,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli
-from deepseek_sft.serving import submitting
+from deepseek_sft.serving import deployment_job
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="results/<experiment>, with the rendered script")
     parser.add_argument("--logs", type=Path, required=True, help="logs/<experiment>")
     arguments = parser.parse_args()
-    cli.say(submitting.deploy(arguments.results, arguments.logs).text())
+    cli.say(deployment_job.deploy(arguments.results, arguments.logs).text())
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from deepseek_sft import cli, receipts
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings as settings_file
 from deepseek_sft.serving import versions
-from deepseek_sft.serving.commands import Programs
-from deepseek_sft.serving.listing import listing
+from deepseek_sft.serving.command_listing import listing
 from deepseek_sft.serving.node import Node
-from deepseek_sft.serving.smoke_settings import record_beside
+from deepseek_sft.serving.vllm_commands import Programs
 from deepseek_sft.settings import options as command_line
+from deepseek_sft.settings.smoke_settings import record_beside
 
 
 def main() -> int:

@@ -19,9 +19,10 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.serving import as_trained, lasting, smoke
-from deepseek_sft.serving.smoke_settings import SmokeSettings, record_beside
+from deepseek_sft.evaluation import as_trained, smoke_test
+from deepseek_sft.serving import lasting_endpoint
 from deepseek_sft.settings import options
+from deepseek_sft.settings.smoke_settings import SmokeSettings, record_beside
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     settings = options.chosen(SmokeSettings, arguments)
     record = arguments.evaluation or record_beside(arguments.transcript)
     parser_name = None if arguments.reasoning_parser in ("", "none") else arguments.reasoning_parser
-    server = smoke.Server(
+    server = smoke_test.Server(
         arguments.url,
         arguments.model,
         reasoning_parser=parser_name,
@@ -68,8 +69,8 @@ def main() -> None:
     )
     cli.say(f"smoke test of {arguments.model} at {arguments.url}")
     try:
-        report = smoke.run(server, settings, arguments.transcript, record)
-    except smoke.ChecksFailed as failed:
+        report = smoke_test.run(server, settings, arguments.transcript, record)
+    except smoke_test.ChecksFailed as failed:
         left = {"checks": failed.report.checks, "skipped": failed.report.skipped} | failed.report.figures
         receipts.write_failed(arguments.receipt, "smoke_test", left)
         raise
@@ -87,7 +88,7 @@ def main() -> None:
         | dataclasses.asdict(settings),
         result={"transcript": str(arguments.transcript)} | ({"evaluation": str(record)} if record.exists() else {}),
         figures={"checks": report.checks, "skipped": report.skipped, "time_to_ready_s": arguments.time_to_ready}
-        | ({"nodes": lasting.who_serves(arguments.run_dir)} if arguments.run_dir else {})
+        | ({"nodes": lasting_endpoint.who_serves(arguments.run_dir)} if arguments.run_dir else {})
         | report.figures,
         hosts=arguments.hosts.split(",") if arguments.hosts else None,
     )

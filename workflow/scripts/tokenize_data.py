@@ -50,7 +50,7 @@ def main() -> None:
         arguments.template, arguments.max_length, arguments.history_reasoning, arguments.on_too_long == "truncate"
     )
     if arguments.show is not None:
-        from deepseek_sft.data.show import show
+        from deepseek_sft.data.show_samples import show
 
         samples = first_samples(arguments.input, arguments.tokenizer, settings, arguments.show)
         show(samples, arguments.tokenizer, arguments.template)

@@ -22,7 +22,8 @@ from deepseek_sft.training import early_stop
 early_stop.catch()  # before the slow imports: Slurm's signal would kill this process until then
 
 from deepseek_sft import cli, files  # noqa: E402
-from deepseek_sft.training import launch, nodes, rehearsal, stage  # noqa: E402
+from deepseek_sft.slurm import nodes  # noqa: E402
+from deepseek_sft.training import launch, rehearsal, stage  # noqa: E402
 
 
 def main() -> int:

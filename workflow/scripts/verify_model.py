@@ -17,10 +17,12 @@ from typing import Any
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, files, json_files, receipts
-from deepseek_sft.checkpoint import base_model, memory, outputs, verify, zero
-from deepseek_sft.checkpoint.weight_checks import ChangeBound
+from deepseek_sft.convert import base_model, output_tensors, zero
+from deepseek_sft.data import loss_rows
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.training import loss_rows
+from deepseek_sft.tensors import memory_bound
+from deepseek_sft.verify import verify
+from deepseek_sft.verify.weight_checks import ChangeBound
 
 
 def arguments() -> argparse.Namespace:
@@ -35,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW; a larger value loosens the bound")
     parser.add_argument("--adam-betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
     parser.add_argument("--balance-bias-speed", type=float, default=0.0, help="by which a router's bias moves a step")
-    parser.add_argument("--dtype", choices=sorted(outputs.DTYPES), help="format that it must have (else: what it says)")
+    parser.add_argument(
+        "--dtype", choices=sorted(output_tensors.DTYPES), help="format that it must have (else: what it says)"
+    )
     parser.add_argument("--mtp", choices=["drop", "copy"], help="what must have become of that layer, with --dtype")
     parser.add_argument("--full", action="store_true", help="compare every value with the checkpoint, not samples")
     parser.add_argument(
@@ -97,7 +101,7 @@ def main() -> None:
         settings=settings,
         result={"model": str(args.model)},
         figures=result.figures
-        | {"checks": checks, "peak_rss_mib": round(memory.peak_resident() / 2**20, 1)}
+        | {"checks": checks, "peak_rss_mib": round(memory_bound.peak_resident() / 2**20, 1)}
         | trained_losses(checkpoint),
     )
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from .. import files, json_files
 from ..errors import BadInputError
-from .chat_template import ChatTemplate, read_chat_template, token_name
+from .base_template import ChatTemplate, read_chat_template, token_name
+from .chat_templates import ASSISTANT, END, TEMPLATES, USER, Piece
 from .messages import THINK_CLOSE, THINK_OPEN
-from .templates import ASSISTANT, END, TEMPLATES, USER, Piece
 from .words import WordEncoder, word_encoder
 
 TAG = re.compile(r"<[^<>\s]+>")  # the shape of all of DeepSeek's added tokens

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError, GateError
-from .chat_template import ChatTemplate, TemplateError, pieces_of_text
+from .base_template import ChatTemplate, TemplateError, pieces_of_text
+from .chat_templates import AUTO, CALLS_BEGIN, END, NO_LOSS, TEMPLATES, Place
 from .encoding import Encoder, load_encoder
 from .messages import THINK_OPEN, normalise, split_reasoning
 from .samples import Settings, make_samples, to_reply
-from .templates import AUTO, CALLS_BEGIN, END, NO_LOSS, TEMPLATES, Place
 
 LONGEST = 1 << 20
 SHOWN = 3  # differences in a message

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .. import files, json_files
 from ..errors import BadInputError
-from .templates import NO_LOSS as NO_LOSS  # part of what readers of token files need
+from .chat_templates import NO_LOSS as NO_LOSS  # part of what readers of token files need
 
 FORMAT = 1
 INDEX = "tokens.json"

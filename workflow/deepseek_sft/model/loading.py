@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import json_files
 from ..errors import BadInputError
-from . import release
+from ..tensors.tensor_spec import FP8_BLOCK, SCALE_SUFFIX
 from .experts import MixtureOfExperts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -69,11 +69,11 @@ class ReleaseReader:
 
     def _scaled(self, name: str, codes: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """fp32 values of rows ``first`` to ``last``: code × factor of the block, as prepare_model computes them."""
-        scales = self.slice_of(name + release.SCALE_SUFFIX)
-        top = first // release.FP8_BLOCK
-        factors = self._rows(scales, top, -(-last // release.FP8_BLOCK)).float()
-        factors = factors[torch.arange(first, last) // release.FP8_BLOCK - top]
-        return codes.float() * factors.repeat_interleave(release.FP8_BLOCK, dim=1)[:, : codes.shape[1]]
+        scales = self.slice_of(name + SCALE_SUFFIX)
+        top = first // FP8_BLOCK
+        factors = self._rows(scales, top, -(-last // FP8_BLOCK)).float()
+        factors = factors[torch.arange(first, last) // FP8_BLOCK - top]
+        return codes.float() * factors.repeat_interleave(FP8_BLOCK, dim=1)[:, : codes.shape[1]]
 
 
 def release_names(name: str, experts_per_shard: int) -> list[str]:

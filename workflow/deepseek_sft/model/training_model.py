@@ -17,7 +17,8 @@ from transformers.modeling_utils import no_init_weights
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ..errors import BadInputError
-from . import expert_products, implied, release
+from ..families import deepseek_v3, implied_numbers
+from . import expert_products
 from .experts import MixtureOfExperts
 from .loading import load_release
 from .loss import OutputLayer
@@ -67,8 +68,8 @@ def build(
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
             compute what ``config.json`` says.
     """
-    published = release.read_config(folder)
-    release.require_trainable(published, folder / "config.json")
+    published = deepseek_v3.read_config(folder)
+    deepseek_v3.require_trainable(published, folder / "config.json")
     config = DeepseekV3Config.from_dict({k: v for k, v in published.items() if k != "quantization_config"})
     config.experts_per_shard = experts_per_shard
     config.grouped_products = _grouped(products, torch.device(device), dtype, config)
@@ -108,10 +109,10 @@ def differences(model: TrainingModel, published: dict[str, Any]) -> list[str]:
     Args:
         published: in the releases' names (``release.read_config``).
     """
-    wanted, found = implied.numbers(published), []
+    wanted, found = implied_numbers.numbers(published), []
 
     def compare(what: str, got: Any, want: Any) -> None:
-        if implied.differ(got, want):
+        if implied_numbers.differ(got, want):
             found.append(f"{what} would be {got} in training, the base's config.json says {want}")
 
     rotary = model.model.rotary_emb
@@ -122,9 +123,9 @@ def differences(model: TrainingModel, published: dict[str, Any]) -> list[str]:
     if values.shape != wanted.frequencies.shape:
         found.append(f"rotary frequencies would be {len(values)}, config.json asks for {len(wanted.frequencies)}")
     else:
-        for index in np.flatnonzero([implied.differ(*pair) for pair in zip(values, wanted.frequencies, strict=True)])[
-            :1
-        ]:
+        for index in np.flatnonzero(
+            [implied_numbers.differ(*pair) for pair in zip(values, wanted.frequencies, strict=True)]
+        )[:1]:
             compare(f"rotary frequency {index}", values[index], wanted.frequencies[index])
     compare("the factor of the rotary angles' cosines", rotary.attention_scaling, wanted.attention_factor)
     for index, layer in enumerate(model.model.layers):

@@ -2,9 +2,9 @@
 
 import re
 
-from .. import limits
+from .. import time_limits
 from . import duration
-from .gpus import GPUS, named_in
+from .gpu_models import GPUS, named_in
 from .plan import MARGIN, Plan, longest_row_that_fits, node_has
 from .settings import GIB, MB
 from .terms import show, total
@@ -24,12 +24,12 @@ def profile_lines(plan: Plan) -> list[str]:
         lines.append(f"mem_mb: {plan.host_mb}   # planned {total(plan.host) / MB:,.0f} MB and {MARGIN - 1:.0%}{known}")
     save = plan.duration.checkpoint_s + (plan.duration.step.slowest if plan.duration.step else 0)
     if cluster.signal_lead_s is not None and not save <= cluster.signal_lead_s:
-        words = limits.with_lead(cluster.slurm_extra, duration.planned(plan.duration))
+        words = time_limits.with_lead(cluster.slurm_extra, duration.planned(plan.duration))
         quoted = words.replace("\\", "\\\\").replace('"', '\\"')
         step = f"the slowest step, {show(plan.duration.step.slowest, 's')}, and " if plan.duration.step else ""
         lines.append(
             f'slurm_extra: "{quoted}"   # {step}a checkpoint, {show(plan.duration.checkpoint_s, "s")}, '
-            f"and {limits.LEAD_MARGIN - 1:.0%}"
+            f"and {time_limits.LEAD_MARGIN - 1:.0%}"
         )
     return lines
 

@@ -5,7 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ..model import release
+from ..families import deepseek_v3
+from ..tensors.tensor_spec import scale_shape
 from .terms import Term
 
 COMPONENTS = (
@@ -78,7 +79,7 @@ class Model:
 
     @property
     def moe_layers(self) -> int:
-        return sum(release.is_moe_layer(self.config, layer) for layer in range(self.layers))
+        return sum(deepseek_v3.is_moe_layer(self.config, layer) for layer in range(self.layers))
 
     @property
     def expert_parameters(self) -> int:
@@ -161,15 +162,15 @@ def count(config: dict[str, Any]) -> Model:
     parameters: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     tensors = buffers = fp8 = 0
     shapes: Counter[int] = Counter()
-    for name, spec in release.tensor_specs(config).items():
+    for name, spec in deepseek_v3.tensor_specs(config).items():
         part = component(name)
         parameters[part] += spec.elements
         tensors += 1
-        if release.is_quantised(config, name):
-            fp8 += spec.elements + 4 * math.prod(release.scale_shape(spec.shape))
+        if deepseek_v3.is_quantised(config, name):
+            fp8 += spec.elements + 4 * math.prod(scale_shape(spec.shape))
         else:
             fp8 += spec.elements * (4 if spec.dtype == "F32" else 2)
-        if name.endswith(release.CORRECTION_BIAS):
+        if name.endswith(deepseek_v3.CORRECTION_BIAS):
             buffers += spec.elements
         elif part != "routed experts":
             shapes[spec.elements] += 1

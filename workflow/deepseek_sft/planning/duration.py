@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .. import limits
+from .. import time_limits
 from .counting import Model
 from .settings import Cluster, Samples, Training
 from .terms import Term, total
@@ -119,10 +119,10 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
     )
 
 
-def planned(found: Duration) -> limits.Planned:
+def planned(found: Duration) -> time_limits.Planned:
     """The slowest step, save and start of this plan, from which every time-out follows."""
     step = found.step.slowest if found.step else 0.0
-    return limits.Planned(max(found.checkpoint_s, found.loading_s), step, found.checkpoint_s)
+    return time_limits.Planned(max(found.checkpoint_s, found.loading_s), step, found.checkpoint_s)
 
 
 def starts(found: Duration, cluster: Cluster) -> tuple[int, int] | None:

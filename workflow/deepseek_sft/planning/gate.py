@@ -1,6 +1,6 @@
 """What happens to a plan that does not fit."""
 
-from .. import limits
+from .. import time_limits
 from ..cli import say
 from ..errors import BadInputError, GateError
 from . import alternatives, duration
@@ -26,7 +26,7 @@ def limit_problems(plan: Plan, hang_minutes: dict[str, float | None] | None) -> 
     cluster, run = plan.cluster, plan.duration.run
     within = bool(run and cluster.runtime_minutes and run.slowest <= 60 * cluster.runtime_minutes)
     times = duration.planned(plan.duration)
-    return limits.problems(times, hang_minutes, cluster.signal_lead_s, within, cluster.slurm_extra)
+    return time_limits.problems(times, hang_minutes, cluster.signal_lead_s, within, cluster.slurm_extra)
 
 
 def check_limits(plan: Plan, hang_minutes: dict[str, float | None] | None, on_misfit: str) -> None:

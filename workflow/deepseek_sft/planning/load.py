@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..model import cut, release, tiny
+from ..convert import tiny_model
+from ..families import cut, deepseek_v3
 from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
@@ -30,13 +31,13 @@ def model_of(config: dict[str, Any]) -> Model:
         there = base and Path(base, "config.json").is_file()
         folder = SHAPES / named if named and not there else Path(base)
         path = folder / "config.json"
-        found = release.read_config(folder)
+        found = deepseek_v3.read_config(folder)
         if layers := config["model"].get("layers"):
-            found = release.checked(cut.config_of(release.published_config(folder), layers, path), path)
-        release.require_trainable(found, path)
+            found = deepseek_v3.checked(cut.config_of(deepseek_v3.published_config(folder), layers, path), path)
+        deepseek_v3.require_trainable(found, path)
         return count(found)
-    shape = tiny.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
-    return count(tiny.config_of(shape))
+    shape = tiny_model.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
+    return count(tiny_model.config_of(shape))
 
 
 def free_bytes(folder: str) -> int:

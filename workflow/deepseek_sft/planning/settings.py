@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BadInputError
-from .gpus import GPUS
+from .gpu_models import GPUS
 
 GIB, MB = 1 << 30, 1 << 20  # Slurm's MB are powers of two
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -125,7 +125,7 @@ class Cluster:
         signal_lead_s: seconds before the limit at which Slurm asks training to save.
         node_bytes: memory that a node physically has for jobs; None where neither the site nor Slurm says it.
         gres, slurm_extra: the profile's words.
-        gpu: name of the GPU in planning/gpus.py; None where the configuration names none.
+        gpu: name of the GPU in planning/gpu_models.py; None where the configuration names none.
         nvlink_gb_per_second: between GPUs of a node, each direction.
     """
 

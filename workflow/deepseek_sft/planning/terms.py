@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..report import formatting
+from .. import formatting
 
 
 @dataclass(frozen=True)

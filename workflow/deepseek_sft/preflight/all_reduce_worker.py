@@ -15,7 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from deepseek_sft.preflight import device_speed
+from . import device_speed
 
 ROUNDS = {"nccl": 10, "gloo": 3}
 MEASURES = ("gemm", "memory_bandwidth", "nvlink", "all_reduce")

@@ -9,9 +9,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from .. import json_files, limits
+from .. import json_files, time_limits
 from ..python_path import with_library
-from ..training.nodes import NodeEnvironment
+from ..slurm.nodes import NodeEnvironment
 from . import exchange
 from .findings import Finding
 
@@ -64,7 +64,7 @@ def over_torch(
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
         if node.nodes == 1:
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    limit = limits.under_load(node.world_size)
+    limit = time_limits.under_load(node.world_size)
     words = [sys.executable, "-m", WORKER, "--backend", backend, "--megabytes", str(megabytes)]
     words += ["--ranks-per-node", str(node.ranks_per_node), *(["--floor", str(floor)] if floor else [])]
     words += ["--join-seconds", str(limit.joining), "--seconds", str(limit.measuring)]
@@ -94,7 +94,7 @@ def over_torch(
     return [Finding("all_reduce", False, f"rank {rank} {what}: {last}", "broken")], {"failed_at": time.time()}
 
 
-def _wait(running: list[subprocess.Popen], outputs: list[Path], limit: limits.UnderLoad) -> tuple[int, str] | None:
+def _wait(running: list[subprocess.Popen], outputs: list[Path], limit: time_limits.UnderLoad) -> tuple[int, str] | None:
     """Local rank of the first process that failed, and how; then all are ended.
 
     The limit of each stage begins when the last of this node's ranks has come to it: imports are not measured.

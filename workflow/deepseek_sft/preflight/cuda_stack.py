@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import gpus
+from . import gpu_state
 from .findings import Finding
 from .settings import Needs
 
@@ -77,13 +77,13 @@ def problems(cuda: int, driver: str, capability: tuple[int, int] | None, compati
 
 def gpus_and_stack(accelerator: str, wanted: int, needs: Needs, visible: str | None) -> tuple[Finding, dict[str, Any]]:
     """The check ``gpus`` with what this environment needs of the driver and of the GPUs."""
-    finding, same = gpus.gpus(accelerator, wanted, needs, visible)
+    finding, same = gpu_state.gpus(accelerator, wanted, needs, visible)
     if accelerator == "cuda" and "driver" not in same:
         return finding, same
     capabilities: list[str] = []
     if accelerator == "cuda":
         try:
-            capabilities = [row[0] for row in gpus.query("--query-gpu=compute_cap") if row]
+            capabilities = [row[0] for row in gpu_state.query("--query-gpu=compute_cap") if row]
         except OSError:
             capabilities = []  # an old nvidia-smi; the finding says that it was not judged
     stack = check(accelerator, same.get("driver", ""), capabilities)

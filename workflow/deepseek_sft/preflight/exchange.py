@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files, json_files
-from ..training.nodes import address_of
+from ..slurm.nodes import address_of
 
 LINE_LIMIT = 8 << 20  # bytes of one request: a report with the versions of all packages is some 10 kB
 BLOCK = 1 << 20

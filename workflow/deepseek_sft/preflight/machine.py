@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..checkpoint import memory
-from ..report.formatting import byte_size
+from ..formatting import byte_size
+from ..tensors import memory_bound
 from .findings import Finding
 from .settings import Needs, Settings
 
@@ -18,7 +18,7 @@ SPARE_FILES = 2000
 
 def host_memory(needs: Needs, proc: Path = Path("/proc")) -> Finding:
     """Memory that training can still get: the machine's, its control group's and Slurm's share, whichever is least."""
-    found = memory.measure(proc)
+    found = memory_bound.measure(proc)
     free, reason = found.available, "free on the machine"
     if found.group_free is not None and found.group_free < free:
         free, reason = found.group_free, "left in the control group"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import say
-from ..training.nodes import NodeEnvironment
-from . import affinity, cuda_stack, gpus, machine, network, software
+from ..slurm.nodes import NodeEnvironment
+from . import affinity, cuda_stack, gpu_state, machine, network, software
 from .exchange import Folder
 from .findings import Finding
 from .settings import Needs, Settings
@@ -111,7 +111,7 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
             "gpus", lambda: cuda_stack.gpus_and_stack(place.accelerator, node.ranks_per_node, needs, place.visible)
         ),
     )
-    guarded("infiniband", with_values("infiniband", gpus.infiniband))
+    guarded("infiniband", with_values("infiniband", gpu_state.infiniband))
     guarded("cpus", with_values("cpus", lambda: affinity.affinity(place.accelerator, node.ranks_per_node)))
     guarded("shared_files", shared_files)
     guarded("ports", lambda: _ports(place, settings, folder, taken, report))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .. import receipts
 from ..settings import reading
-from ..settings.fields import Text, section
+from ..settings.field_types import Text, section
 from ..settings.preflight import Checks
 
 GPU_PERCENT = 10.0

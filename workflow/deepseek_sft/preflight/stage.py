@@ -10,10 +10,10 @@ import socket
 import time
 from typing import Any
 
-from .. import files, limits
+from .. import files, time_limits
 from ..cli import say
 from ..errors import CrashError, GateError
-from ..training.nodes import address_of
+from ..slurm.nodes import address_of
 from . import bandwidth, judge, node_report, spares, table
 from .exchange import Folder, Service, ask
 from .findings import CHECKS
@@ -127,7 +127,7 @@ def _patience(place: Place, settings: Settings, nodes: int) -> float:
     """Longest time in seconds that a phase under load takes."""
     if settings.backend(place.accelerator, nodes) == "sockets":
         return bandwidth.SOCKETS_S
-    return limits.under_load(nodes * place.node.ranks_per_node).total
+    return time_limits.under_load(nodes * place.node.ranks_per_node).total
 
 
 def _load(place: Place, settings: Settings, decision: dict[str, Any]) -> dict[str, Any]:

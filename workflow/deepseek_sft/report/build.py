@@ -11,19 +11,11 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from .. import __version__
+from .. import __version__, formatting
 from .. import stages as stage_rows
-from ..training import loss_rows
-from . import (
-    calibration,
-    collect,
-    formatting,
-    glance,
-    overview,
-    plots,
-    sections,
-)
-from . import samples as chats
+from ..data import loss_rows
+from . import calibration, collect, glance, overview, plots, sections
+from . import chat_section as chats
 from .collect import Stage, mapping
 from .drawing import Plot
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from . import formatting
+from .. import formatting
 from .collect import Stage, mapping
 
 GIB = 1 << 30

@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 
-from .. import json_files
+from .. import formatting, json_files
 from .. import stages as stage_rows
 from ..errors import BadInputError
 from ..training import run_folder
-from . import formatting
 
 # Where a result has gone: what brings it back. Later stages do not need it, or run again with it.
 REMAKES = {

@@ -4,7 +4,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from . import collect, drawing, formatting, overview, plots
+from .. import formatting
+from . import collect, drawing, overview, plots
 from .build import as_figures, page
 from .collect import Stage, mapping
 from .drawing import SERIES, Plot

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from . import formatting
+from .. import formatting
 
 INK, PAGE, GRID = "#0a0b0b", "#0a0b0c", "#0a0b0d"
 SERIES = tuple(f"#0a0c{number:02x}" for number in range(1, 8))  # blue, vermilion, green, pink, sky, orange, grey

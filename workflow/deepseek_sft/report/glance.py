@@ -3,7 +3,8 @@
 import datetime
 from typing import Any
 
-from . import formatting, plots
+from .. import formatting
+from . import plots
 from .collect import Stage, mapping
 
 MANY_REJECTS = 0.1  # share of the records above which the top of the page says so

@@ -4,8 +4,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from .. import formatting
 from .. import stages as stage_rows
-from . import collect, formatting, plots, samples
+from . import chat_section, collect, plots
 from .collect import Stage, mapping
 
 LEVEL = {"complete": "good", "failed": "bad", "unreadable": "bad", "out of date": "warn", "result gone": "warn"}
@@ -106,9 +107,9 @@ def summary(results: Path, logs: Path | None) -> str:
     stages = collect.stages(results, logs)
     metrics = collect.training_metrics(results, stages["train"])
     cards = {label: (value, note) for label, value, note in headline(stages, metrics)}
-    transcript = samples.transcript_path(results, stages["smoke_test"])
+    transcript = chat_section.transcript_path(results, stages["smoke_test"])
     example = stages["smoke_test"].figures.get("example")
-    shown = samples.transcript(None if example else transcript, example, 1)
+    shown = chat_section.transcript(None if example else transcript, example, 1)
     report = results / "report.html"
     rows = [("experiment", f"{results.name}: {verdict(stages)[1]}")]
     rows += [(name, " · ".join(filter(None, cards[name]))) for name in ("loss", "model", "smoke test")]

@@ -4,7 +4,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from . import drawing, formatting
+from .. import formatting
+from . import drawing
 from .calibration import NOT_MEASURED, Comparison
 from .collect import mapping
 from .drawing import INK, PAGE, STACKED, Plot

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from . import drawing, formatting
+from .. import formatting
+from . import drawing
+from .chat_section import Answered
 from .collect import mapping
 from .drawing import FIRST, GRID, INK, SECOND, Plot
-from .samples import Answered
 
 
 def throughput(figures: dict[str, Any]) -> Plot | None:

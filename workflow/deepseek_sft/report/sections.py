@@ -5,9 +5,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from .. import formatting
 from ..training import slow_nodes
-from . import calibration, collect, data, formatting, plots, plots_experts, plots_memory, plots_stages
-from . import samples as chats
+from . import calibration, collect, data_section, plots, plots_experts, plots_memory, plots_stages
+from . import chat_section as chats
 from .collect import Stage, mapping
 from .drawing import Plot
 
@@ -53,7 +54,7 @@ class Parts:
 
 
 def prepare_data(seen: Seen) -> Parts:
-    return Parts(grids=data.grids(seen.stage.figures), shown=data.SHOWN)
+    return Parts(grids=data_section.grids(seen.stage.figures), shown=data_section.SHOWN)
 
 
 def tokenize_data(seen: Seen) -> Parts:

@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .. import formatting
 from .. import stages as stage_rows
 from ..cluster_jobs import holders, record
 from ..errors import BadInputError
 from ..training import checkpoints, run_folder, slow_nodes
-from . import collect, formatting, plots
+from . import collect, plots
 from .collect import Stage, mapping
 
 JOB_FIELDS = ("id", "state", "comment", "nodes", "partition", "elapsed", "left", "reason", "folder")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import json_files
-from ..checkpoint.base_model import QUANTISATION_FILE
-from ..checkpoint.safetensors_files import INDEX_NAME, read_header
+from ..convert.base_model import QUANTISATION_FILE
 from ..errors import BadInputError, looked_for
-from ..model import release
+from ..families import deepseek_v3
+from ..tensors.safetensors_files import INDEX_NAME, read_header
 from .settings import ServeSettings
 
 THINK_TOKENS = ("<think>", "</think>")
@@ -45,13 +45,13 @@ def _problems(model: Path, settings: ServeSettings) -> Iterator[str]:
 def _configuration(model: Path, config: dict[str, Any]) -> Iterator[str]:
     """What vLLM would read otherwise than training did, or end with once it loads the weights."""
     try:
-        config = release.checked(config, Path("config.json"))
+        config = deepseek_v3.checked(config, Path("config.json"))
     except BadInputError as error:
         yield error.problem
         return
     index, _ = _json(model / INDEX_NAME)
     try:
-        held = release.mtp_layers(config, index.get("weight_map", {}))
+        held = deepseek_v3.mtp_layers(config, index.get("weight_map", {}))
     except ValueError as error:
         yield f"the multi-token-prediction layer is not whole: {error}"
         return

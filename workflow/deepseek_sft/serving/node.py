@@ -18,12 +18,12 @@ from .. import files, secrets_file
 from ..cli import say
 from ..errors import CrashError, StageError, StoppedError
 from ..python_path import with_library
-from . import api_keys, commands, control, lasting, model_folder, network, processes, versions
-from .commands import Programs
+from . import api_keys, lasting_endpoint, model_folder, node_addresses, node_channel, processes, versions, vllm_commands
 from .failures import NodeFailure, StopRequest
-from .reading_logs import Progress
+from .server_logs import Progress
 from .settings import ServeSettings
-from .watching import SETTLE_S, Watch
+from .vllm_commands import Programs
+from .watch import SETTLE_S, Watch
 
 JOIN_TIMEOUT_S = 600  # nodes of one srun start within seconds; a slow shared file system can take minutes
 FAILURE_GRACE_S = 5.0  # a broken engine has nothing to save
@@ -57,7 +57,7 @@ class Node:
         self.programs = programs
         self.checks = checks
         self.watch = Watch(run_dir)
-        self.place: commands.Place | None = None
+        self.place: vllm_commands.Place | None = None
         self.api_key = ""  # on the head
         self.api_key_file: Path | None = None
         self.started = time.monotonic()
@@ -99,19 +99,21 @@ class Node:
     def _run_head(self, folder: Path) -> int:
         settings, watch = self.settings, self.watch
         alone = watch.nodes == 1 and not settings.network_interface
-        address = "127.0.0.1" if alone else network.head_address(settings.network_interface)
+        address = "127.0.0.1" if alone else node_addresses.head_address(settings.network_interface)
         self._take_place(address, address)
         if watch.nodes > 1:
-            watch.channel = control.HeadChannel(address, self.run_dir)
+            watch.channel = node_channel.HeadChannel(address, self.run_dir)
             watch.wait(lambda: len(watch.channel.hellos) == watch.nodes - 1, JOIN_TIMEOUT_S, self._missing_nodes)
         self._check_before_start()
         host, reach, api_port = self._api_address(address)
-        master_port, gcs_port = network.free_ports(address, 2)
+        master_port, gcs_port = node_addresses.free_ports(address, 2)
         ray_token = secrets.token_hex(32)
         environment = self._environment(folder, gcs_port, ray_token)
         if settings.backend == "ray":
             self._start_ray(folder, environment, gcs_port)
-            watch.wait(lambda: network.is_open(address, gcs_port), JOIN_TIMEOUT_S, lambda: "waiting for Ray's head")
+            watch.wait(
+                lambda: node_addresses.is_open(address, gcs_port), JOIN_TIMEOUT_S, lambda: "waiting for Ray's head"
+            )
         if watch.channel:
             ports = {"master_port": master_port, "gcs_port": gcs_port}
             watch.channel.broadcast({"event": "start", "ray_token": ray_token} | ports)
@@ -151,8 +153,8 @@ class Node:
     def _take_place(self, address: str, head: str) -> None:
         """Settle this node's one address and write ``<node>.json``."""
         watch = self.watch
-        interface = network.interface_of(address)
-        self.place = commands.Place(watch.rank, watch.nodes, address, interface, head)
+        interface = node_addresses.interface_of(address)
+        self.place = vllm_commands.Place(watch.rank, watch.nodes, address, interface, head)
         self._record_processes()
         say(f"{watch.name}: rank {watch.rank} of {watch.nodes}, address {address} ({interface}), log {watch.log}")
 
@@ -165,14 +167,18 @@ class Node:
         files.write_json(self.run_dir / f"{watch.name}.json", entry)
 
     def _join(self) -> bool:
-        found = control.read_rendezvous(self.run_dir)
+        found = node_channel.read_rendezvous(self.run_dir)
         if not found:
             return False
         if not self.place:
             interface = self.settings.network_interface
-            address = network.interface_address(interface) if interface else network.address_towards(found["address"])
+            address = (
+                node_addresses.interface_address(interface)
+                if interface
+                else node_addresses.address_towards(found["address"])
+            )
             self._take_place(address, found["address"])
-        self.watch.channel = control.join_head(found, {"node": self.watch.name, "log_start": self.watch.log_start})
+        self.watch.channel = node_channel.join_head(found, {"node": self.watch.name, "log_start": self.watch.log_start})
         return self.watch.channel is not None
 
     def _missing_nodes(self) -> str:
@@ -182,7 +188,7 @@ class Node:
     def _all_nodes(self) -> list[str]:
         return [self.watch.name, *self._hellos()]
 
-    def _hellos(self) -> dict[str, control.Message]:
+    def _hellos(self) -> dict[str, node_channel.Message]:
         """What the other nodes said when they came, on the head."""
         return self.watch.channel.hellos if self.watch.channel else {}
 
@@ -209,12 +215,14 @@ class Node:
             BadInputError: something listens at the configured port, or the configured address is not this node's.
         """
         if self.checks:
-            return "127.0.0.1", "127.0.0.1", network.free_ports("127.0.0.1", 1)[0]
+            return "127.0.0.1", "127.0.0.1", node_addresses.free_ports("127.0.0.1", 1)[0]
         settings = self.settings
-        in_cluster = network.head_address(settings.network_interface) if "SLURM_JOB_ID" in os.environ else address
+        in_cluster = (
+            node_addresses.head_address(settings.network_interface) if "SLURM_JOB_ID" in os.environ else address
+        )
         host = settings.host or in_cluster
-        port = settings.port or network.free_ports(host, 1)[0]
-        network.check_free(host, port)
+        port = settings.port or node_addresses.free_ports(host, 1)[0]
+        node_addresses.check_free(host, port)
         return host, in_cluster if host == "0.0.0.0" else host, port
 
     # -- starting -------------------------------------------------------------------------------------------------
@@ -223,10 +231,12 @@ class Node:
         ray = (gcs_port, ray_token) if self.settings.backend == "ray" else None
         inherited = dict(os.environ)
         own = secrets_file.read(Path(self.settings.secrets_file)) if self.settings.secrets_file else {}
-        return commands.environment(inherited, self.settings, self.place, folder, ray=ray, api_key=self.api_key) | own
+        return (
+            vllm_commands.environment(inherited, self.settings, self.place, folder, ray=ray, api_key=self.api_key) | own
+        )
 
     def _start_vllm(self, environment: dict[str, str], host: str, port: int, master_port: int) -> None:
-        command = commands.serve_command(
+        command = vllm_commands.serve_command(
             self.programs.vllm,
             self.model,
             self.settings,
@@ -239,8 +249,8 @@ class Node:
         self.watch.start("vllm", command, environment)
 
     def _start_ray(self, folder: Path, environment: dict[str, str], gcs_port: int) -> None:
-        agent_port, client_port = network.free_ports(self.place.address, 2)
-        command = commands.ray_command(
+        agent_port, client_port = node_addresses.free_ports(self.place.address, 2)
+        command = vllm_commands.ray_command(
             self.programs.ray,
             self.settings,
             self.place,
@@ -290,14 +300,14 @@ class Node:
         return code if code >= 0 else CrashError.exit_code
 
     def _stay(self, url: str, host: str, port: int) -> int:
-        endpoint = lasting.Endpoint(
+        endpoint = lasting_endpoint.Endpoint(
             url=f"{url}/v1",
             model=self.settings.served_model_name,
             nodes=self._all_nodes(),
             api_key_file=str(self.api_key_file),
-            stop=lasting.how_to_stop(self.run_dir),
+            stop=lasting_endpoint.how_to_stop(self.run_dir),
         )
-        file = self.run_dir / lasting.ENDPOINT
+        file = self.run_dir / lasting_endpoint.ENDPOINT
         endpoint.write(file)
         say(endpoint.text())
         misses = 0

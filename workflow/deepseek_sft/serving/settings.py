@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import BadInputError
 from ..settings import reading
-from ..settings.fields import section
+from ..settings.field_types import section
 from ..settings.serve import Serve
-from .smoke_settings import SmokeSettings
+from ..settings.smoke_settings import SmokeSettings
 
 
 @section

@@ -1,7 +1,7 @@
 """Which options the installed vLLM has: what was renamed, removed or added is decided here.
 
 Facts from the published wheels; tests/fixtures/vllm_options holds each version's options. Answers differ too: the
-reasoning field was ``reasoning_content``, since 0.12 it is ``reasoning``; serving/api.py reads either.
+reasoning field was ``reasoning_content``, since 0.12 it is ``reasoning``; evaluation/api.py reads either.
 """
 
 import importlib.metadata

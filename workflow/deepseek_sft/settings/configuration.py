@@ -8,7 +8,7 @@ from .. import secrets_file
 from .convert import Convert
 from .data import Data
 from .envs import Envs
-from .fields import Text, matching, plain, section
+from .field_types import Text, matching, plain, section
 from .model import Model
 from .plan import Plan
 from .preflight import Preflight

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .fields import Count, SizeOrAuto, SizeOrBase, Truth, matching, section, setting
+from .field_types import Count, SizeOrAuto, SizeOrBase, Truth, matching, section, setting
 
 Checkpoint = matching(r"^(newest|step_[0-9]+)$", "`newest`, or a step like step_200")
 

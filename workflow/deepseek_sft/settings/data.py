@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 from pydantic import Discriminator, Tag
 
+from ..data.chat_templates import TEMPLATES
 from ..data.fields import MEANINGS
 from ..data.formats import AUTO, FORMATS
-from ..data.templates import TEMPLATES
-from .fields import AboveZero, Named, Text, Truth, Whole, section, setting
+from .field_types import AboveZero, Named, Text, Truth, Whole, section, setting
 
 
 @section

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from . import fields
+from . import field_types
 from .configuration import Configuration
 
 HEAD = """# Configuration
@@ -25,9 +25,9 @@ def documentation() -> str:
 
 
 def _rows(kind: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
-    for name, key in fields.keys(kind).items():
+    for name, key in field_types.keys(kind).items():
         if key.meaning:
-            absent = key.default is fields.MISSING or (key.section and not key.nullable)
+            absent = key.default is field_types.MISSING or (key.section and not key.nullable)
             default = "`{}`" if key.section and absent else "required" if absent else f"`{_yaml(key.default)}`"
             choices = ", ".join(f"`{'null' if one is None else one}`" for one in key.choices if len(key.choices) > 1)
             several = typing.get_origin(key.hint) is tuple

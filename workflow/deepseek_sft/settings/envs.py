@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from .fields import Text, matching, section, setting
+from .field_types import Text, matching, section, setting
 
 Absolute = matching("^/", "a path that begins with /")
 

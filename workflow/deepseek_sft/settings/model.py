@@ -5,7 +5,7 @@ from typing import Annotated
 
 from annotated_types import Ge, MultipleOf
 
-from .fields import Count, Positive, Text, Whole, section, setting
+from .field_types import Count, Positive, Text, Whole, section, setting
 
 
 @section

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from ..planning.gpus import GPUS
-from .fields import AboveZero, Number, Positive, Truth, section, setting
+from ..planning.gpu_models import GPUS
+from .field_types import AboveZero, Number, Positive, Truth, section, setting
 
 SHAPES = ("deepseek-v3", "deepseek-r1", "moonlight-16b-a3b")  # folders of resources/models
 

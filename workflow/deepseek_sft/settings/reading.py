@@ -11,7 +11,7 @@ import pydantic
 
 from .. import json_files
 from ..errors import BadInputError
-from . import fields
+from . import field_types
 
 Settings = TypeVar("Settings")
 LONGEST_SHOWN = 200  # characters of a refused value
@@ -75,7 +75,7 @@ def problems(settings: Any, prefix: str = "") -> Iterator[str]:
     """Settings that are each allowed but impossible together, in a section and in those within it."""
     if hasattr(settings, "problems"):
         yield from (f"{prefix}{problem}" for problem in settings.problems())
-    for name, key in fields.keys(type(settings)).items():
+    for name, key in field_types.keys(type(settings)).items():
         if key.section and (inner := getattr(settings, name)) is not None:
             yield from problems(inner, f"{prefix}{name}.")
 
@@ -85,7 +85,7 @@ def filled(kind: Any, values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     result = dict(values)
-    for name, key in fields.keys(kind).items():
+    for name, key in field_types.keys(kind).items():
         if result.get(name) is None and not key.nullable:
             result.pop(name, None)
             if key.section:
@@ -101,7 +101,7 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 
 
 def _lacking(kind: Any, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, key in fields.keys(kind).items():
+    for name, key in field_types.keys(kind).items():
         if name not in values:
             if "later" not in key.marks:
                 yield f"{prefix}{name}"
@@ -113,9 +113,9 @@ def _explain(kind: Any, error: Any) -> str:
     """One line for one error of pydantic."""
     hint, meaning, path = kind, "", []
     for depth, part in enumerate(error["loc"], 1):
-        inner = fields.inside(hint, part)
-        for section in filter(fields.is_section, fields.members(hint)):
-            meaning = fields.keys(section)[part].meaning if part in fields.keys(section) else meaning
+        inner = field_types.inside(hint, part)
+        for section in filter(field_types.is_section, field_types.members(hint)):
+            meaning = field_types.keys(section)[part].meaning if part in field_types.keys(section) else meaning
         named = error["type"] in NAMING and depth == len(error["loc"])
         if inner is not None or named:  # else it is the tag of an alternative
             path.append(str(part))
@@ -129,16 +129,23 @@ def _explain(kind: Any, error: Any) -> str:
         return f"{'.'.join(path[:-1]) or 'top level'}: the key `{path[-1]}` is missing: {meaning}"
     shown = repr(error["input"])
     shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
-    return f"{place}: {shown} is not allowed, expected {fields.expected(hint)}. {meaning}".rstrip()
+    return f"{place}: {shown} is not allowed, expected {field_types.expected(hint)}. {meaning}".rstrip()
 
 
 def _unknown_key(kind: Any, hint: Any, path: list[str], value: Any) -> str:
     *parents, key = path
     place = ".".join(path)
-    elsewhere = [name for name, one in fields.keys(kind).items() if one.section and key in fields.keys(one.section)]
+    elsewhere = [
+        name for name, one in field_types.keys(kind).items() if one.section and key in field_types.keys(one.section)
+    ]
     if elsewhere:
         return f"{place}: unknown key; `{key}` belongs to `{elsewhere[0]}:`"
-    known = [name for member in fields.members(hint) if fields.is_section(member) for name in fields.keys(member)]
+    known = [
+        name
+        for member in field_types.members(hint)
+        if field_types.is_section(member)
+        for name in field_types.keys(member)
+    ]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if near and any(map(str.isdecimal, parents)):
         return f"{place}: unknown key; did you mean `{near[0]}`?"

@@ -1,6 +1,6 @@
 """What a rehearsal is judged by."""
 
-from .fields import AboveZero, NotNegative, section
+from .field_types import AboveZero, NotNegative, section
 
 
 @section

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from .fields import AboveZero, Positive, Text, Truth, Variables, Whole, section, setting
+from .field_types import AboveZero, Positive, Text, Truth, Variables, Whole, section, setting
 
 # Flags that follow from the allocation or from a setting of their own; engine_args must not contradict them.
 DECIDED_FLAGS = {

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from annotated_types import MinLen
 
-from .fields import AboveZero, NotNegative, Number, Positive, Share, Text, Truth, section, setting
+from .field_types import AboveZero, NotNegative, Number, Positive, Share, Text, Truth, section, setting
 
 
 @section

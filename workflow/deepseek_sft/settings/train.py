@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from ..training import deepspeed_keys
-from .fields import (
+from . import deepspeed_keys
+from .field_types import (
     AboveZero,
     Count,
     NotNegative,

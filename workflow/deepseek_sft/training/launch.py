@@ -18,8 +18,8 @@ from .. import engines, environment_faults, files, json_files, secrets_file
 from ..cli import say
 from ..errors import BadInputError
 from ..python_path import with_library
+from ..slurm.nodes import NodeEnvironment, threads_per_rank
 from . import early_stop, run_folder, watchdog
-from .nodes import NodeEnvironment, threads_per_rank
 
 TORCHRUN = "deepseek_sft.training.torchrun"
 TERMINATE_GRACE = 20.0  # seconds between SIGTERM and SIGKILL; Slurm's own KillWait is 30

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import files, json_files, limits
+from .. import files, json_files, time_limits
 from ..errors import BadInputError, CrashError
+from ..slurm.nodes import NodeEnvironment
 from . import checkpoints, run_folder, stage
-from .nodes import NodeEnvironment
 from .settings import Settings
 
 SAVED, END = 3, 5  # the step after which it saves, and the last one of both starts
@@ -57,7 +57,7 @@ def train(
     accelerator: str,
     part: Part,
     record: Path,
-    plan: limits.Planned | None = None,
+    plan: time_limits.Planned | None = None,
 ) -> None:
     """Train one part on this node; the first node writes what it saw to ``record``.
 
@@ -71,7 +71,7 @@ def train(
         raise CrashError(f"{run.folder} holds no committed checkpoint of step {SAVED} to resume from", "rehearse again")
     stage.train(run, node, accelerator, None, record, plan)
     if node.node_rank == 0:
-        allowed = limits.before_measuring(plan or limits.Planned(), run.settings.stated_minutes)
+        allowed = time_limits.before_measuring(plan or time_limits.Planned(), run.settings.stated_minutes)
         files.write_json(record, observe(run, node, part, started) | {"limits": allowed})
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from .. import json_files, receipts
 from ..cli import say
 from ..errors import BadInputError, GateError, StageError
+from ..formatting import byte_size
 from ..json_files import Maybe
-from ..report.formatting import byte_size
 from . import checkpoints, lock
 
 AGAIN = "snakemake --profile <profile> convert"

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..settings import fields, reading
-from ..settings.fields import AboveZero, section, setting
+from ..settings import field_types, reading
+from ..settings.field_types import AboveZero, section, setting
 from ..settings.train import Training
 
 # Part of the run id: raise it when a change of the training code changes what the same settings train.
@@ -31,12 +31,12 @@ class Settings(Training):
 
     def shaping(self) -> dict[str, Any]:
         """The settings that decide what is trained, without the operational ones and the early end."""
-        values = fields.settled(Settings, fields.plain(self))
+        values = field_types.settled(Settings, field_types.plain(self))
         return {key: value for key, value in values.items() if key not in SAME_RUN}
 
 
 # Not part of the run id: the same run goes on when they change.
-SAME_RUN = fields.marked(Settings, "operational", "same_run")
+SAME_RUN = field_types.marked(Settings, "operational", "same_run")
 
 
 def read(path: str | Path) -> Settings:

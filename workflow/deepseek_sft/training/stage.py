@@ -11,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import engines, files, json_files, leftovers, limits, receipts
+from .. import engines, files, json_files, leftovers, receipts, time_limits
 from ..cli import say
+from ..data import loss_rows
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
-from ..model import release
-from ..settings import fields
-from . import checkpoints, early_stop, gradient_communication, launch, lock, loss_rows, run_folder, schedule, settings
-from .nodes import NodeEnvironment
+from ..families import deepseek_v3
+from ..settings import field_types
+from ..slurm.nodes import NodeEnvironment
+from . import checkpoints, early_stop, gradient_communication, launch, lock, run_folder, schedule, settings
 from .schedule import Schedule
 from .settings import Settings
 
@@ -74,7 +75,7 @@ def prepare(
     tokens = receipts.read(tokens_receipt, "tokenize_data", {"result": {"tokens": str}})
     base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
     statistics = _read_statistics(tokens_folder)
-    config = release.read_config(base_folder)
+    config = deepseek_v3.read_config(base_folder)
     _check(chosen, config, statistics, node)
     run_id = settings.run_id(chosen, base, tokens)
     inputs = {
@@ -88,17 +89,17 @@ def prepare(
     return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs, _sums(base))
 
 
-def planned(plan_receipt: Path | None) -> limits.Planned:
+def planned(plan_receipt: Path | None) -> time_limits.Planned:
     """What the plan takes the slowest step, save and start for; nothing, which is said, without a readable plan."""
     if plan_receipt is None:
-        return limits.Planned()
+        return time_limits.Planned()
     try:
-        return limits.Planned.of_figures(
-            receipts.read(plan_receipt, plan_receipt.stem, limits.Planned.FIGURES)["figures"]
+        return time_limits.Planned.of_figures(
+            receipts.read(plan_receipt, plan_receipt.stem, time_limits.Planned.FIGURES)["figures"]
         )
     except BadInputError as error:
         say(f"warning: {error.problem}; time limits are the least ones, whatever the plan said")
-        return limits.Planned()
+        return time_limits.Planned()
 
 
 def train(
@@ -107,7 +108,7 @@ def train(
     accelerator: str,
     stop_file: Path | None,
     receipt: Path,
-    plan: limits.Planned | None = None,
+    plan: time_limits.Planned | None = None,
 ) -> None:
     """Train to the last step, or recognise that it is done, and write the receipt (first node).
 
@@ -120,11 +121,11 @@ def train(
     """
     if early_stop.arrived():
         raise StoppedError("stopped on request before training began", "the same command starts it again")
-    plan, stated = plan or limits.Planned(), run.settings.stated_minutes
-    for problem, fix in limits.problems(plan, stated, lead=None, ends_within=True):
+    plan, stated = plan or time_limits.Planned(), run.settings.stated_minutes
+    for problem, fix in time_limits.problems(plan, stated, lead=None, ends_within=True):
         raise BadInputError(problem, fix)
-    derived = tuple(phase for phase in limits.PHASES if stated.get(phase) is None)
-    seconds = limits.before_measuring(plan, stated)
+    derived = tuple(phase for phase in time_limits.PHASES if stated.get(phase) is None)
+    seconds = time_limits.before_measuring(plan, stated)
     worker = engines.ENGINES[run.settings.engine].worker
     start = launch.Start(run.folder, accelerator, seconds, stop_file, run.end_after, derived, worker)
     if node.node_rank > 0:
@@ -134,7 +135,7 @@ def train(
         return
     say(f"run {run.run_id} in {run.folder}")
     say(run.schedule.describe())
-    say(limits.describe(start.limits))
+    say(time_limits.describe(start.limits))
     say(f"gradients are summed over the ranks in {run.settings.gradient_communication_dtype}")
     with lock.hold(run.folder, node.attempt) as held:
         if _is_finished(run, node, stop_file):
@@ -233,7 +234,7 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
         {
             "run_id": run.run_id,
             "settings": dataclasses.asdict(run.settings),
-            "topology": sorted(fields.marked(settings.Settings, "topology")),
+            "topology": sorted(field_types.marked(settings.Settings, "topology")),
             "schedule": dataclasses.asdict(run.schedule),
             "base": str(run.base),
             "base_sums": run.base_sums,

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from deepseek_sft import files
+from .. import files
 
 GRACE = 30  # seconds between torchrun's SIGTERM to the other ranks and its SIGKILL (elastic/multiprocessing/api.py)
 

@@ -18,8 +18,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from .. import limits as time_limits
+from .. import files, time_limits
 
 # Between a rank's last word and its end: all ranks hang within moments of each other, and torchrun kills the others
 # of a node as soon as one ends. The one that the others wait for shows only beside theirs.

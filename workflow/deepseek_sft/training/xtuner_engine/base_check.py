@@ -6,8 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...checkpoint import base_sums
 from ...cli import say
+from ...convert import base_sums
 from ...errors import BadInputError
 from .memory import GIB
 

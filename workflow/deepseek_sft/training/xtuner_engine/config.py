@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...model import release
-from .. import deepspeed_keys, gradient_communication, slow_nodes
-from ..nodes import NodeEnvironment
+from ...families import deepseek_v3
+from ...settings import deepspeed_keys
+from ...slurm.nodes import NodeEnvironment
+from .. import gradient_communication, slow_nodes
 from ..schedule import Schedule
 from ..settings import Settings
 
@@ -112,7 +113,7 @@ def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[
     }
     if settings.keep_layer_gathered:
         # A layer is used twice within this many elements: recomputed, then run backward.
-        elements = 2 * release.largest_layer(release.read_config(base))
+        elements = 2 * deepseek_v3.largest_layer(deepseek_v3.read_config(base))
         section |= {"stage3_max_reuse_distance": elements, "stage3_max_live_parameters": elements}
     if settings.strategy == "zero3_offload":
         place = {"device": "cpu", "pin_memory": accelerator == "cuda"}

@@ -19,9 +19,9 @@ from xtuner.parallel.sequence import (
     get_sequence_parallel_world_size,
 )
 
+from ...data import loss_rows
 from ...data.tokens import TokenDataset
-from .. import loss_rows
-from .data import NO_LOSS, MicroBatch, pad
+from .micro_batches import NO_LOSS, MicroBatch, pad
 
 
 def measure(engine: Any, tokens: Path, dtype: str, step: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ python -m deepseek_sft.training.xtuner_engine.imports cuda [MODULE …]
 import importlib
 import sys
 
-from deepseek_sft.training.xtuner_engine import compat
+from . import compat
 
 
 def main(accelerator: str, more: list[str]) -> None:

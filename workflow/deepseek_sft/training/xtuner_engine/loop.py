@@ -12,11 +12,11 @@ from ...cli import say
 from .. import first_batch
 from ..health import StepHealth
 from ..watchdog import Watchdog
-from . import base_check, data, gates, resuming, start_checks
+from . import base_check, gates, micro_batches, resuming, start_checks
 from .config import Attempt, EngineConfig
-from .data import MicroBatch
 from .engine import XtunerEngine
 from .metrics import Metrics
+from .micro_batches import MicroBatch
 from .phases import PhaseClock
 from .saving import Checkpoints
 from .step_guard import StepGuard
@@ -83,7 +83,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     tools = StepTools(guard, requests, clock, watchdog)
     metrics = Metrics(config, attempt, engine, done, before)
     saved = Checkpoints(config, attempt, engine, watchdog)
-    rows = data.StepRows(
+    rows = micro_batches.StepRows(
         config.tokens,
         settings.seed,
         settings.micro_batch_size,
@@ -183,7 +183,7 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
 
 
 def _show_first_batch(base: Path, run: Path, batches: list[MicroBatch]) -> None:
-    path = first_batch.write(run, data.shown_rows(batches), first_batch.read_tokenizer(base))
+    path = first_batch.write(run, micro_batches.shown_rows(batches), first_batch.read_tokenizer(base))
     say(f"first batch, decoded: {path}")
 
 

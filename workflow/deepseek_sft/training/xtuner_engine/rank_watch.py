@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from ...cli import say
+from ...slurm.nodes import own_name
 from .. import device_health, slow_nodes
-from ..nodes import own_name
 from .compute_clock import ComputeClock
 
 FIGURES = ("compute_seconds", "rows", "clock_mhz", "most_mhz", "reasons", "corrected", "uncorrected", "xid")

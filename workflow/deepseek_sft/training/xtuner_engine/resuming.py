@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...checkpoint import rank_state
-from ...checkpoint.rank_state import RankState, RecordingFiles
-from ...checkpoint.safetensors_files import StoredTensor
 from ...cli import say
+from ...convert import rank_state
+from ...convert.rank_state import RankState, RecordingFiles
 from ...errors import BadInputError
+from ...tensors.safetensors_files import StoredTensor
 from .. import checkpoints
 from ..checkpoints import Checkpoint
 from .memory import GIB, rank_device

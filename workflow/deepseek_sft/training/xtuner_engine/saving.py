@@ -9,10 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from ... import engines
-from ...checkpoint import rank_state
 from ...cli import say
+from ...convert import rank_state
+from ...data import loss_rows
 from ...files import fsync_directory
-from .. import checkpoints, lock, loss_rows
+from .. import checkpoints, lock
 from ..watchdog import Watchdog
 from . import final_losses
 from .config import Attempt, EngineConfig

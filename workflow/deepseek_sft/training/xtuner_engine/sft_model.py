@@ -10,14 +10,14 @@ from xtuner.parallel.sequence import (
     split_for_sequence_parallel,
 )
 
+from ...families.deepseek_v3 import read_config
 from ...model import attention as attention_functions
 from ...model.balance_bias import BalanceBias
-from ...model.release import read_config
 from ...model.router import AuxiliaryLoss
 from ...model.training_model import TrainingModel, build
-from .data import NO_LOSS, MicroBatch
 from .expert_load import ExpertLoad
 from .memory import rank_device
+from .micro_batches import NO_LOSS, MicroBatch
 
 
 class DeepseekSFT(SupervisedFinetune):

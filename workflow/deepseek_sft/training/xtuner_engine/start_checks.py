@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 
 from ... import files, json_files
-from ...checkpoint import number_formats
-from ...checkpoint.byte_ranges import OpenFiles
-from ...checkpoint.safetensors_files import INDEX_NAME, StoredTensor, read_header
-from ...checkpoint.sources import Source
 from ...cli import say
+from ...convert.tensor_sources import Source
 from ...errors import GateError
-from ...model import config_file, release
-from ...model.release import SCALE_SUFFIX
+from ...families import config_file, deepseek_v3
 from ...model.training_model import TrainingModel, differences
+from ...tensors import number_formats
+from ...tensors.byte_ranges import OpenFiles
+from ...tensors.safetensors_files import INDEX_NAME, StoredTensor, read_header
+from ...tensors.tensor_spec import SCALE_SUFFIX
 
 NAME = "start_checks.json"
 PARAMETERS, ELEMENTS = 200, 256  # sampled on each rank: parameters, and elements of each
@@ -47,7 +47,7 @@ NOT_COMPUTED_WITH = {
     "transformers_version",
     "use_cache",
 }
-COMPUTED_WITH = (*release.POSITIVE_INTEGERS, *config_file.COMPUTED)
+COMPUTED_WITH = (*deepseek_v3.POSITIVE_INTEGERS, *config_file.COMPUTED)
 ROUTER = {
     "num_experts_per_tok": "top_k",
     "n_group": "n_group",
@@ -104,7 +104,7 @@ def check(model: TrainingModel, base: Path, run: Path, dtype: str, fresh: bool) 
     Raises:
         GateError: on all ranks alike, naming every difference and the ranks that see it.
     """
-    problems = compare_config(model, release.published_config(base), dtype)
+    problems = compare_config(model, deepseek_v3.published_config(base), dtype)
     elements = checksum = 0
     if fresh:
         different, elements, checksum = compare_weights(model, base, dist.get_rank())
@@ -146,7 +146,7 @@ def compare_config(model: TrainingModel, published: dict[str, Any], dtype: str) 
     Args:
         published: ``config.json`` as it lies in the base, in old or new names.
     """
-    config, published = model.config, release.checked(published, Path("config.json"))
+    config, published = model.config, deepseek_v3.checked(published, Path("config.json"))
     problems = differences(model, published)
     problems += [
         f"{key} is {getattr(config, key)!r} in the model, {value!r} in the base's config.json"

@@ -17,14 +17,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from deepseek_sft import environment_faults, files, json_files
-from deepseek_sft import limits as time_limits
-from deepseek_sft.cli import say
-from deepseek_sft.errors import StageError, StoppedError
-from deepseek_sft.training import launch, process_memory, run_folder
-from deepseek_sft.training.run_folder import Status
-from deepseek_sft.training.watchdog import Watchdog
-from deepseek_sft.training.xtuner_engine.config import Attempt, EngineConfig
+from ... import environment_faults, files, json_files, time_limits
+from ...cli import say
+from ...errors import StageError, StoppedError
+from .. import launch, process_memory, run_folder
+from ..run_folder import Status
+from ..watchdog import Watchdog
+from .config import Attempt, EngineConfig
 
 COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "IBV_")  # prefixes of variables worth a line
 
@@ -61,7 +60,7 @@ def main() -> None:
 
 def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
     """Train to the end, or to a stop, and write the status."""
-    from deepseek_sft.training.xtuner_engine import compat
+    from . import compat
 
     compat.install(options.accelerator)
     import deepspeed
@@ -90,8 +89,8 @@ def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
 
 
 def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
-    from deepseek_sft.training.xtuner_engine import loop
-    from deepseek_sft.training.xtuner_engine.step_result import stop_files
+    from . import loop
+    from .step_result import stop_files
 
     config = EngineConfig.from_json(_read_config(options, rank))
     attempt = Attempt(

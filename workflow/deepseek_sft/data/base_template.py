@@ -1,0 +1,196 @@
+"""The chat template that comes with a tokenizer, rendered as servers render it.
+
+Where it lies and how it is chosen follows transformers (``PreTrainedTokenizerBase.from_pretrained``,
+``get_chat_template``, ``chat_template_utils``): ``chat_template.jinja`` and ``additional_chat_templates/*.jinja``
+before ``chat_template`` of tokenizer_config.json, which is text, or named templates of which requests with tools take
+``tool_use``; Jinja in a sandbox.
+"""
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from .. import json_files
+from ..errors import BadInputError
+from .chat_templates import USER, Piece
+
+DEFAULT, WITH_TOOLS = "default", "tool_use"
+FILE, FOLDER = "chat_template.jinja", "additional_chat_templates"
+MARK = "where the first question stands"
+HELD = "\U000f5e17"  # stands for the first character of a control token that a person typed
+
+
+class TemplateError(Exception):
+    """The chat template refuses a conversation, or has no place for definitions of tools."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template.
+
+    Args:
+        source: the file it was read from.
+        named: Jinja text by name; one template alone is ``default``.
+        tokens: special tokens by name, such as ``bos_token``.
+    """
+
+    source: Path
+    named: tuple[tuple[str, str], ...]
+    tokens: tuple[tuple[str, str], ...]
+
+    def render(self, messages: list[dict[str, Any]], *, tools: Any = None, prompt: bool = False, **options: Any) -> str:
+        """The text of messages in OpenAI's form.
+
+        Args:
+            tools: definitions of tools; None without.
+            prompt: whether the start of an answer follows.
+            options: further variables of the template, such as ``thinking``.
+
+        Raises:
+            TemplateError: the template refuses them, or fails.
+        """
+        named = dict(self.named)
+        text = named[WITH_TOOLS] if tools is not None and WITH_TOOLS in named else named.get(DEFAULT)
+        if text is None:
+            raise TemplateError(f"{self.source} names the templates {', '.join(named)}, and none is {DEFAULT}")
+        try:
+            variables = dict(self.tokens) | options
+            return _compiled(text).render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **variables
+            )
+        except Exception as error:  # whatever a template does to its variables
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+    def system_with_tools(self, system: str, tools: list[Any], control: Collection[str]) -> list[Piece] | None:
+        """What stands between the begin-of-sentence token and the first question where tools are given.
+
+        Args:
+            system: the system text; empty without.
+            tools: definitions of tools in OpenAI's form.
+            control: names of control tokens. Those that the template writes are such; those typed by people stay text.
+
+        Returns:
+            None where the template shows no definitions.
+
+        Raises:
+            TemplateError: the template refuses them, or shows them elsewhere.
+        """
+        held = [_hold(system, control), json.loads(_hold(json.dumps(tools, ensure_ascii=False), control))]
+        opening, ending = self._around(*held)
+        if (opening, ending) == self._around(held[0], None):
+            return None
+        if ending != self._around(held[0], None)[1]:
+            raise TemplateError("it shows definitions of tools elsewhere than before the first question")
+        return [
+            Piece(piece.text.replace(HELD, "<"), control=piece.control) for piece in pieces_of_text(opening, control)
+        ]
+
+    def _around(self, system: str, tools: Any) -> tuple[str, str]:
+        """What stands before and after the first question."""
+        messages = [{"role": "system", "content": system}] if system else []
+        text = self.render([*messages, {"role": "user", "content": MARK}], tools=tools)
+        opening, found, ending = text.rpartition(f"{USER}{MARK}")
+        begin = dict(self.tokens).get("bos_token", "")
+        if not found or not opening.startswith(begin):
+            raise TemplateError("it does not write a question as DeepSeek's templates do")
+        return opening.removeprefix(begin), ending
+
+
+def read_chat_template(folder: Path) -> ChatTemplate | None:
+    """The chat template of a folder with a tokenizer; None where it has none.
+
+    Raises:
+        BadInputError: a file cannot be read, or is no Jinja.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json_files.load(path)
+        files = {DEFAULT: folder / FILE} if (folder / FILE).is_file() else {}
+        files |= {file.stem: file for file in sorted((folder / FOLDER).glob("*.jinja"))}
+        named = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"the chat template in {folder} cannot be read: {error}", "copy its files again") from None
+    source = next(iter(files.values()), path)
+    if not named:
+        given = config.get("chat_template")
+        if isinstance(given, list):
+            given = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+        named = given if isinstance(given, dict) else {DEFAULT: given} if given else {}
+    try:
+        for text in named.values():
+            _compiled(text)
+    except (jinja2.TemplateError, AttributeError, TypeError) as error:
+        raise BadInputError(
+            f"the chat template in {source} is no Jinja template: {error}", "copy the file again"
+        ) from None
+    tokens = {name: token_name(config, name) for name in config if name.endswith("_token") and config[name] is not None}
+    return ChatTemplate(source, tuple(named.items()), tuple(tokens.items())) if named else None
+
+
+def token_name(config: dict[str, Any], name: str) -> str:
+    """A special token of tokenizer_config.json, which writes it as text or as an object."""
+    value = config.get(name)
+    return str(value.get("content") if isinstance(value, dict) else value)
+
+
+def pieces_of_text(text: str, control: Collection[str]) -> list[Piece]:
+    """Rendered text taken apart at its control tokens, as a server's tokenizer reads it."""
+    parts = _any_of(frozenset(control)).split(text) if control else [text]
+    return [Piece(part, control=number % 2 == 1) for number, part in enumerate(parts) if part]
+
+
+@functools.lru_cache(maxsize=4)
+def _any_of(control: frozenset[str]) -> re.Pattern[str]:
+    names = "|".join(re.escape(name) for name in sorted(control, key=len, reverse=True))
+    return re.compile(f"({names})")
+
+
+def _hold(text: str, control: Collection[str]) -> str:
+    if HELD in text:
+        raise TemplateError(f"the text holds the character U+{ord(HELD):X}, which is needed to keep it apart")
+    for name in control:
+        text = text.replace(name, HELD + name[1:]) if name.startswith("<") else text
+    return text
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}`` marks what an assistant wrote; the text is the same."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+@functools.cache
+def _compiled(text: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(text)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,59 @@
+"""What prepare_data made of its sources and of the fields of their records, as tables."""
+
+from typing import Any
+
+from .. import formatting
+from .collect import mapping
+
+Grid = tuple[str, list[str], list[list[str]]]
+SHOWN = ("sources", "unused_fields", "unclear_fields")  # figures that have tables here
+MOST_ROWS = 50  # sources or fields shown
+
+
+def grids(figures: dict[str, Any]) -> list[Grid]:
+    """Tables (title, head, rows) of sources and of fields that nothing used; none where there is nothing to show."""
+    return [grid for grid in (_sources(figures.get("sources")), _fields(figures)) if grid]
+
+
+def _sources(found: Any) -> Grid | None:
+    sources = {str(place): mapping(source) for place, source in mapping(found).items()}
+    if not sources:
+        return None
+    # those that gave nothing come first, then those that lost most
+    ordered = sorted(sources.items(), key=lambda one: (bool(_count(one[1], "accepted")), _share(one[1])))
+    rows = [
+        [
+            formatting.clean(place),
+            f"{_count(source, 'accepted'):,} of {_count(source, 'records'):,}",
+            ", ".join(f"{formatting.clean(name)} {number}" for name, number in mapping(source.get("formats")).items()),
+            ", ".join(f"{formatting.clean(name)} {number}" for name, number in mapping(source.get("rejects")).items()),
+        ]
+        for place, source in ordered[:MOST_ROWS]
+    ]
+    return _title("sources", len(sources)), ["", "accepted", "read as", "rejected"], rows
+
+
+def _fields(figures: dict[str, Any]) -> Grid | None:
+    fields = {str(path): mapping(one) for path, one in mapping(figures.get("unused_fields")).items()}
+    if not fields:
+        return None
+    of = figures.get("accepted")
+    rows = [
+        [formatting.clean(path), f"{_count(one, 'records'):,} of {of:,}" if isinstance(of, int) else "",
+         formatting.clean(str(one.get("first", "")))]
+        for path, one in list(fields.items())[:MOST_ROWS]
+    ]  # fmt: skip
+    return _title("fields not used", len(fields)), ["", "records", "first in"], rows
+
+
+def _title(name: str, count: int) -> str:
+    return f"{name} ({MOST_ROWS} of {count:,})" if count > MOST_ROWS else name
+
+
+def _count(entry: dict[str, Any], name: str) -> int:
+    value = entry.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _share(source: dict[str, Any]) -> float:
+    return _count(source, "accepted") / max(1, _count(source, "records"))
