@@ -80,7 +80,7 @@ soak-slurm:
 
 mutations:
 	@$(PYTHON) workflow/scripts/build_env.py dev
-	@SETTINGS_CASES=2000 $(DEV)/python -m pytest tests/unit/test_settings_mutations.py
+	@SETTINGS_CASES=2000 $(DEV)/python -m pytest tests/unit/settings/test_mutations.py
 
 gpu-check:
 	@$(GPU_PYTHON) tests/gpu/check.py

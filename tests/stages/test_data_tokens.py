@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from unit.data_helpers import PROJECT, TOKENIZER, answer, user, write_lines
+from unit.data.helpers import PROJECT, TOKENIZER, answer, user, write_lines
 
 from deepseek_sft.convert import tiny_model
 from deepseek_sft.data.samples import Settings

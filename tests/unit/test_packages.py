@@ -69,7 +69,9 @@ def test_a_packages_readme_is_short_and_names_files_that_are_there(package):
     assert len(text.splitlines()) <= 30
     assert "Read first:" in text and "Must not import:" in text
     for name in re.findall(r"`([a-z0-9_/]+\.py)`", text):
-        assert (LIBRARY / package / name).is_file() or (LIBRARY / name).is_file() or (LIBRARY.parents[1] / name).is_file()
+        assert (
+            (LIBRARY / package / name).is_file() or (LIBRARY / name).is_file() or (LIBRARY.parents[1] / name).is_file()
+        )
 
 
 def test_no_two_files_of_one_name_mean_other_things():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from unit.data_helpers import TOKENIZER, assistant, run_script, user, write_lines
+from unit.data.helpers import TOKENIZER, assistant, run_script, user, write_lines
 
 from deepseek_sft.data.samples import Settings
 from deepseek_sft.data.show_samples import show
