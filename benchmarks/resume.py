@@ -40,8 +40,8 @@ SETTINGS = {"max_steps": 2, "save_every_steps": 1, "keep_checkpoints": 2, "micro
 WITHOUT = """
 import sys
 if any("xtuner_engine.worker" in word for word in sys.orig_argv):
-    from deepseek_sft.checkpoint import rank_state
-    from deepseek_sft.checkpoint.byte_ranges import OpenFiles
+    from deepseek_sft.convert import rank_state
+    from deepseek_sft.tensors.byte_ranges import OpenFiles
     def read_into(self, path, offset, target):
         OpenFiles.read_into(self, path, offset, target)
         self.bytes_read += target.nbytes

@@ -36,7 +36,9 @@ class Chain:
         (self.clone / ".envs").symlink_to(project / ".envs")
         self.results = self.clone / "results" / EXPERIMENT
         (self.clone / "mine.yaml").write_text(f"experiment: {EXPERIMENT}\n")
-        for number, rule in enumerate(stages.NEEDS):
+        order = [rule for rule in stages.NEEDS if rule != "prepare_model"]
+        order.insert(order.index("tokenize_data"), "prepare_model")  # with it comes the demo's tokenizer
+        for number, rule in enumerate(order):
             self.write(rule, number)
 
     def write(self, rule: str, number: int) -> None:

@@ -23,7 +23,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
-from deepseek_sft.checkpoint import swap
+from deepseek_sft.tensors import swap
 import swap_real
 with swap.provided(swap_real.SIZE, Path(sys.argv[3]), swap_real.FOLDER, swap_real.NOTHING_FREE):
     print("on", flush=True)

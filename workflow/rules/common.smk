@@ -132,11 +132,10 @@ def allocation_of(wildcards):
 
 def jobs_to_preview(wildcards):
     """Texts for the rules that Snakemake's plugin submits to Slurm; none under a profile without Slurm."""
-    jobs = [rule.name for rule in workflow.rules if not workflow.is_local(rule)]
-    return expand(
-        f"{RESULTS}/render/{{rule}}/{{rule}}.submission.txt",
-        rule=jobs if submission_preview.is_previewed(workflow) else [],
-    )
+    if not submission_preview.is_previewed(workflow):
+        return []
+    jobs = [one.name for one in workflow.rules if not workflow.is_local(one)]
+    return [f"{RESULTS}/render/{job}/{job}.submission.txt" for job in jobs]
 
 
 def submission_of(wildcards):

@@ -86,7 +86,7 @@ def test_fp32_output_holds_the_master_weights(tmp_path, base, checkpoint, traine
 
 def test_small_work_items_give_the_same_bytes(tmp_path, base, checkpoint, monkeypatch):
     run(checkpoint, base, tmp_path / "a")
-    monkeypatch.setattr(convert.memory, "LARGEST_CHUNK", 37)
+    monkeypatch.setattr(convert.memory_bound, "LARGEST_CHUNK", 37)
     run(checkpoint, base, tmp_path / "b", workers=5)
     assert small_models.contents(tmp_path / "a") == small_models.contents(tmp_path / "b")
 
@@ -209,7 +209,7 @@ def test_two_writers_of_one_folder_are_refused(tmp_path, base, checkpoint):
 def test_too_small_a_disk_is_refused_before_writing(tmp_path, base, checkpoint, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(BadInputError, match="1000 B free"):
+    with pytest.raises(BadInputError, match="1,000 B free"):
         run(checkpoint, base, tmp_path / "model")
 
 
@@ -239,7 +239,7 @@ def test_full_disk_leaves_no_final_name_and_the_same_command_goes_on(tmp_path, b
 KILLER = """
 import os, runpy, signal, sys
 sys.path[:0] = sys.argv[1:3]
-from deepseek_sft.checkpoint import model_writer, progress_folder, shard_writer
+from deepseek_sft.tensors import model_writer, progress_folder, shard_writer
 moment, count = sys.argv[3].split(":")
 done = []
 def kill_at(function):

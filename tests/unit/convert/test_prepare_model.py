@@ -197,7 +197,7 @@ def test_layer_that_is_not_trained_is_kept_where_there_is_one(fp8, tmp_path, pro
 
 def test_dequantised_bytes_do_not_depend_on_the_work_items(fp8, tmp_path, monkeypatch):
     dequantized(fp8[0], tmp_path / "a")
-    monkeypatch.setattr(dequantize.memory, "LARGEST_CHUNK", 333)
+    monkeypatch.setattr(dequantize.memory_bound, "LARGEST_CHUNK", 333)
     dequantized(fp8[0], tmp_path / "b", workers=3)
     assert small_models.contents(tmp_path / "a") == small_models.contents(tmp_path / "b")
 

@@ -135,7 +135,7 @@ def test_moonlight_overlay_fits_one_node(project, plan, tmp_path):
     [
         (["--sweep", "nods=1"], "nods=1"),
         (["--sweep", "strategy=zero9"], "zero9 is not allowed"),
-        (["--resources", "{"], "not JSON"),
+        (["--resources", "{"], "not the JSON object"),
         (["--resources", '{"node": 1}'], "unknown node"),
         (["--resources", "{}"], "number of GPUs per node is not known"),
     ],

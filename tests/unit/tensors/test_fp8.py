@@ -157,13 +157,13 @@ def test_fp8_model_passes_the_checks_of_a_base_and_of_verification(made, convert
 
 
 def test_small_work_items_and_few_threads_give_the_same_fp8_bytes(made, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert.memory, "LARGEST_CHUNK", 1 << 16)
+    monkeypatch.setattr(convert.memory_bound, "LARGEST_CHUNK", 1 << 16)
     run(made, tmp_path / "model", dtype="fp8", workers=1)
     assert small_models.contents(tmp_path / "model") == small_models.contents(converted[0])
 
 
 def test_too_little_memory_for_a_band_of_blocks_is_refused(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert.memory, "LARGEST_CHUNK", 1000)
+    monkeypatch.setattr(convert.memory_bound, "LARGEST_CHUNK", 1000)
     with pytest.raises(BadInputError, match="quantising needs"):
         run(made, tmp_path / "model", dtype="fp8")
     assert not list(tmp_path.iterdir())
