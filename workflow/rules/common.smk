@@ -11,7 +11,18 @@ from snakemake.exceptions import WorkflowError
 
 try:
     from deepseek_sft import chain as stages_chain
-    from deepseek_sft import adoption, ending, environment_faults, json_files, known_at_start, locks, place, stages, starting, terminal
+    from deepseek_sft import (
+        adoption,
+        ending,
+        environment_faults,
+        json_files,
+        known_at_start,
+        locks,
+        place,
+        stages,
+        starting,
+        terminal,
+    )
     from deepseek_sft.cluster_jobs import holders
     from deepseek_sft.cluster_jobs import start as cluster_start
     from deepseek_sft.command_line import read_yaml
