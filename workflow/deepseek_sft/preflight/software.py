@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .. import engines
+from ..cli import say
 from ..printable import visible
 from ..python_path import with_library
 
@@ -56,6 +57,7 @@ def import_error(
     passed = (memory or _memory()) / _digest(python, words)
     if passed.exists():
         return ""
+    say(f"trying whether {python} imports what training does, once for this environment: up to a minute")
     environment = os.environ | {"PYTHONPATH": with_library(os.environ)}
     if accelerator == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
