@@ -3,9 +3,9 @@
 import pytest
 
 from deepseek_sft.preflight import judge, table
-from deepseek_sft.preflight.findings import CHECKS, Finding
+from deepseek_sft.preflight.findings import Finding
 from deepseek_sft.settings import field_types
-from deepseek_sft.settings.preflight import Checks
+from deepseek_sft.settings.preflight import CHECKS, Checks
 
 HOSTS = ["a", "b", "c", "d"]
 

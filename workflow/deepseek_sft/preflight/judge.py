@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .findings import CHECKS
+from ..settings.preflight import CHECKS
 
 SILENT = "report"
 EXPLAINED = {  # check → what a difference means and what to do about it

@@ -13,10 +13,10 @@ from typing import Any
 from .. import files, time_limits
 from ..cli import say
 from ..errors import CrashError, GateError
+from ..settings.preflight import CHECKS
 from ..slurm.nodes import address_of
 from . import bandwidth, judge, node_report, spares, table
 from .exchange import Folder, Service, ask
-from .findings import CHECKS
 from .node_report import Place
 from .settings import Needs, Settings
 

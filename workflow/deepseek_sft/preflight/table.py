@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .findings import CHECKS
+from ..settings.preflight import CHECKS
 from .judge import SILENT, Problem
 
 SHORT = {
