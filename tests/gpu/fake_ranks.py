@@ -65,7 +65,7 @@ def measured(place: Place, base: Path, name: str, offloaded: tuple[str, ...], wo
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from deepseek_sft.model import training_model
+    from deepseek_sft.model import attention, training_model  # noqa: F401 (registers the attention functions)
 
     config = json.loads((base / "config.json").read_text())
     pinned = {"device": "cpu", "pin_memory": place.device == "cuda"}

@@ -28,7 +28,7 @@ sys.path.insert(0, sys.argv[1])
 from deepseek_sft.training.xtuner_engine import compat
 compat.install("cpu")
 from deepseek_sft.data.tokens import TokenDataset
-from deepseek_sft.training.xtuner_engine.data import collate
+from deepseek_sft.training.xtuner_engine.micro_batches import collate
 from deepseek_sft.training.xtuner_engine.sft_model import DeepseekSFT
 settings = dict(experts_per_shard=4, attention="auto", accelerator="cpu", dtype="float32", auxiliary_loss_weight=0.0)
 model = DeepseekSFT(sys.argv[2], activation_checkpointing=False, **settings).train()

@@ -14,6 +14,8 @@ import yaml
 
 from deepseek_sft import config as configuration
 from deepseek_sft.experiment import Experiment
+from deepseek_sft.preflight import settings as preflight_settings
+from deepseek_sft.serving import settings as serving_settings
 from deepseek_sft.slurm import profile_values, snakemake_resources
 from deepseek_sft.slurm.sbatch import Allocation
 from deepseek_sft.training import settings
@@ -92,10 +94,10 @@ def allocation(name: str, stage: str) -> Allocation:
     return Allocation(**{snakemake_resources.FIELDS[key]: value for key, value in found.items()})
 
 
-def scripts(name: str, overlay: dict, render_sbatch, folder: Path) -> dict[str, list[str]]:
+def scripts(name: str, overlay: dict, render_sbatch, folder: Path, stages=tuple(AGAINST)) -> dict[str, list[str]]:
     """Stage → lines of its script, of the profile that goes with the experiment ``name``."""
     experiment, found = experiment_of(overlay), {}
-    for stage in AGAINST:
+    for stage in stages:
         command = (
             f"{stage} --output {folder} {experiment.render_arguments(stage)} {allocation(name, stage).arguments()}"
         )
@@ -106,6 +108,24 @@ def scripts(name: str, overlay: dict, render_sbatch, folder: Path) -> dict[str, 
             render_sbatch.main()
         found[stage] = (folder / f"{stage}.sbatch").read_text().splitlines()
     return found
+
+
+READERS = {
+    "preflight": preflight_settings.read,
+    "rehearse": settings.read,
+    "train": settings.read,
+    "smoke_test": serving_settings.read,
+    "serve": serving_settings.read,
+}
+
+
+@pytest.mark.parametrize("stage", READERS)
+def test_rendered_settings_are_those_that_the_stage_reads(stage, render_sbatch, tmp_path):
+    """With every operational key away from its default that rendering must take out."""
+    (tmp_path / "secrets").touch()
+    train = {"spare_nodes": 2, "secrets_file": str(tmp_path / "secrets"), "environment": {"A": "b"}}
+    scripts("own", configuration.merge(OWN, {"train": train}), render_sbatch, tmp_path, (stage,))
+    READERS[stage](tmp_path / "settings.json")
 
 
 def differences(name: str, render_sbatch, folder: Path) -> str:

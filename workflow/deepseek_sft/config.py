@@ -53,7 +53,7 @@ def shaping(section: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def settled(section: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A section without the keys that came later and are at their defaults; see ``fields.settled``."""
+    """A section without the keys that came later and are at their defaults; see ``field_types.settled``."""
     return field_types.settled(_section(section), config[section])
 
 

@@ -78,7 +78,9 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
         )
     if not python.exists():  # built by a job of its own, or on the nodes' disks
         return []
-    error = software.import_error("cuda", rule_settings.preflight(experiment)[0].get("imports", ()), str(python))
+    imports = rule_settings.preflight(experiment)[0].get("imports", ())
+    variables = {name: str(value) for name, value in experiment.config["train"]["environment"].items()}
+    error = software.import_error("cuda", imports, str(python), variables=variables)
     if "No module named" in error:
         raise BadInputError(
             f"{python}: {error}",

@@ -63,7 +63,8 @@ def main() -> None:
     if arguments.stage in ("rehearse", "train") and (path := settings.pop("secrets_file", None)):
         environment = environment | {secrets_file.VARIABLE: path}
     ranks_per_node = settings.pop("ranks_per_node", None)
-    spare_nodes = settings.pop("spare_nodes", 0) if arguments.stage == "train" else 0
+    spare = settings.pop("spare_nodes", 0)
+    spare_nodes = spare if arguments.stage == "train" else 0  # a rehearsal trains on all of its nodes
     script = sbatch.render(
         arguments.stage,
         allocation,

@@ -1,6 +1,6 @@
 """A checkpoint of DeepSpeed's ZeRO as it lies on disk: which bytes of which file are which parameter.
 
-The layouts are those of ``zero3`` and ``zero12``; docs/checkpoints.md specifies them.
+The layouts are those of ``zero_stage_3`` and ``zero_stages_1_2``; docs/checkpoints.md specifies them.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ it as they do, but such a call is trained as servers' parsers need it, opened, a
 R1-0528 and V3-0324 open every round of calls and of outputs, and put a line end between outputs.
 
 None of these releases renders definitions of tools; where a base's own template does, its text is used
-(``chat_template.system_with_tools``).
+(``base_template.system_with_tools``).
 """
 
 from collections.abc import Callable

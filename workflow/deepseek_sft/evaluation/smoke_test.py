@@ -88,7 +88,7 @@ def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path)
 
     Args:
         transcript: JSONL of all requests and answers.
-        record: JSONL of the held-out samples; see ``evaluation``. Not written without samples.
+        record: JSONL of the held-out samples; see ``held_out_answers``. Not written without samples.
 
     Raises:
         BadInputError: the held-out samples or a measurement of the base cannot be read.

@@ -20,7 +20,7 @@ TIMEOUT_S = 900
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one model is asked; see ``reference``."""
+    """What one model is asked; see ``transformers_reference``."""
 
     model_dir: str
     dtype: str
@@ -90,7 +90,7 @@ class ModelFolder:
 
 
 def compute(jobs: list[Job]) -> list[dict[str, Any]]:
-    """Answers to the jobs; see ``reference``.
+    """Answers to the jobs; see ``transformers_reference``.
 
     Raises:
         CheckFailed: transformers failed or took too long.
@@ -99,7 +99,7 @@ def compute(jobs: list[Job]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         request.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
-        command = [sys.executable, "-m", f"{__package__}.reference", str(request), str(answer)]
+        command = [sys.executable, "-m", f"{__package__}.transformers_reference", str(request), str(answer)]
         try:
             child = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False

@@ -107,7 +107,7 @@ def differences(model: TrainingModel, published: dict[str, Any]) -> list[str]:
     """Where the model in memory would not compute with the numbers that ``config.json`` implies.
 
     Args:
-        published: in the releases' names (``release.read_config``).
+        published: in the releases' names (``deepseek_v3.read_config``).
     """
     wanted, found = implied_numbers.numbers(published), []
 

@@ -157,7 +157,7 @@ def count(config: dict[str, Any]) -> Model:
     """Count a model.
 
     Args:
-        config: a checked ``config.json`` (``release.read_config``).
+        config: a checked ``config.json`` (``deepseek_v3.read_config``).
     """
     parameters: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     tensors = buffers = fp8 = 0

@@ -22,7 +22,7 @@ def check_possible(plan: Plan) -> None:
 
 
 def limit_problems(plan: Plan, hang_minutes: dict[str, float | None] | None) -> list[tuple[str, str]]:
-    """Time-outs that would end what is healthy by this plan: problem and fix. See ``limits.problems``."""
+    """Time-outs that would end what is healthy by this plan: problem and fix. See ``time_limits.problems``."""
     cluster, run = plan.cluster, plan.duration.run
     within = bool(run and cluster.runtime_minutes and run.slowest <= 60 * cluster.runtime_minutes)
     times = duration.planned(plan.duration)

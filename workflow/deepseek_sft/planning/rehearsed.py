@@ -74,7 +74,7 @@ def judge(
         unbroken, resumed: records of its parts.
         plan: figures of the receipt of refine_plan.
         settings: training's.
-        resources: what the profile gives to training, as ``planning.resources.read_resources`` reads it.
+        resources: what the profile gives to training, as ``training_resources.read_resources`` reads it.
         options: ``accelerator`` and the configuration's ``rehearse`` section.
     """
     steps, ranks = unbroken["metrics"], unbroken["ranks"]

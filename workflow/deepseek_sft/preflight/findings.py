@@ -9,7 +9,7 @@ class Finding:
     """One check on one node.
 
     Attributes:
-        check: a key of ``CHECKS``.
+        check: a key of ``settings.preflight.CHECKS``.
         passed: None where the check did not apply.
         detail: what was found, one sentence without the node's name.
         value: the same in a few characters, for the table.

@@ -85,7 +85,7 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
 
     def packages() -> Finding:
         finding = alike("software", software.packages)()
-        error = software.import_error(place.accelerator, settings.imports)
+        error = software.import_error(place.accelerator, settings.imports, limit_s=settings.timeout_s / 2)
         return Finding("software", False, error, "imports") if error else finding
 
     def with_values(check: str, look: Callable[[], tuple[Finding, dict[str, Any]]]) -> Callable[[], Finding]:
@@ -101,7 +101,6 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
     guarded("disk", lambda: machine.disk(needs, place.results, node.world_size))
     guarded("local_disk", lambda: machine.local_disk(settings))
     guarded("code", alike("code", software.code))
-    guarded("software", packages)
     if place.folders:
         hashes = alike("model", lambda: {name: software.folder(path) for name, path in place.folders.items()})
         guarded("model", hashes)
@@ -116,6 +115,7 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
     guarded("shared_files", shared_files)
     guarded("ports", lambda: _ports(place, settings, folder, taken, report))
     guarded("clock", lambda: _clock(place, report))
+    guarded("software", packages)  # last, since cold imports take unlike times, and the others wait for each other
     return report
 
 

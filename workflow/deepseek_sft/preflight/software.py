@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .. import engines
@@ -19,7 +19,7 @@ from ..python_path import with_library
 WORKFLOW = Path(__file__).resolve().parents[2]
 CODE = (".py", ".j2", ".sh", ".yaml")
 SMALL = 1 << 22  # bytes; smaller files are hashed whole
-IMPORT_S = 600.0  # hundreds of nodes read one shared folder at once
+IMPORT_S = 600.0  # of a cold shared folder
 END = 1 << 16  # bytes hashed at both ends of larger ones: a shard's header and its last tensor
 
 
@@ -42,7 +42,12 @@ def packages() -> dict[str, str]:
 
 
 def import_error(
-    accelerator: str, more: Iterable[str] = (), python: str = sys.executable, memory: Path | None = None
+    accelerator: str,
+    more: Iterable[str] = (),
+    python: str = sys.executable,
+    memory: Path | None = None,
+    limit_s: float = IMPORT_S,
+    variables: Mapping[str, str] | None = None,
 ) -> str:
     """What goes wrong when everything is imported that the engine's ranks import; empty where nothing does.
 
@@ -52,13 +57,16 @@ def import_error(
         more: further modules.
         python: interpreter to try.
         memory: folder of this node that remembers environments that passed; None for one below that of temporary files.
+        limit_s: seconds to wait.
+        variables: further environment variables.
     """
     words = [engines.XTUNER.imports, accelerator, *more]
     passed = (memory or _memory()) / _digest(python, words)
     if passed.exists():
         return ""
     say(f"trying whether {python} imports what training does, once for this environment: up to a minute")
-    environment = os.environ | {"PYTHONPATH": with_library(os.environ)}
+    environment = os.environ | (variables or {})
+    environment["PYTHONPATH"] = with_library(environment)
     if accelerator == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     try:
@@ -67,11 +75,11 @@ def import_error(
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=IMPORT_S,
+            timeout=limit_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"what training imports is not there after {IMPORT_S:.0f} s"
+        return f"what training imports is not there after {limit_s:.0f} s"
     except OSError as error:
         return f"{python} cannot be started: {error.strerror}"
     if done.returncode:

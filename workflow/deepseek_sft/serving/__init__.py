@@ -1,1 +1,1 @@
-"""Serving a model with vLLM over one or several nodes, and testing the API it offers."""
+"""Serving a model with vLLM over one or several nodes; its API is tested by ``evaluation``."""

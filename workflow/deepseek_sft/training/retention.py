@@ -91,12 +91,14 @@ def _read(results: Path, rule: str, needs: dict[str, Any]) -> dict[str, Any]:
     """A receipt with the time at which its stage finished, and its checks, as far as it names some."""
     path = results / "receipts" / f"{rule}.json"
     receipt = receipts.read(path, rule, needs | {"finished": str})
+    again = VERIFY if rule == "verify_model" else f"snakemake --profile <profile> --forcerun {rule}"
     try:
+        json_files.require(receipt["figures"], {"checks": Maybe(dict)})
         datetime.datetime.fromisoformat(receipt["finished"])
         checks = receipt["figures"].get("checks") or {}
         json_files.require(checks, {name: {"passed": (bool, type(None))} for name in checks})
     except ValueError as error:
-        raise BadInputError(f"{path} cannot be read: {error}", VERIFY) from None
+        raise BadInputError(f"{path} cannot be read: {error}", again) from None
     return receipt
 
 
