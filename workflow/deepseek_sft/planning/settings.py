@@ -74,7 +74,7 @@ class Training:
 
 
 # What is needed of the receipt of tokenize_data.
-COUNTED = {"figures": {"rows": int, "mean_length": float, "longest": int}}
+COUNTED = {"figures": {"rows": float, "mean_length": float, "longest": float}}
 
 
 @dataclass(frozen=True)

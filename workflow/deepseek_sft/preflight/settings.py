@@ -72,5 +72,5 @@ def needs_of(plan_receipt: Path | None) -> Needs:
     if plan_receipt is None:
         return Needs()
     names = ("host_memory_bytes", "disk_bytes", "checkpoint_bytes", "rank_memory_bytes")
-    figures = receipts.read(plan_receipt, plan_receipt.stem, {"figures": dict.fromkeys(names, int)})["figures"]
+    figures = receipts.read(plan_receipt, plan_receipt.stem, {"figures": dict.fromkeys(names, float)})["figures"]
     return Needs(*(figures[name] for name in names))
