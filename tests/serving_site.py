@@ -35,7 +35,10 @@ class Site(ClusterCopy):
         make += ["--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
         subprocess.run(make, check=True, capture_output=True)
         scripted_model.script(model)
-        for rule in stages.CHAIN[: stages.CHAIN.index("smoke_test")]:
+        for rule in sorted(
+            stages.CHAIN,
+            key=lambda name: name == "tokenize_data" or name not in ("prepare_data", "plan", "prepare_model"),
+        )[: stages.CHAIN.index("smoke_test")]:
             self._pretend_done(rule)
         prompts = folder / "held_out.jsonl"
         prompts.write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}))
