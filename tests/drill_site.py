@@ -38,7 +38,7 @@ def allow_preemption(cluster: Cluster) -> None:
 def site(
     project: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator["DrillSite"]:
-    """One site for all tests of a module, which may set ``KIND`` (options of `vcluster up`)."""
+    """One site for all tests of a module, which may set ``KIND`` (options of `vcluster up`), ``SITE`` (class)."""
     folder = tmp_path_factory.mktemp("drills")
     kind = getattr(request.module, "KIND", ())
     cluster = Cluster(folder, 3)
@@ -46,7 +46,7 @@ def site(
     try:
         if not kind:
             allow_preemption(cluster)
-        yield DrillSite(project, folder, cluster)
+        yield getattr(request.module, "SITE", DrillSite)(project, folder, cluster)
     finally:
         cluster.down()
 
@@ -182,19 +182,21 @@ class DrillSite(ClusterCopy):
 
     def steps(self) -> list[tuple[int, str]]:
         """Step and attempt of every step ever trained."""
+        return [(int(row[0]), row[1]) for row in self._step_lines()]
+
+    def _step_lines(self) -> list[list[str]]:
+        """Step, attempt and time of every whole line that the stand-in has written."""
         file = self.results / "train/runs/drill/steps"
         rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-        return [(int(row[0]), row[1]) for row in rows if len(row) == 3]
+        return [row for row in rows if len(row) == 3]
 
     def attempts(self) -> list[str]:
         return list(dict.fromkeys(attempt for _, attempt in self.steps()))
 
     def recoveries(self) -> list[float]:
         """Seconds from the last step of each attempt to the first one of the next."""
-        file = self.results / "train/runs/drill/steps"
-        rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-        rows = [row for row in rows if len(row) == 3]
-        return [round(float(b[2]) - float(a[2]), 1) for a, b in itertools.pairwise(rows) if a[1] != b[1]]
+        pairs = itertools.pairwise(self._step_lines())
+        return [round(float(b[2]) - float(a[2]), 1) for a, b in pairs if a[1] != b[1]]
 
     def saved(self) -> int:
         marks = self.results.glob("train/runs/drill/step_*/committed.json")

@@ -13,6 +13,9 @@ from project_copy import copy_of
 from deepseek_sft import stages
 
 EXPERIMENT = "mine"
+# In which the stages of a chain end whose tokenizer comes with the tiny model of prepare_model.
+ORDER = [rule for rule in stages.NEEDS if rule != "prepare_model"]
+ORDER.insert(ORDER.index("tokenize_data"), "prepare_model")
 RESULTS = {
     "prepare_data": {"data": "data/train.jsonl"},
     "plan": {"plan": "plan/plan.json"},
@@ -36,9 +39,7 @@ class Chain:
         (self.clone / ".envs").symlink_to(project / ".envs")
         self.results = self.clone / "results" / EXPERIMENT
         (self.clone / "mine.yaml").write_text(f"experiment: {EXPERIMENT}\n")
-        order = [rule for rule in stages.NEEDS if rule != "prepare_model"]
-        order.insert(order.index("tokenize_data"), "prepare_model")  # with it comes the demo's tokenizer
-        for number, rule in enumerate(order):
+        for number, rule in enumerate(ORDER):
             self.write(rule, number)
 
     def write(self, rule: str, number: int) -> None:

@@ -13,7 +13,7 @@ import yaml
 from cluster_copy import ClusterCopy
 from cluster_fixture import Cluster
 
-from deepseek_sft import receipts, stages
+from deepseek_sft import receipts
 
 DEADLINE_S = 600  # generous: only a hang reaches it
 PROGRAMS = "vllm|VLLM|ray|serve_node|smoke_test"
@@ -35,10 +35,7 @@ class Site(ClusterCopy):
         make += ["--tiny", "--output", model, "--receipt", folder / "prepare_model.json"]
         subprocess.run(make, check=True, capture_output=True)
         scripted_model.script(model)
-        for rule in sorted(
-            stages.CHAIN,
-            key=lambda name: name == "tokenize_data" or name not in ("prepare_data", "plan", "prepare_model"),
-        )[: stages.CHAIN.index("smoke_test")]:
+        for rule in finished_chain.ORDER[: finished_chain.ORDER.index("smoke_test")]:
             self._pretend_done(rule)
         prompts = folder / "held_out.jsonl"
         prompts.write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}))

@@ -6,6 +6,7 @@ A copy of the working tree is used, so that nothing that was built or run here b
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import threading
@@ -21,7 +22,7 @@ from project_copy import copy_of
 pytestmark = [pytest.mark.chain, pytest.mark.cluster]
 
 CONFIG = ["--configfile", "config/experiments/demo.yaml"]
-CANARY = "6f1d0c-nobody-may-read-this"
+CANARY = secrets.token_hex(16)  # made anew: the copy of the checkout holds this file too
 
 
 class Demo:

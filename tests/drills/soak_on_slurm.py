@@ -12,14 +12,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import drill_site
 import pytest
 import yaml
-from cluster_fixture import Cluster
-from drill_site import DrillSite, Snakemake, allow_preemption
+from drill_site import DrillSite, Snakemake
 
 pytestmark = pytest.mark.cluster
 STEPS = 14
@@ -47,29 +47,23 @@ class RealSite(DrillSite):
     def reach(self, step: int) -> None:
         self.wait(lambda: any(line["step"] >= step for line in self.metrics()), f"step {step}")
 
+    def job(self) -> str:
+        """Id of the training job."""
+        return self.living()[0].split()[0]
+
     def nodes(self) -> list[str]:
         """Nodes of the training job that runs."""
-        job = self.living()[0].split()[0]
-        names = self.cluster.exec("squeue", "--noheader", "--jobs", job, "--format=%N").stdout.strip()
+        names = self.cluster.exec("squeue", "--noheader", "--jobs", self.job(), "--format=%N").stdout.strip()
         return self.cluster.exec("scontrol", "show", "hostnames", names).stdout.split()
 
 
-@pytest.fixture(scope="module")
-def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSite]:
-    folder = tmp_path_factory.mktemp("soak")
-    cluster = Cluster(folder, 3)
-    cluster.up(timeout=300)
-    try:
-        allow_preemption(cluster)
-        yield RealSite(project, folder, cluster)
-    finally:
-        cluster.down()
+SITE, site = RealSite, drill_site.site
 
 
 def node_without_power(site: RealSite, running: Snakemake, chance: random.Random) -> Snakemake:
     node = chance.choice(site.nodes())
     site.cluster.kill_node(node)
-    job = site.living()[0].split()[0]
+    job = site.job()
     site.wait(lambda: "RUNNING" not in site.cluster.job_state(job), "Slurm to notice")
     site.cluster.start_node(node)
     return running
@@ -94,7 +88,7 @@ def snakemake_killed(site: RealSite, running: Snakemake, chance: random.Random) 
 
 
 def warning(site: RealSite, running: Snakemake, chance: random.Random) -> Snakemake:
-    site.cluster.exec("scancel", "--signal=USR1", site.living()[0].split()[0])
+    site.cluster.exec("scancel", "--signal=USR1", site.job())
     return running
 
 

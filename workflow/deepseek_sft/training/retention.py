@@ -62,7 +62,7 @@ def choose(results: Path, newest: bool = False) -> Removal:
     """
     train = _read(results, "train", {"result": {"run": str, "checkpoint": str}, "figures": {"run_id": str}})
     converted = _read(results, "convert_checkpoint", MODEL)
-    verified = _read(results, "verify_model", MODEL | {"figures": {"checks": Maybe(dict), "sha256": Maybe(dict)}})
+    verified = _read(results, "verify_model", MODEL | {"figures": {"sha256": Maybe(dict)}})
     run, last = Path(train["result"]["run"]), Path(train["result"]["checkpoint"])
     failed = [name for name, check in (verified["figures"].get("checks") or {}).items() if check["passed"] is not True]
     if failed or not verified["figures"].get("checks"):
@@ -90,10 +90,10 @@ def choose(results: Path, newest: bool = False) -> Removal:
 def _read(results: Path, rule: str, needs: dict[str, Any]) -> dict[str, Any]:
     """A receipt with the time at which its stage finished, and its checks, as far as it names some."""
     path = results / "receipts" / f"{rule}.json"
-    receipt = receipts.read(path, rule, needs | {"finished": str})
+    figures = needs.get("figures", {}) | {"checks": Maybe(dict)}
+    receipt = receipts.read(path, rule, needs | {"finished": str, "figures": figures})
     again = VERIFY if rule == "verify_model" else f"snakemake --profile <profile> --forcerun {rule}"
     try:
-        json_files.require(receipt["figures"], {"checks": Maybe(dict)})
         datetime.datetime.fromisoformat(receipt["finished"])
         checks = receipt["figures"].get("checks") or {}
         json_files.require(checks, {name: {"passed": (bool, type(None))} for name in checks})
