@@ -80,7 +80,7 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
         return []
     imports = rule_settings.preflight(experiment)[0].get("imports", ())
     variables = {name: str(value) for name, value in experiment.config["train"]["environment"].items()}
-    error = software.import_error("cuda", imports, str(python), variables=variables)
+    error = software.import_error(imports, str(python), variables=variables)
     if "No module named" in error:
         raise BadInputError(
             f"{python}: {error}",

@@ -161,19 +161,19 @@ def test_what_training_cannot_import_is_named(tmp_path):
     script = "echo 'Traceback' >&2; echo \"ModuleNotFoundError: No module named 'xtuner'\" >&2; exit 1"
     python = interpreter(tmp_path, script)
     for _ in range(2):
-        error = software.import_error("cuda", ["flash_attn"], python, tmp_path / "memory")
+        error = software.import_error(["flash_attn"], python, tmp_path / "memory")
         assert error == "training cannot be imported: ModuleNotFoundError: No module named 'xtuner'"
     assert (tmp_path / "tried").read_text() == 2 * "-m deepseek_sft.training.xtuner_engine.imports cuda flash_attn\n"
-    assert "cannot be started" in software.import_error("cuda", [], str(tmp_path / "no/python"), tmp_path / "memory")
+    assert "cannot be started" in software.import_error([], str(tmp_path / "no/python"), tmp_path / "memory")
 
 
 def test_an_environment_that_was_imported_on_a_node_is_tried_again_once_it_changes(tmp_path):
     python, tried = interpreter(tmp_path, "exit 0"), tmp_path / "tried"
     for _ in range(2):
-        assert software.import_error("cuda", [], python, tmp_path / "memory") == ""
+        assert software.import_error([], python, tmp_path / "memory") == ""
     assert len(tried.read_text().splitlines()) == 1
     (tmp_path / "lib/python3.11/site-packages/new").touch()
-    assert software.import_error("cuda", [], python, tmp_path / "memory") == ""
+    assert software.import_error([], python, tmp_path / "memory") == ""
     assert len(tried.read_text().splitlines()) == 2
 
 

@@ -42,7 +42,6 @@ def packages() -> dict[str, str]:
 
 
 def import_error(
-    accelerator: str,
     more: Iterable[str] = (),
     python: str = sys.executable,
     memory: Path | None = None,
@@ -60,15 +59,13 @@ def import_error(
         limit_s: seconds to wait.
         variables: further environment variables.
     """
-    words = [engines.XTUNER.imports, accelerator, *more]
+    words = [engines.XTUNER.imports, "cuda", *more]
     passed = (memory or _memory()) / _digest(python, words)
     if passed.exists():
         return ""
     say(f"trying whether {python} imports what training does, once for this environment: up to a minute")
     environment = os.environ | (variables or {})
     environment["PYTHONPATH"] = with_library(environment)
-    if accelerator == "cpu":
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(
             [python, "-m", *words],

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import BadInputError
 from ..settings import reading
-from ..settings.field_types import section
+from ..settings.field_types import Positive, section
 from ..settings.serve import Serve
 from ..settings.smoke_settings import SmokeSettings
 
@@ -18,6 +18,10 @@ from ..settings.smoke_settings import SmokeSettings
 class ServeSettings(Serve):
     """Settings of a deployment."""
 
+    tensor_parallel_size: Positive = 1
+    """GPUs that share each layer; a file written by hand that does not say it means one process."""
+    pipeline_parallel_size: Positive = 1
+    """Groups of layers."""
     smoke_test: SmokeSettings = SmokeSettings()
     """Of its test."""
 
