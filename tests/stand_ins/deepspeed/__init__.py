@@ -1,1 +1,1 @@
-"""A stand-in: preflight looks for deepspeed, and nothing imports it."""
+"""A stand-in: nothing here imports deepspeed."""

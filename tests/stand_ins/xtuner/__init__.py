@@ -1,1 +1,1 @@
-"""A stand-in: preflight looks for xtuner, and nothing imports it."""
+"""A stand-in: nothing here imports xtuner."""

@@ -60,12 +60,12 @@ def import_error(
         variables: further environment variables.
     """
     words = [engines.XTUNER.imports, "cuda", *more]
-    passed = (memory or _memory()) / _digest(python, words)
+    environment = os.environ | (variables or {})
+    environment["PYTHONPATH"] = with_library(environment)
+    passed = (memory or _memory()) / _digest(python, environment["PYTHONPATH"], words)
     if passed.exists():
         return ""
     say(f"trying whether {python} imports what training does, once for this environment: up to a minute")
-    environment = os.environ | (variables or {})
-    environment["PYTHONPATH"] = with_library(environment)
     try:
         done = subprocess.run(
             [python, "-m", *words],
@@ -92,11 +92,11 @@ def _memory() -> Path:
     return Path(tempfile.gettempdir(), f"deepseek-sft-{os.getuid()}", "imports")
 
 
-def _digest(python: str, words: list[str]) -> str:
-    """Of an interpreter, the folders that its packages lie in, our code and the words."""
+def _digest(python: str, python_path: str, words: list[str]) -> str:
+    """Of an interpreter, the folders that its packages lie in, its path, our code and the words."""
     folders = sorted(Path(python).parent.parent.glob("lib/python*/site-packages"))
     times = [f"{folder} {folder.stat().st_mtime_ns}" for folder in folders]
-    return hashlib.sha256("\0".join([python, *times, code()["code"], *words]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([python, python_path, *times, code()["code"], *words]).encode()).hexdigest()[:16]
 
 
 def folder(path: Path) -> str:
