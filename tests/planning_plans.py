@@ -6,7 +6,7 @@ import planning_models as models
 
 from deepseek_sft.planning import plan as planning
 from deepseek_sft.planning.counting import count
-from deepseek_sft.planning.settings import GIB, MB, Cluster, Samples, Training
+from deepseek_sft.planning.settings import GIB, MB, Cluster, Samples, Training, estimate
 
 LONGEST_ROW = 16_384  # of all published rows alike: docs/planning.md
 
@@ -36,12 +36,14 @@ def cluster(nodes: int, **changes) -> Cluster:
 def training(size: int, strategy: str, micro_batch: int) -> Training:
     """As the published runs were: DeepSpeed sums gradients in the model's dtype unless told otherwise."""
     shape = (strategy, size, micro_batch, 4 * size, 1, None, 8, "bfloat16", True, 100, 2)
-    return Training(*shape, stock_experts=True, gradient_communication_dtype="bfloat16")
+    return Training(*shape, stock_experts=True, gradient_communication_dtype="bfloat16", deal_rows="order")
 
 
 def make(config: dict, chosen: Training, where: Cluster, longest_row: int = LONGEST_ROW) -> planning.Plan:
     name = "DEEPSEEK_V3" if config is models.DEEPSEEK_V3 else "MOONLIGHT_16B"
-    samples = Samples(100_000, min(8_000, longest_row), longest_row, "estimated")
+    mean = min(8_000, longest_row)
+    spread = estimate(mean, longest_row) if mean < longest_row else None
+    samples = Samples(100_000, mean, longest_row, "estimated", spread=spread)
     return planning.make(_counted(name), chosen, samples, where)
 
 

@@ -41,13 +41,7 @@ class Engine:
         run = stage.Run("probe", tokens, tokens, base, tokens, self.settings, plan, {})
         told = config.of(run, nodes.detect("cpu", world, {}), "cpu")
         told.deepspeed["zero_optimization"].update(zero or {})
-        self.rows = micro_batches.StepRows(
-            tokens,
-            self.settings.seed,
-            self.settings.micro_batch_size,
-            self.settings.gradient_accumulation_steps,
-            multiple=self.settings.sequence_parallel_size,
-        )
+        self.rows = micro_batches.StepRows(tokens, self.settings, pairs_per_token=100)
         _split_sequences(self.settings.sequence_parallel_size)
         _forget_optimizers()
         self._log = tempfile.TemporaryDirectory()
@@ -66,7 +60,7 @@ class Engine:
 
     def batches(self, step: int) -> list[micro_batches.MicroBatch]:
         """This rank's micro batches of a step (from 0)."""
-        return self.rows.of_step(step + 1)
+        return self.rows.of_step(step + 1).batches
 
     def step(self) -> float:
         """Train one step; its loss."""

@@ -18,7 +18,7 @@ def samples_of_step(rows, step: int, batch: int) -> list[tuple[torch.Tensor, tor
     from deepseek_sft.training.schedule import rows_of_step
 
     samples = []
-    for number in rows_of_step(len(rows), 42, step, micro_batch=batch, accumulation=1, groups=1, group=0):
+    for number in rows_of_step(len(rows), 42, step, batch):
         row, start = rows[number], 0
         for size in map(int, row["sample_lengths"]):
             part = slice(start, start + size)

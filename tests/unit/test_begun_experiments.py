@@ -64,11 +64,42 @@ def what_is_kept(experiment: Experiment, folder: Path) -> dict:
     return params | {"run_id": settings.run_id(settings.read(file), receipt, receipt)}
 
 
+def overlay_of(name: str) -> dict:
+    return OWN if name == "own" else yaml.safe_load((PROJECT / "config/experiments" / name).read_text())
+
+
+def kept_params(name: str) -> dict:
+    return json.loads((GOLDEN / f"{name.replace('/', '.').removesuffix('.yaml')}.json").read_text())
+
+
+def tokens_made_unpacked(overlay: dict) -> None:
+    """What an experiment has, begun before ``data.pack: auto``, in the current folder."""
+    folder = Path("results", overlay["experiment"], "data/tokens")
+    folder.mkdir(parents=True)
+    (folder / "tokens.json").write_text('{"format": 1, "shards": [], "rows": 0, "packed": false}')
+
+
 @pytest.mark.parametrize("name", [*EXPERIMENTS, "own"])
-def test_params_and_run_id_of_a_begun_experiment_stay(name, tmp_path):
-    overlay = OWN if name == "own" else yaml.safe_load((PROJECT / "config/experiments" / name).read_text())
-    kept = json.loads((GOLDEN / f"{name.replace('/', '.').removesuffix('.yaml')}.json").read_text())
-    assert what_is_kept(experiment_of(overlay), tmp_path) == kept
+def test_params_and_run_id_of_a_begun_experiment_stay(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overlay = overlay_of(name)
+    tokens_made_unpacked(overlay)
+    assert what_is_kept(experiment_of(overlay), tmp_path) == kept_params(name)
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "own"])
+def test_a_new_experiment_packs_unless_it_says_otherwise(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new, before = what_is_kept(experiment_of(overlay_of(name)), tmp_path), kept_params(name)
+    if overlay_of(name).get("data", {}).get("pack") is False:
+        assert new == before
+        return
+    assert new["tokenize_data"] == before["tokenize_data"] + " --pack"
+    assert new["train"] == before["train"] | {"accumulate_by": "samples"}
+    assert new["run_id"] != before["run_id"]
+    assert {rule for rule in new if new[rule] != before[rule]} == {
+        *("tokenize_data", "plan", "refine_plan", "train", "run_id")
+    }
 
 
 @pytest.fixture(scope="module")

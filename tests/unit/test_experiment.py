@@ -57,8 +57,12 @@ def test_max_length_changes_tokenize_data_alone():
     assert changed(data={"max_length": 64}) == {"tokenize_data"}
 
 
-def test_packing_changes_tokenize_data_alone():
-    assert changed(data={"pack": True}) == {"tokenize_data"}
+def test_packing_changes_tokenize_data_and_what_accumulation_counts():
+    assert changed(data={"pack": True}) == {"tokenize_data", "train"}
+    assert changed(data={"pack": True}, train=demo().config["train"] | {"accumulate_by": "rows"}) == {"tokenize_data"}
+    assert demo(data={"pack": True}).settings("plan") != demo().settings("plan")
+    # Of unpacked rows each is a sample.
+    assert changed(train=demo().config["train"] | {"accumulate_by": "rows"}) == set()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from deepseek_sft.errors import GateError
 from deepseek_sft.planning import duration, gate, plan_text
 from deepseek_sft.training import watchdog
 
-SLOW = {"node_gb_per_second": 100, "storage_gb_per_second": 2}
+SLOW = {"node_gb_per_second": 50, "storage_gb_per_second": 2}
 SIGNAL = {"signal_lead_s": 3600, "slurm_extra": "--signal=USR1@3600 --exclusive", "runtime_minutes": 720}
 
 

@@ -17,6 +17,7 @@ import yaml
 from . import config as configuration
 from . import files, place, receipts, rule_settings, secrets_file, shapes, stages
 from .data.sources import split_argument
+from .data.tokens import made_unpacked
 from .engines import ENGINES
 from .errors import BadInputError
 from .local_copies import LocalCopies, copies_of
@@ -36,11 +37,13 @@ class Experiment:
         config: the resolved configuration.
         results: ``<results>/<experiment>``.
         logs: ``logs/<experiment>``.
+        notes: what a person should know of how the configuration was read.
     """
 
     config: dict[str, Any]
     results: str
     logs: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Experiment":
@@ -48,7 +51,14 @@ class Experiment:
         resolved = configuration.resolve(config)
         name = resolved["experiment"]
         place.check_results(resolved["results"])
-        return cls(resolved, f"{resolved['results'].rstrip('/')}/{name}", f"logs/{name}")
+        results = f"{resolved['results'].rstrip('/')}/{name}"
+        notes = []
+        if resolved["data"]["pack"] == "auto":
+            tokens = Path(results, "data/tokens")
+            resolved["data"]["pack"] = not made_unpacked(tokens)
+            if not resolved["data"]["pack"]:
+                notes.append(f"data.pack: auto leaves {tokens} unpacked, as it was made; `true` packs, and trains anew")
+        return cls(resolved, results, f"logs/{name}", tuple(notes))
 
     def write_config(self) -> None:
         """Write the resolved configuration to ``<results>/config.yaml``, for people; never an input."""

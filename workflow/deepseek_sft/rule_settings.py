@@ -82,11 +82,11 @@ def _refine_plan(experiment: "Experiment") -> Values:
     """What makes this plan again is a part of train's own settings: whatever does so trains again anyway."""
     config = experiment.config
     used = [*Training.train_keys(), "ranks_per_node", "hang_minutes"]
-    shaping, steering = configuration.shaping("train", config), configuration.operational("train", config)
+    shaping, steering = _shaping_training(config), configuration.operational("train", config)
     others = {
         "accelerator": config["accelerator"],
         "results": config["results"],
-        "data": {"max_length": config["data"]["max_length"]},
+        "data": {"max_length": config["data"]["max_length"]} | ({"pack": True} if config["data"]["pack"] else {}),
         "model": configuration.settled("model", config),
         "convert": {"dtype": config["convert"]["dtype"]},
         "plan": configuration.settled("plan", config),
@@ -100,7 +100,7 @@ def preflight(experiment: "Experiment") -> Values:
     config = experiment.config
     chosen = {key: value for key, value in configuration.settled("preflight", config).items() if key != "in_training"}
     if chosen["all_reduce_min_gb_per_second"] is None and config["accelerator"] == "cuda":
-        least = duration.NETWORK_SHARE[0] * config["plan"]["node_gb_per_second"]
+        least = duration.LEAST_NETWORK_SHARE * config["plan"]["node_gb_per_second"]
         chosen["all_reduce_min_gb_per_second"] = round(least, 3)
     if config["train"]["attention"] == "flash":
         chosen["imports"] = ["flash_attn"]
@@ -110,7 +110,13 @@ def preflight(experiment: "Experiment") -> Values:
 def _train(experiment: "Experiment") -> Values:
     config = experiment.config
     peak = config["plan"]["gpu_tflops"] if config["accelerator"] == "cuda" else None
-    return configuration.shaping("train", config), configuration.operational("train", config) | {"gpu_tflops": peak}
+    return _shaping_training(config), configuration.operational("train", config) | {"gpu_tflops": peak}
+
+
+def _shaping_training(config: dict[str, Any]) -> dict[str, Any]:
+    """Of unpacked rows each is a sample: what accumulation counts makes no difference, and no other run."""
+    shaping = configuration.shaping("train", config)
+    return shaping if config["data"]["pack"] else {k: v for k, v in shaping.items() if k != "accumulate_by"}
 
 
 def _serve(experiment: "Experiment") -> Values:

@@ -289,7 +289,8 @@ def check_before_start(workflow):
             return
         EXPERIMENT.check_external_paths(rules)
         known_at_start.check_gates(EXPERIMENT, rules)
-        notes = known_at_start.check_template(EXPERIMENT, rules) + known_at_start.check_stack(EXPERIMENT, rules)
+        notes = list(EXPERIMENT.notes) if "tokenize_data" in rules or "train" in rules else []
+        notes += known_at_start.check_template(EXPERIMENT, rules) + known_at_start.check_stack(EXPERIMENT, rules)
         for note in notes:
             TERMINAL.warn(note)
         if jobs := rules & job_resources.submitted(workflow):

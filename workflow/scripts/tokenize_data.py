@@ -20,7 +20,9 @@ from deepseek_sft.data.samples import Settings
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
 from deepseek_sft.settings import options
 from deepseek_sft.settings.data import Data
+from deepseek_sft.settings.field_types import keys
 
+HALF = 0.5  # of a row: below it two samples share one on average
 WRITTEN = ("output", "rejects", "statistics", "receipt")
 
 
@@ -28,9 +30,8 @@ def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="train.jsonl of prepare_data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
-    options.add(
-        parser, Data, "template", "on_template_difference", "max_length", "history_reasoning", "on_too_long", "pack"
-    )
+    options.add(parser, Data, "template", "on_template_difference", "max_length", "history_reasoning", "on_too_long")
+    parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=False, help=keys(Data)["pack"].meaning)
     parser.add_argument("--output", type=Path, help="token folder")
     parser.add_argument("--rejects", type=Path, help="samples left out, with reasons")
     parser.add_argument("--statistics", type=Path, help="lengths, shares, rejects by reason")
@@ -88,6 +89,12 @@ def main() -> None:
     cli.say(
         f"{figures['samples']} samples, {figures['tokens']} tokens, {figures['trained_tokens']} of them trained; "
         f"{figures['rejected']} rejected"
+    )
+    mean, most = figures["mean_length"], arguments.max_length
+    loose = not arguments.pack and mean < HALF * most
+    cli.say(
+        f"{figures['rows']} rows of {mean:,.0f} tokens on average, {mean / most:.1%} of {most}"
+        + (": with data.pack several samples would share a row" if loose else "")
     )
     tell(figures)
 

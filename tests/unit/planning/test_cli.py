@@ -148,8 +148,10 @@ def test_bad_input_is_told_in_one_message(plan, base, arguments, words):
 
 
 def test_published_step_time_lies_in_the_planned_range():
-    step = published(32, 4, "zero3_offload", 2).duration.step
+    # Their rows were up to 32,768 tokens long, in the order of the data; the mean is not known.
+    step = published(32, 4, "zero3_offload", 2, longest_row=32_768).duration.step
     assert step.fastest < 420 and step.slowest > 480
+    assert step.slowest <= 2 * step.fastest
 
 
 def test_cadence_is_youngs_for_short_saves_and_never_beyond_the_failures():
@@ -161,7 +163,7 @@ def test_cadence_is_youngs_for_short_saves_and_never_beyond_the_failures():
 def test_cadence_is_noted_only_where_it_is_far_from_the_best():
     found = published(32, 4, "zero3_offload", 2)
     assert not [note for note in notes(found) if "loses the least time" in note]
-    rare = dataclasses.replace(found.training, save_every_steps=10_000)
+    rare = dataclasses.replace(found.training, save_every_steps=10_000, epochs=9)
     assert [note for note in notes(with_training(found, rare)) if "loses the least time" in note]
     # What the minutes make of it counts.
     often = dataclasses.replace(rare, save_every_minutes=found.duration.cadence_s / 60)

@@ -166,12 +166,13 @@ def test_gpus_are_recognised_in_the_profiles_words(words, names):
 
 
 def test_time_limited_partition_is_told_the_number_of_starts():
-    (note,) = [note for note in advice.notes(planned(A100_SITE, plan={"gpu": "a100-80gb"})) if "starts" in note]
-    assert "with 1 d 0 h a job (runtime) the run takes 1 to 4 starts" in note
+    half = planned(A100_SITE | {"runtime": 720}, plan={"gpu": "a100-80gb", "samples": 400_000})
+    (note,) = [note for note in advice.notes(half) if "starts" in note]
+    assert "with 12 h 0 min a job (runtime) the run takes" in note
     assert "then the same command goes on" in note
     long = planned(A100_SITE | {"runtime": 60 * 24 * 30}, plan={"gpu": "a100-80gb"})
     assert not [note for note in advice.notes(long) if "starts" in note]
-    short = planned(A100_SITE | {"runtime": 30, "slurm_extra": ""}, plan={"gpu": "a100-80gb"})
+    short = planned(A100_SITE | {"runtime": 10, "slurm_extra": ""}, plan={"gpu": "a100-80gb"})
     assert [note for note in advice.notes(short) if "no time for a step" in note]
 
 

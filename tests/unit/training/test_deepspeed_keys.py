@@ -6,8 +6,9 @@ import json
 import pytest
 import training_helpers as helpers
 
+from deepseek_sft.errors import BadInputError
 from deepseek_sft.settings import deepspeed_keys
-from deepseek_sft.training import gradient_communication, settings
+from deepseek_sft.training import new_runs, settings
 from deepseek_sft.training.xtuner_engine import config
 
 RECEIPT = {"rule": "x", "inputs": {}, "settings": {}, "figures": {}}
@@ -54,19 +55,31 @@ def test_run_id_changes_only_where_keys_are_set():
     assert len({run_id(), run_id(deepspeed={"dump_state": True}), run_id(gradient_communication_dtype="bfloat16")}) == 3
 
 
-def test_a_new_run_sums_gradients_in_float32(tmp_path):
-    found = gradient_communication.settle(helpers.settings(dtype="bfloat16"), tmp_path / "new", "id")
-    assert found.gradient_communication_dtype == "float32"
+def test_a_new_run_sums_gradients_in_float32_and_deals_rows_by_cost(tmp_path):
+    found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path / "new", "id")
+    assert (found.gradient_communication_dtype, found.deal_rows) == ("float32", "cost")
     assert config.deepspeed(found, "cpu", tmp_path)["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(
-    ("kept", "dtype"), [({}, "bfloat16"), ({"gradient_communication_dtype": "float32"}, "float32")]
+    ("kept", "dtype", "dealt"),
+    [
+        ({}, "bfloat16", "order"),
+        ({"gradient_communication_dtype": "float32"}, "float32", "order"),
+        ({"gradient_communication_dtype": "float32", "deal_rows": "cost"}, "float32", "cost"),
+    ],
 )
-def test_a_begun_run_keeps_its_dtype(tmp_path, kept, dtype):
+def test_a_begun_run_goes_on_as_it_was_begun(tmp_path, kept, dtype, dealt):
     (tmp_path / "settings.json").write_text(json.dumps({"settings": kept}))
-    found = gradient_communication.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id")
-    assert found.gradient_communication_dtype == dtype
+    found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id")
+    assert (found.gradient_communication_dtype, found.deal_rows) == (dtype, dealt)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": {"deal_rows": "by chance"}}'])
+def test_a_begun_run_whose_settings_cannot_be_read_is_not_guessed(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(BadInputError, match="is not known"):
+        new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id")
 
 
 def test_what_a_begun_run_did_before_is_left_to_deepspeed(tmp_path):

@@ -9,35 +9,28 @@ from deepseek_sft.errors import BadInputError
 from deepseek_sft.training import schedule
 
 
-def rows_over(steps: int, rows: int, micro_batch: int, accumulation: int, groups: int) -> list[list[int]]:
-    """Rows of each step over all groups."""
-    return [
-        [
-            row
-            for group in range(groups)
-            for row in schedule.rows_of_step(
-                rows, 7, step, micro_batch=micro_batch, accumulation=accumulation, groups=groups, group=group
-            )
-        ]
-        for step in range(steps)
-    ]
+def rows_over(steps: int, rows: int, global_batch: int) -> list[list[int]]:
+    """Rows of each step."""
+    return [schedule.rows_of_step(rows, 7, step, global_batch).tolist() for step in range(steps)]
 
 
 def test_every_row_comes_once_an_epoch_also_where_epochs_end_inside_a_step():
-    seen = [row for step in rows_over(21, rows=10, micro_batch=2, accumulation=1, groups=2) for row in step]
+    seen = [row for step in rows_over(21, rows=10, global_batch=4) for row in step]
     assert len(seen) == 84
     assert set(Counter(seen[:80]).values()) == {8}
 
 
-def test_a_step_trains_on_the_same_rows_however_they_are_spread():
-    spread = rows_over(6, rows=50, micro_batch=8, accumulation=1, groups=1)
-    for micro_batch, accumulation, groups in ((4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)):
-        other = rows_over(6, 50, micro_batch, accumulation, groups)
-        assert [sorted(step) for step in other] == [sorted(step) for step in spread]
-
-
 def test_epochs_differ_in_order():
     assert list(schedule.order_of_epoch(30, 1, 0)) != list(schedule.order_of_epoch(30, 1, 1))
+
+
+def test_accumulation_counted_in_samples_keeps_the_samples_of_a_step():
+    chosen = settings(gradient_accumulation_steps=16, accumulate_by="samples")
+    assert schedule.with_accumulation(chosen, rows=100, samples=100).gradient_accumulation_steps == 16
+    assert schedule.with_accumulation(chosen, rows=100, samples=410).gradient_accumulation_steps == 4
+    assert schedule.with_accumulation(chosen, rows=100, samples=9000).gradient_accumulation_steps == 1
+    stays = settings(gradient_accumulation_steps=16)
+    assert schedule.with_accumulation(stays, rows=100, samples=410) == stays
 
 
 def test_steps_follow_from_rows_epochs_and_global_batch():

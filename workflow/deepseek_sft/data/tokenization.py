@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import cli, files
 from ..errors import BadInputError, GateError
+from . import dealing
 from .encoding import Encoder, load_encoder
 from .lines import Oversized, file_lines
 from .messages import json_line
@@ -28,6 +29,7 @@ from .statistics import Statistics
 from .template_check import Verdict, check
 from .tokens import TokenDataset, TokenWriter, write_index
 
+QUANTILES = 256  # rows that stand for all in the receipt, from which the plan counts
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 4 << 20  # of a chunk; a larger line is one by itself
 OWN_ID = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*")')  # as prepare_data begins a line
@@ -105,6 +107,7 @@ def tokenize(
             shutil.rmtree(loose)
             write_index(building, info)
         files.fsync_directory(building)
+        rows = TokenDataset(building).rows()
         _replace(building, outputs.tokens)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -113,6 +116,8 @@ def tokenize(
     if pack:
         figures["packing_efficiency_share"] = round(info["tokens"] / (info["rows"] * settings.max_length), 4)
     figures["mean_length"] = round(info["tokens"] / info["rows"], 2)
+    shown = dealing.quantiles(rows, QUANTILES)
+    figures["row_quantiles"] = {"lengths": shown.lengths.tolist(), "pairs": shown.pairs.tolist()}
     figures["template"] = settings.template
     figures["template_prompts_compared"] = verdict.compared
     figures["template_notes"] = list(verdict.notes)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .. import files, json_files
 from ..errors import BadInputError
 from .chat_templates import NO_LOSS as NO_LOSS  # part of what readers of token files need
+from .dealing import Rows, rows_of
 
 FORMAT = 1
 INDEX = "tokens.json"
@@ -154,6 +155,14 @@ class TokenDataset:
         parts = [np.diff(batch.column(1).offsets.to_numpy()) for batch in self._batches]
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
+    def rows(self) -> Rows:
+        """Length and pairs of every row; tokens are not read."""
+        lists = [batch.column(3) for batch in self._batches]
+        counts = [np.diff(one.offsets.to_numpy()) for one in lists]
+        offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts)))) if counts else np.zeros(1, np.int64)
+        parts = [one.values.to_numpy()[one.offsets[0].as_py() : one.offsets[-1].as_py()] for one in lists]
+        return rows_of(np.concatenate(parts) if parts else np.zeros(0, np.int32), offsets)
+
     def names_and_lengths(self) -> Iterator[tuple[str, Ids]]:
         """Name of every row, and the lengths of the samples in it; tokens are not read."""
         for batch in self._batches:
@@ -186,6 +195,14 @@ def write_index(folder: Path, info: dict[str, Any]) -> None:
     """Write ``tokens.json``, which makes the folder complete, with the sha256 of every shard in ``info["shards"]``."""
     sums = {name: _sha256(folder / name) for name in info["shards"]}
     files.write_json(folder / INDEX, {"format": FORMAT, **info, "sha256": sums})
+
+
+def made_unpacked(folder: Path) -> bool:
+    """Whether a token folder is there whose rows are one sample each, as experiments begun before are."""
+    try:
+        return _read_index(folder).get("packed") is False
+    except BadInputError:
+        return False  # none, or one that tokenize_data makes again
 
 
 def check_shards(folder: Path) -> int:

@@ -5,15 +5,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import time_limits
+from . import lockstep
 from .counting import Model
+from .lockstep import Turns
 from .settings import Cluster, Samples, Training
-from .terms import Term, total
+from .terms import Term
 
-# Lowest and highest share of a peak that is reached.
-FLOP_SHARE = (0.10, 0.35)  # of dense BF16 peak: small matrix products of single experts at the low end
-NETWORK_SHARE = (0.40, 0.90)  # of the line rate: all-gather of many small parameters at the low end
-MEMORY_SHARE = (0.20, 0.80)  # of host memory bandwidth: Adam on the CPU
+# Lowest and highest share of a peak that is reached: judgements from public runs (docs/planning.md), not measured here.
+FLOP_SHARE = (0.25, 0.40)  # of dense BF16 peak, what is recomputed counted
+NETWORK_SHARE = (0.60, 0.90)  # of the line rate, by collectives of hundreds of MB
+MEMORY_SHARE = (0.40, 0.80)  # of host memory bandwidth: Adam on the CPU
+PCIE_SHARE = (0.50, 0.85)  # of one direction's rate, all GPUs of a node at once
+LEAST_NETWORK_SHARE = 0.40  # below it preflight calls a network broken
+LIMIT_FLOP_SHARE = 0.40  # of the best that a step could do
 ADAM_BYTES = 28  # per parameter: read gradient, weight and two moments, write weight and two moments, fp32
+HOST_SECONDS = 1.8e-3  # of Python for a parameter and micro batch: 8.1 s for 4,505 on 256 ranks, benchmarks/train.py
 HOURS, DAYS = 3600, 86400
 
 
@@ -34,8 +40,11 @@ class Duration:
     Attributes:
         steps: optimizer steps; None where the number of rows is unknown.
         tokens_per_gather: tokens of all ranks for which all parameters are moved once: decides ZeRO-3's throughput.
-        parts: compute, network, optimizer of one step.
+        turns: the step's micro batches: what groups wait for each other.
+        parts: compute, network, host, PCIe, optimizer of one step, each by itself.
         step: one step in all.
+        limit_s: what a step takes at least, and the part that says so: compute at ``LIMIT_FLOP_SHARE`` without waiting,
+            network at its line rate, host, PCIe at its rate.
         run: the whole run with its checkpoints.
         saving_s: seconds between checkpoints as configured, for the fastest and the slowest step.
         loading_s: reading the base or a checkpoint at each start.
@@ -52,8 +61,15 @@ class Duration:
     run: Range | None
     mtbf_s: float
     cadence_s: float
+    turns: Turns
     saving_s: tuple[float, float] | None = None
     loading_s: float = 0.0
+    limit_s: tuple[float, str] | None = None
+
+    @property
+    def expected_step_s(self) -> float | None:
+        """Between the fastest and the slowest step, as many times the one as the other is of it."""
+        return math.sqrt(self.step.fastest * self.step.slowest) if self.step else None
 
     def gpu_hours(self, ranks: int) -> tuple[float, float] | None:
         return (self.run.fastest * ranks / HOURS, self.run.slowest * ranks / HOURS) if self.run else None
@@ -82,12 +98,12 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         steps = max(1, math.ceil(round(training.epochs * samples.rows, 6) / batch))
     tokens = batch * samples.mean_length
     traffic = _traffic(model, training)
-    parts = [] if cluster.cpu else _parts(model, training, samples, cluster, tokens, traffic)
-    step = None
-    if parts:
-        fastest = max(parts[0].fastest, parts[1].fastest) + sum(part.fastest for part in parts[2:])
-        slowest = sum(part.slowest for part in parts)
-        step = Range("one step", fastest, slowest, "fastest: max(compute, network) + optimizer; slowest: their sum")
+    dealt = lockstep.turns(model, training, samples, groups)
+    parts: list[Range] = []
+    step = least = None
+    if not cluster.cpu:
+        timed = Step(model, training, cluster, dealt, traffic)
+        parts, step, least = timed.parts(), timed.whole(), timed.limit()
     saved = checkpoint / (cluster.storage_gb_per_second * 1e9)
     loading = model.bf16_bytes / (cluster.storage_gb_per_second * 1e9)
     run = between = None
@@ -114,8 +130,10 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         run,
         mtbf,
         young_daly(saved, mtbf),
+        dealt,
         between,
         loading,
+        least,
     )
 
 
@@ -155,47 +173,140 @@ def _traffic(model: Model, training: Training) -> Term:
     )
 
 
-def _parts(
-    model: Model, training: Training, samples: Samples, cluster: Cluster, tokens: float, traffic: Term
-) -> list[Range]:
-    passes = 4 if training.activation_checkpointing else 3
-    flops = passes * total(model.forward_flops(samples.mean_length)) * tokens
-    peak = cluster.ranks * cluster.gpu_tflops * 1e12
-    compute = Range(
-        "compute",
-        flops / peak / FLOP_SHARE[1],
-        flops / peak / FLOP_SHARE[0],
-        f"{flops:.4g} FLOP (forward × {passes}) / ({cluster.ranks} × {cluster.gpu_tflops:g} TFLOP/s × "
-        f"{FLOP_SHARE[1]:.0%} to {FLOP_SHARE[0]:.0%})",
-    )
-    if cluster.nodes > 1:
-        speed, crossing = cluster.node_gb_per_second, (cluster.nodes - 1) / cluster.nodes
-        link = f"{cluster.node_gb_per_second:g} GB/s per node"
-    else:
-        speed, crossing = cluster.nvlink_gb_per_second, (cluster.ranks - 1) / cluster.ranks
-        link = f"NVLink {speed:g} GB/s"
-    moved = training.gradient_accumulation_steps * traffic.value * crossing
-    fewest = (2 * training.width + training.communication_width) * model.trained
-    least = moved / traffic.value * fewest  # the recomputation's gather reused
-    network = Range(
-        "network",
-        least / (speed * 1e9) / NETWORK_SHARE[1],
-        moved / (speed * 1e9) / NETWORK_SHARE[0],
-        f"{training.gradient_accumulation_steps} micro batches × {traffic.value / 1e12:.3f} TB × {crossing:.4f} "
-        f"/ ({link} × {NETWORK_SHARE[1]:.0%} to {NETWORK_SHARE[0]:.0%}); fastest with three moves",
-    )
-    if not training.offloads_optimizer:
-        return [compute, network]
-    touched = ADAM_BYTES * model.trained / cluster.nodes
-    seconds = touched / (cluster.memory_gb_per_second * 1e9)
-    optimizer = Range(
-        "optimizer on the host",
-        seconds / MEMORY_SHARE[1],
-        seconds / MEMORY_SHARE[0],
-        f"{ADAM_BYTES} B × {model.trained:,} / {cluster.nodes} nodes / ({cluster.memory_gb_per_second:g} GB/s × "
-        f"{MEMORY_SHARE[1]:.0%} to {MEMORY_SHARE[0]:.0%})",
-    )
-    return [compute, network, optimizer]
+@dataclass(frozen=True)
+class Step:
+    """The time of one step on GPUs, micro batch by micro batch.
+
+    Gathers and scatters travel while layers compute, and the host runs ahead of the GPU: of the three the slowest
+    decides a micro batch. In the slowest case what passes PCIe is not hidden at all.
+    """
+
+    model: Model
+    training: Training
+    cluster: Cluster
+    turns: Turns
+    traffic: Term
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that a step's products amount to: the backward pass takes two, recomputation one."""
+        return 4 if self.training.activation_checkpointing else 3
+
+    def computing(self, share: float) -> list[float]:
+        """Seconds of the costliest group in each micro batch, at a share of the peak."""
+        rate = self.training.sequence_parallel_size * self.cluster.gpu_tflops * 1e12 * share
+        return [self.passes * operations / rate for operations in self.turns.operations]
+
+    @property
+    def link(self) -> tuple[float, float, str]:
+        """GB/s of the link that decides, the share of what moves that crosses it, and its name."""
+        cluster = self.cluster
+        if cluster.nodes > 1:
+            crossing = (cluster.nodes - 1) / cluster.nodes
+            return cluster.node_gb_per_second, crossing, f"{cluster.node_gb_per_second:g} GB/s per node"
+        speed = cluster.nvlink_gb_per_second
+        return speed, (cluster.ranks - 1) / cluster.ranks, f"NVLink {speed:g} GB/s"
+
+    def moving(self, share: float) -> float:
+        """Seconds that the gathers and scatters of a micro batch take on the deciding link."""
+        speed, crossing, _ = self.link
+        return self.traffic.value * crossing / (speed * 1e9 * share)
+
+    @property
+    def hosting(self) -> float:
+        """Seconds of Python a micro batch."""
+        shapes = sum(self.model.shapes.values())
+        shards = self.model.moe_layers * self.model["n_routed_experts"] // self.training.experts_per_shard
+        return HOST_SECONDS * (shapes + 2 * shards)
+
+    @property
+    def pcie_bytes(self) -> tuple[float, str]:
+        """Bytes of a rank and micro batch between host and GPU: gathered parameters, gradients and their sums."""
+        training, partition = self.training, self.model.partition(self.cluster.ranks, self.training.experts_per_shard)
+        terms = []
+        if training.offloads_parameters:
+            gathers = 3 if training.activation_checkpointing and not training.keep_layer_gathered else 2
+            terms.append((gathers * training.width, f"{gathers} × {training.width} (parameters)"))
+        if training.offloads_optimizer:
+            terms.append((2 * training.gradient_width, f"2 × {training.gradient_width} (gradients and their sums)"))
+        words = " + ".join(word for _, word in terms) or "0"
+        return sum(each for each, _ in terms) * partition, f"({words}) × {partition:,} elements"
+
+    def copying(self, share: float) -> float:
+        """Seconds of a micro batch on PCIe."""
+        return self.pcie_bytes[0] / (self.cluster.pcie_gb_per_second * 1e9 * share)
+
+    def optimizing(self, share: float) -> float:
+        """Seconds of the update on the host; nothing where the states are on the GPUs."""
+        if not self.training.offloads_optimizer:
+            return 0.0
+        touched = ADAM_BYTES * self.model.trained / self.cluster.nodes
+        return touched / (self.cluster.memory_gb_per_second * 1e9 * share)
+
+    def whole(self) -> Range:
+        host = self.hosting
+        network = [self.moving(share) for share in NETWORK_SHARE]
+        fastest = sum(max(seconds, network[1], host) for seconds in self.computing(FLOP_SHARE[1]))
+        slowest = sum(max(seconds, network[0], host) for seconds in self.computing(FLOP_SHARE[0]))
+        slowest += len(self.turns.operations) * self.copying(PCIE_SHARE[0])
+        return Range(
+            "one step",
+            fastest + self.optimizing(MEMORY_SHARE[1]),
+            slowest + self.optimizing(MEMORY_SHARE[0]),
+            "each micro batch: the largest of compute, network and host; slowest: and PCIe; then the optimizer",
+        )
+
+    def limit(self) -> tuple[float, str]:
+        """What a step takes at least on this cluster, and by what."""
+        count = len(self.turns.operations)
+        rate = self.training.sequence_parallel_size * self.cluster.gpu_tflops * 1e12 * LIMIT_FLOP_SHARE
+        found = {
+            f"compute at {LIMIT_FLOP_SHARE:.0%}": self.passes * self.turns.useful_operations / rate,
+            "network at its line rate": count * self.moving(1.0),
+            "host": count * self.hosting,
+            "PCIe at its rate": count * self.copying(1.0),
+        }
+        name = max(found, key=lambda one: found[one])
+        return found[name], name
+
+    def parts(self) -> list[Range]:
+        """Compute, network, host, PCIe and optimizer of a step, each as if it were alone."""
+        count, cluster = len(self.turns.operations), self.cluster
+        compute = [sum(self.computing(share)) for share in FLOP_SHARE]
+        found = [
+            Range(
+                "compute",
+                compute[1],
+                compute[0],
+                f"{self.passes} × {sum(self.turns.operations):.4g} FLOP of the costliest groups, "
+                f"{self.turns.useful_share:.0%} of it useful / ({self.training.sequence_parallel_size} ranks × "
+                f"{cluster.gpu_tflops:g} TFLOP/s × {FLOP_SHARE[1]:.0%} to {FLOP_SHARE[0]:.0%})",
+            ),
+            Range(
+                "network",
+                count * self.moving(NETWORK_SHARE[1]),
+                count * self.moving(NETWORK_SHARE[0]),
+                f"{count} micro batches × {self.traffic.value / 1e12:.3f} TB × {self.link[1]:.4f} / ({self.link[2]} × "
+                f"{NETWORK_SHARE[1]:.0%} to {NETWORK_SHARE[0]:.0%})",
+            ),
+            Range("host", count * self.hosting, count * self.hosting, f"{count} micro batches × {self.hosting:.2f} s"),
+        ]
+        moved, words = self.pcie_bytes
+        if moved:
+            ends = [count * self.copying(share) for share in PCIE_SHARE]
+            formula = f"{count} micro batches × {words} / ({cluster.pcie_gb_per_second:g} GB/s × shares)"
+            found.append(Range("PCIe", ends[1], ends[0], formula))
+        if self.training.offloads_optimizer:
+            found.append(
+                Range(
+                    "optimizer on the host",
+                    self.optimizing(MEMORY_SHARE[1]),
+                    self.optimizing(MEMORY_SHARE[0]),
+                    f"{ADAM_BYTES} B × {self.model.trained:,} / {cluster.nodes} nodes / "
+                    f"({cluster.memory_gb_per_second:g} GB/s × {MEMORY_SHARE[1]:.0%} to {MEMORY_SHARE[0]:.0%})",
+                )
+            )
+        return found
 
 
 def figures(found: Duration, cluster: Cluster) -> dict[str, Any]:
@@ -211,6 +322,10 @@ def figures(found: Duration, cluster: Cluster) -> dict[str, Any]:
         "mean_time_between_failures_s": round(found.mtbf_s),
         "checkpoint_cadence_s": round(found.cadence_s),
     }
+    result |= {"useful_slots_share": round(found.turns.useful_slots, 4)}
+    if found.limit_s:
+        result |= {"step_expected_s": round(found.expected_step_s or 0, 3), "step_least_s": round(found.limit_s[0], 3)}
+        result["step_least_by"] = found.limit_s[1]
     if found.step:
         result |= {"step_fastest_s": round(found.step.fastest, 3), "step_slowest_s": round(found.step.slowest, 3)}
         result["checkpoint_cadence_steps"] = list(found.cadence_steps() or ())

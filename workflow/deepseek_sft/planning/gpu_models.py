@@ -20,23 +20,25 @@ class Gpu:
         memory_gib: memory that PyTorch sees.
         tflops: peak of dense BF16 matrix products, TFLOP/s.
         nvlink_gb_per_second: to the other GPUs of its node, each direction.
+        pcie_gb_per_second: to its host, each direction.
         works: what is different on it.
     """
 
     memory_gib: float
     tflops: float
     nvlink_gb_per_second: float
+    pcie_gb_per_second: float
     works: str
 
 
 GPUS = {
-    "a100-40gb": Gpu(39.4, 312, 300, LOOP),
-    "a100-80gb": Gpu(79.1, 312, 300, LOOP),
-    "h100": Gpu(79.1, 989, 450, GROUPED),
-    "h800": Gpu(79.1, 989, 200, GROUPED),
-    "h20": Gpu(95.0, 148, 450, GROUPED),
-    "h200": Gpu(139.7, 989, 450, GROUPED),
-    "b200": Gpu(178.3, 2250, 900, f"{GROUPED}; needs a CUDA 12.8 build or later of every package"),
+    "a100-40gb": Gpu(39.4, 312, 300, 31.5, LOOP),
+    "a100-80gb": Gpu(79.1, 312, 300, 31.5, LOOP),
+    "h100": Gpu(79.1, 989, 450, 63, GROUPED),
+    "h800": Gpu(79.1, 989, 200, 63, GROUPED),
+    "h20": Gpu(95.0, 148, 450, 63, GROUPED),
+    "h200": Gpu(139.7, 989, 450, 63, GROUPED),
+    "b200": Gpu(178.3, 2250, 900, 63, f"{GROUPED}; needs a CUDA 12.8 build or later of every package"),
 }
 WORDS = re.compile(r"(a100|h100|h800|h200|h20|b200)", re.IGNORECASE)
 

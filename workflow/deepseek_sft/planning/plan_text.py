@@ -11,6 +11,7 @@ from .device_memory import tokens_per_rank
 from .duration import Duration, Range
 from .gpu_models import GPUS
 from .plan import MISFIT, Plan
+from .recommend import recommend
 from .terms import Term, show, total
 
 WIDTH = 46
@@ -44,6 +45,8 @@ def text(plan: Plan, explain: bool = False, hang_minutes: dict[str, float | None
     refused = [f"refused at start: {what}; fix: {fix}" for what, fix in gate.limit_problems(plan, hang_minutes)]
     if found := [*refused, *notes(plan)]:
         lines += ["", *(f"note: {line}" for line in found)]
+    if found := recommend(plan):
+        lines += ["", *(f"faster: {one.text}" for one in found)]
     if found := profile_lines(plan):
         lines += ["", "write into the profile:", "  set-resources:", "    train:", *(f"      {line}" for line in found)]
     return "\n".join([*lines, "", verdict(plan)])
@@ -103,6 +106,13 @@ def _time(plan: Plan) -> list[str]:
             lines.append(f"cost      {hours[0]:,.0f} to {hours[1]:,.0f} GPU hours")
     else:
         lines.append("          not estimated on CPU")
+    if found.limit_s:
+        (least, by), expected = found.limit_s, found.expected_step_s or 0.0
+        lines.append(
+            f"          expected {show(expected, 's')}, {expected / least:.2f} × the least of this cluster, "
+            f"{show(least, 's')} ({by})"
+        )
+    lines.append(f"slots     {found.turns.useful_slots:.0%} of token slots hold a token{_dealt(plan)}")
     cadence = found.cadence_steps()
     every = f" ({cadence[0]:,} to {cadence[1]:,} steps)" if cadence else ""
     lines.append(
@@ -110,6 +120,12 @@ def _time(plan: Plan) -> list[str]:
         f"best every {show(found.cadence_s, 's')}{every}"
     )
     return lines
+
+
+def _dealt(plan: Plan) -> str:
+    if plan.samples.packed:
+        return f" (packed: {plan.samples.per_row:.1f} samples a row)"
+    return {"order": " (in the order of the data)"}.get(plan.training.deal_rows or "", " (dealt by cost)")
 
 
 def _limits_of_time(plan: Plan, hang_minutes: dict[str, float | None] | None) -> list[str]:

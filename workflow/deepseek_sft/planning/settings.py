@@ -1,10 +1,18 @@
 """What a plan is made for: training settings, the samples, the cluster."""
 
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data import dealing
 from ..errors import BadInputError
+from ..json_files import Maybe
 from .gpu_models import GPUS
 
 GIB, MB = 1 << 30, 1 << 20  # Slurm's MB are powers of two
@@ -36,6 +44,8 @@ class Training:
     stock_experts: bool = False
     save_every_minutes: float | None = None
     gradient_communication_dtype: str | None = None
+    accumulate_by: str = "rows"
+    deal_rows: str | None = None
 
     @classmethod
     def from_config(cls, train: dict[str, Any], plan: dict[str, Any]) -> "Training":
@@ -45,6 +55,13 @@ class Training:
     def train_keys(cls) -> list[str]:
         """Keys of the ``train`` section that a plan depends on."""
         return [field.name for field in dataclasses.fields(cls) if field.name != "stock_experts"]
+
+    def for_rows(self, samples: "Samples") -> "Training":
+        """With accumulation counted in micro batches of these rows, also where it is counted in samples."""
+        if self.accumulate_by == "rows":
+            return self
+        steps = dealing.accumulation_for(self.gradient_accumulation_steps, samples.per_row)
+        return dataclasses.replace(self, gradient_accumulation_steps=steps, accumulate_by="rows")
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -73,8 +90,17 @@ class Training:
         return max(self.width, DTYPE_BYTES[self.gradient_accumulation_dtype]) if several else self.width
 
 
-# What is needed of the receipt of tokenize_data.
-COUNTED = {"figures": {"rows": float, "mean_length": float, "longest": float}}
+# What is needed of the receipt of tokenize_data; quantiles came later.
+COUNTED = {
+    "figures": {
+        **dict.fromkeys(("rows", "mean_length", "longest"), float),
+        **{name: Maybe(float) for name in ("samples", "packed")},
+        "row_quantiles": Maybe(dict),
+    }
+}
+FILLED = 0.97  # of packed rows, where it is not counted: best fit of lengths below half a row leaves less open
+SPREAD = 0.8  # of a log-normal estimate of unpacked rows
+QUANTILES = 256
 
 
 @dataclass(frozen=True)
@@ -86,25 +112,65 @@ class Samples:
         mean_length: tokens of a row on average.
         longest_row: tokens of the longest row: a micro batch is padded to its longest, so this decides memory.
         source: ``estimated`` from the configuration or ``counted`` by tokenize_data.
+        per_row: samples of a row on average.
+        packed: whether rows hold several samples.
+        spread: rows that stand for all, evenly taken from them in the order of their lengths; None where all are taken
+            to be of ``mean_length``.
     """
 
     rows: int | None
     mean_length: float
     longest_row: int
     source: str
+    per_row: float = 1.0
+    packed: bool = False
+    spread: dealing.Rows | None = None
 
     @classmethod
     def estimated(cls, config: dict[str, Any]) -> "Samples":
         """From the configuration's ``plan`` and ``data`` sections; rows as long as allowed where nothing is said."""
-        plan, longest = config["plan"], config["data"]["max_length"]
-        longest = min(plan["longest_row"] or longest, longest)
-        return cls(plan["samples"], min(plan["mean_length"] or longest, longest), longest, "estimated")
+        plan, allowed = config["plan"], config["data"]["max_length"]
+        longest = min(plan["longest_row"] or allowed, allowed)
+        mean, samples = min(plan["mean_length"] or longest, longest), plan["samples"]
+        filled = FILLED * allowed
+        if not config["data"].get("pack") or 2 * mean > filled:
+            return cls(samples, mean, longest, "estimated", spread=None if mean == longest else estimate(mean, longest))
+        rows = max(1, round(samples * mean / filled)) if samples else None
+        one = np.full(QUANTILES, round(filled), np.int64)
+        return cls(rows, filled, allowed, "estimated", filled / mean, True, dealing.Rows(one, _pairs(one, mean)))
 
     @classmethod
     def counted(cls, receipt: dict[str, Any]) -> "Samples":
         """From the receipt of tokenize_data, read with ``COUNTED``."""
         figures = receipt["figures"]
-        return cls(figures["rows"], figures["mean_length"], figures["longest"], "counted")
+        rows, spread = figures["rows"], figures.get("row_quantiles")
+        return cls(
+            rows,
+            figures["mean_length"],
+            figures["longest"],
+            "counted",
+            (figures.get("samples") or rows) / rows,
+            bool(figures.get("packed")),
+            dealing.Rows(*(np.array(spread[name], np.int64) for name in ("lengths", "pairs"))) if spread else None,
+        )
+
+
+def _pairs(lengths: NDArray[np.int64], sample: float) -> NDArray[np.int64]:
+    """Pairs of rows of these lengths whose samples have ``sample`` tokens each."""
+    return (lengths * (sample + 1) / 2).astype(np.int64)
+
+
+@functools.cache
+def estimate(mean: float, longest: int) -> dealing.Rows:
+    """Quantiles of a log-normal distribution that is cut at ``longest`` and has this mean."""
+    normal = NormalDist()
+    shares = [math.exp(SPREAD * normal.inv_cdf((i + 0.5) / QUANTILES)) for i in range(QUANTILES)]
+    low, high = 0.0, float(longest) * 100
+    for _ in range(60):  # by bisection: the mean grows with the scale
+        scale = (low + high) / 2
+        low, high = (scale, high) if sum(min(scale * s, longest) for s in shares) / QUANTILES < mean else (low, scale)
+    lengths = np.array([max(1, round(min(high * share, longest))) for share in shares], np.int64)
+    return dealing.Rows(lengths, lengths * (lengths + 1) // 2)
 
 
 @dataclass(frozen=True)
@@ -127,6 +193,7 @@ class Cluster:
         gres, slurm_extra: the profile's words.
         gpu: name of the GPU in planning/gpu_models.py; None where the configuration names none.
         nvlink_gb_per_second: between GPUs of a node, each direction.
+        pcie_gb_per_second: between a GPU and its host, each direction.
     """
 
     nodes: int
@@ -146,6 +213,7 @@ class Cluster:
     slurm_extra: str = ""
     gpu: str | None = None
     nvlink_gb_per_second: float = GPUS["h100"].nvlink_gb_per_second
+    pcie_gb_per_second: float = GPUS["h100"].pcie_gb_per_second
 
     @property
     def ranks(self) -> int:
@@ -198,4 +266,5 @@ class Cluster:
             slurm_extra=resources.get("slurm_extra", ""),
             gpu=None if cpu else gpu,
             nvlink_gb_per_second=GPUS[gpu or "h100"].nvlink_gb_per_second,
+            pcie_gb_per_second=GPUS[gpu or "h100"].pcie_gb_per_second,
         )

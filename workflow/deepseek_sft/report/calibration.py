@@ -16,7 +16,7 @@ class Comparison:
     """One quantity.
 
     Attributes:
-        unit: ``B`` or ``s``.
+        unit: ``B``, ``s``, or ``%`` of a share.
         planned: a number, or the fastest and the slowest of a range.
         what: how it was measured.
     """
@@ -36,7 +36,7 @@ class Comparison:
         return self.measured / min(max(self.measured, low), high) - 1
 
     def text(self) -> str:
-        show = formatting.byte_size if self.unit == "B" else formatting.duration
+        show = {"B": formatting.byte_size, "s": formatting.duration, "%": "{:.1%}".format}[self.unit]
         ends = self.planned if isinstance(self.planned, tuple) else (self.planned,)
         share = self.difference_share
         if isinstance(self.planned, tuple) and share == 0:
@@ -92,6 +92,13 @@ def compare(plan: Stage, train: Stage, metrics: list[dict[str, Any]]) -> list[Co
             host - node if _is_number(host) else None,
             _times(resident_bytes, ranks),
             "ranks × the largest one's resident size; launchers left out of both",
+        ),
+        (
+            "useful token slots",
+            "%",
+            planned.get("useful_slots_share"),
+            run.get("useful_slots_share"),
+            "tokens over slots, padding and waiting counted",
         ),
         (
             "one step",

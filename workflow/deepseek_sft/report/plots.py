@@ -21,6 +21,7 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
     for key, name, caption, title in (
         ("grad_norm", "grad-norm", "Gradient norm before clipping", "gradient norm"),
         ("tokens_per_second", "speed", "Tokens per second, all ranks", "tokens / s"),
+        ("useful_slots", "slots", "Share of token slots that hold a token: the rest is padding and waiting", "share"),
         ("memory_gib", "memory", "Memory of the rank with the most, in GiB", "GiB"),
     ):
         steps, values = series(metrics, key)

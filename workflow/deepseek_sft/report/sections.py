@@ -66,7 +66,7 @@ def tokenize_data(seen: Seen) -> Parts:
         if isinstance(found, list)
     }
     drawn = [plots.lengths(statistics), plots.reasoning_by_answer(statistics)]
-    return Parts(plots=drawn, tables=[("examples of rejects", table(rows))])
+    return Parts(plots=drawn, tables=[("examples of rejects", table(rows))], shown=("row_quantiles",))
 
 
 def plan(seen: Seen) -> Parts:

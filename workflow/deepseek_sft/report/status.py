@@ -284,7 +284,9 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
     _, speeds = plots.series(lines[-STEADY:], "tokens_per_second")
     if len(seconds) and len(speeds):
         each = statistics.median(seconds.tolist())
-        rows.append(("speed", f"{statistics.median(speeds.tolist()):,.0f} tokens/s, {each:.2f} s a step"))
+        _, slots = plots.series(lines[-STEADY:], "useful_slots")
+        useful = f", {statistics.median(slots.tolist()):.0%} of token slots useful" if len(slots) else ""
+        rows.append(("speed", f"{statistics.median(speeds.tolist()):,.0f} tokens/s, {each:.2f} s a step{useful}"))
         if isinstance(total, int) and now.state in ("running", "seems to run"):
             rows.append(("time left", _time_left((total - step) * each, mapping(settings.get("settings")), now.job)))
     return rows

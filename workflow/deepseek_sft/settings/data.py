@@ -58,6 +58,7 @@ class Data:
     history_reasoning: Literal["split", "strip", "keep"] = "split"
     """Reasoning of earlier turns: one sample per trained turn with history as inference shows it (`split`), removed
     (`strip`), or kept (`keep`)."""
-    pack: Truth = False
+    pack: Truth | Literal["auto"] = False
     """Whole samples share rows of `max_length` tokens (best-fit packing). No attention across samples, positions start
-    anew; saves the padding between short and long samples."""
+    anew; saves the padding between short and long samples. `auto` packs, but leaves an experiment as it is whose tokens
+    were made unpacked."""

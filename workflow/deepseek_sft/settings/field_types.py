@@ -212,7 +212,7 @@ def expected(hint: Any) -> str:
         return f"{expected(choices[0])}, null"
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(expected, parts))
+        return " or ".join(f"`{values[0]}`" if len(values := _choices(one)) == 1 else expected(one) for one in parts)
     if origin is Annotated:
         said = next((mark.words for mark in parts if isinstance(mark, Said)), None)
         bounds = [BOUNDS[type(mark)].format(mark) for mark in parts if type(mark) in BOUNDS]
@@ -224,6 +224,10 @@ def expected(hint: Any) -> str:
         count = "" if Ellipsis in parts else f"{len(parts)} values, "
         return f"a list: {count}each {expected(parts[0])}"
     return WORDS.get(hint, "keys and their values")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def members(hint: Any) -> Iterator[Any] | tuple[Any, ...]:

@@ -50,6 +50,13 @@ class Training:
     """Samples per sequence-parallel group and forward pass."""
     gradient_accumulation_steps: Positive = setting(16, topology=True)
     """Forward passes per optimizer step."""
+    accumulate_by: Literal["rows", "samples"] = setting("rows", later=True, topology=True)
+    """What `gradient_accumulation_steps` counts micro batches of: rows as they are, or samples: then fewer are made of
+    packed rows, so that a step trains on as many samples and tokens as unpacked (`round(steps × rows / samples)`)."""
+    deal_rows: Literal["cost", "order"] | None = setting(None, later=True, topology=True)
+    """How the rows of a step are dealt: by what they cost to compute, so that those stand side by side that take alike
+    and no group waits, or in the order of the data. `null` is `cost` for a new run, while a run begun before this key
+    goes on as it was. The step's rows and its loss are the same."""
     gradient_accumulation_dtype: Literal["bfloat16", "float32"] = "float32"
     """In what gradients of several forward passes are added up; float32 takes 2 bytes per parameter more, over all
     ranks, and loses nothing."""

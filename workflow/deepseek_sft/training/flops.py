@@ -28,6 +28,11 @@ class StepFlops:
         products, attention = counting.count(config).forward_flops(1)
         return cls(products.value, attention.value)
 
+    @property
+    def pairs_per_token(self) -> int:
+        """Pairs whose attention takes as many operations as one token's matrix products."""
+        return round(self.per_token / self.per_pair)
+
     def step(self, tokens: int, pairs: int) -> float:
         """Forward and backward pass over ``tokens`` tokens with ``pairs`` query-key pairs inside their samples."""
         return (1 + BACKWARD) * (tokens * self.per_token + pairs * self.per_pair)

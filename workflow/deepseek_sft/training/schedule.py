@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..data import dealing
 from ..errors import BadInputError
 from .settings import Settings
 
@@ -64,6 +65,18 @@ class Schedule:
         )
 
 
+def with_accumulation(settings: Settings, rows: int, samples: int) -> Settings:
+    """Settings whose accumulation is counted in micro batches, also where they count it in samples.
+
+    Args:
+        rows, samples: of the token dataset.
+    """
+    if settings.accumulate_by == "rows" or not rows:
+        return settings
+    steps = dealing.accumulation_for(settings.gradient_accumulation_steps, samples / rows)
+    return dataclasses.replace(settings, gradient_accumulation_steps=steps)
+
+
 def plan(settings: Settings, rows: int, world_size: int) -> Schedule:
     """The schedule of a run on ``world_size`` ranks.
 
@@ -104,19 +117,14 @@ def order_of_epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
-def rows_of_step(
-    rows: int, seed: int, step: int, *, micro_batch: int, accumulation: int, groups: int, group: int
-) -> list[int]:
-    """Rows that data-parallel group ``group`` trains on in step ``step`` (from 0), micro batch after micro batch.
+def rows_of_step(rows: int, seed: int, step: int, global_batch: int) -> np.ndarray:
+    """int64 [global_batch], the rows that all groups together train on in step ``step`` (from 0).
 
     All steps read one endless stream, the epochs' permutations one after the other: each row comes once an epoch,
     also where an epoch does not end with a step.
     """
-    global_batch = micro_batch * accumulation * groups
-    chosen = []
-    for micro in range(accumulation):
-        start = step * global_batch + (micro * groups + group) * micro_batch
-        for position in range(start, start + micro_batch):
-            epoch, offset = divmod(position, rows)
-            chosen.append(int(order_of_epoch(rows, seed, epoch)[offset]))
-    return chosen
+    epochs, offsets = np.divmod(np.arange(step * global_batch, (step + 1) * global_batch), rows)
+    found = np.empty(global_batch, np.int64)
+    for epoch in np.unique(epochs):
+        found[epochs == epoch] = order_of_epoch(rows, seed, int(epoch))[offsets[epochs == epoch]]
+    return found

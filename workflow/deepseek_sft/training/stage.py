@@ -19,7 +19,7 @@ from ..errors import BadInputError, CrashError, StoppedError
 from ..families import deepseek_v3
 from ..settings import field_types
 from ..slurm.nodes import NodeEnvironment
-from . import checkpoints, early_stop, gradient_communication, launch, lock, run_folder, schedule, settings
+from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, schedule, settings
 from .schedule import Schedule
 from .settings import Settings
 
@@ -83,9 +83,10 @@ def prepare(
         "tokens": receipts.input_entry(tokens_receipt),
         "settings": receipts.input_entry(settings_file),
     }
-    steps = schedule.plan(chosen, statistics["rows"], node.world_size)
     output = output.resolve()
-    chosen = gradient_communication.settle(chosen, output / "runs" / run_id, run_id)
+    chosen = new_runs.settle(chosen, output / "runs" / run_id, run_id)
+    chosen = schedule.with_accumulation(chosen, statistics["rows"], statistics["samples"])
+    steps = schedule.plan(chosen, statistics["rows"], node.world_size)
     return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs, _sums(base))
 
 
@@ -191,6 +192,7 @@ def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
         "trained_tokens": progress["trained_tokens"],
         "world_size": last.marker["world_size"],
         "nodes": progress["nodes"],
+        "useful_slots_share": _share(progress.get("slots_tokens"), progress.get("slots")),
         "seconds": progress["seconds"],
         "tokens_per_second": progress["tokens"] / max(progress["seconds"], 1e-9),
         "tflops_per_rank": progress["tflops_per_rank"],
@@ -203,6 +205,11 @@ def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
         "memory_before_model_gib": progress.get("memory_before_model_gib"),
         "kept_by_allocator_gib": progress.get("kept_by_allocator_gib"),
     } | ({loss_rows.KEY: last.marker[loss_rows.KEY]} if loss_rows.KEY in last.marker else {})
+
+
+def _share(part: int | None, whole: int | None) -> float | None:
+    """None for a run that ended before its slots were counted."""
+    return round(part / whole, 4) if part and whole else None
 
 
 def _is_finished(run: Run, node: NodeEnvironment, stop_file: Path | None) -> bool:
@@ -319,5 +326,6 @@ def _sums(base: dict[str, Any]) -> str | None:
 
 def _read_statistics(tokens: Path) -> dict[str, Any]:
     path = tokens / "tokens.json"
-    statistics = json_files.read(path, {"rows": int, "longest": int}, "run tokenize_data again")
-    return {"rows": statistics["rows"], "longest": statistics["longest"]}
+    names = ("rows", "samples", "longest")
+    statistics = json_files.read(path, dict.fromkeys(names, int), "run tokenize_data again")
+    return {name: statistics[name] for name in names}

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from xtuner.parallel.sequence import get_sequence_parallel_rank, init_sequence_parallel
 
 from ...cli import say
-from .. import first_batch
+from ...families import deepseek_v3
+from .. import first_batch, flops
 from ..health import StepHealth
 from ..watchdog import Watchdog
 from . import base_check, gates, micro_batches, resuming, start_checks
@@ -83,13 +84,8 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     tools = StepTools(guard, requests, clock, watchdog)
     metrics = Metrics(config, attempt, engine, done, before)
     saved = Checkpoints(config, attempt, engine, watchdog)
-    rows = micro_batches.StepRows(
-        config.tokens,
-        settings.seed,
-        settings.micro_batch_size,
-        settings.gradient_accumulation_steps,
-        multiple=settings.sequence_parallel_size,
-    )
+    operations = flops.StepFlops.of(deepseek_v3.read_config(Path(config.base)))
+    rows = micro_batches.StepRows(config.tokens, settings, operations.pairs_per_token)
 
     engine.deepspeed.train()
     began, stopped = time.time(), False
@@ -100,7 +96,8 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         watchdog.enter("step", step)
         started = time.monotonic()
         tools.begin("data")
-        batches = rows.of_step(step)
+        rows_of_all = rows.of_step(step)
+        batches = rows_of_all.batches
         # Random numbers, where a layer draws any, are a function of the step: a resumed run draws the same.
         torch.manual_seed(settings.seed * 1_000_003 + step)
         learning_rate = schedule.learning_rate(step)
@@ -113,7 +110,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         watchdog.took("step", result.seconds)
 
         engine.model.move_balance_bias(result.verdict.apply)  # before the step's checkpoint, of which biases are a part
-        metrics.add(step, result, learning_rate)
+        metrics.add(step, result, learning_rate, rows_of_all.slots)
         if step == 1:
             gates.check_first_loss(attempt.run, result, settings.first_loss_max)
         if saved.is_due(step, result):

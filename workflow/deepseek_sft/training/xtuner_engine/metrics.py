@@ -1,5 +1,6 @@
 """What a run tells while it trains: metrics.jsonl, TensorBoard, a line on standard error, and progress to keep."""
 
+import datetime
 import json
 import math
 import statistics
@@ -21,6 +22,7 @@ from .rank_watch import RankWatch
 from .step_result import StepResult
 
 RECENT = 10  # steps whose mean loss is reported as the last loss
+MEASURED = 3  # steps of a start after which its end is told
 STEADY = 20  # steps whose median time predicts the time left
 
 
@@ -44,6 +46,8 @@ class Metrics:
             "first_loss": before.get("first_loss"),
             "tokens": before.get("tokens", 0),
             "trained_tokens": before.get("trained_tokens", 0),
+            "slots": before.get("slots", 0),
+            "slots_tokens": before.get("slots_tokens", 0),
             "flops": before.get("flops", 0.0),
             "seconds": before.get("seconds", 0.0),
             "save_seconds": before.get("save_seconds", 0.0),
@@ -68,8 +72,12 @@ class Metrics:
                 attempt.run / run_folder.EXPERT_LOAD, done, config.schedule.steps, base.get("first_k_dense_replace", 0)
             )
 
-    def add(self, step: int, result: StepResult, learning_rate: float) -> None:
-        """Count step ``step``, and log it where it is its turn; a collective."""
+    def add(self, step: int, result: StepResult, learning_rate: float, slots: int) -> None:
+        """Count step ``step``, and log it where it is its turn; a collective.
+
+        Args:
+            slots: token slots that it took.
+        """
         if math.isfinite(result.loss):
             self._recent.append(result.loss)
         self._seconds.append(result.seconds)
@@ -78,8 +86,12 @@ class Metrics:
             self.progress["first_loss"] = result.loss
         for key in ("tokens", "trained_tokens", "seconds"):
             self.progress[key] += getattr(result, key)
+        self.progress["slots"] += slots
+        self.progress["slots_tokens"] += result.tokens  # those of runs that began before slots were counted are in none
         operations = self._flops.step(result.tokens, result.pairs)
         self.progress["flops"] += operations
+        if len(self._seconds) == MEASURED and step < self._schedule.steps and dist.get_rank() == 0:
+            self._tell_end(step)
         if result.verdict.message and dist.get_rank() == 0:
             say(f"warning: {result.verdict.message}" + ("" if result.verdict.apply else "; its update was skipped"))
         if step == 1 or step % self._settings.log_every_steps == 0 or step == self._schedule.steps:
@@ -88,6 +100,7 @@ class Metrics:
             gpu, host, kept = most_over_ranks(memory_gib(), resident_gib(), kept_gib())
             if dist.get_rank() == 0:
                 line = self._line(step, result, learning_rate, operations) | {
+                    "useful_slots": round(result.tokens / slots, 4),
                     "memory_gib": gpu,
                     "host_memory_gib": host,
                     "kept_by_allocator_gib": kept if kept >= 0 else None,
@@ -171,6 +184,15 @@ class Metrics:
                 self._board.add_scalar(f"train/{key}", value, line["step"])
         self._board.flush()
 
+    def _tell_end(self, step: int) -> None:
+        """What the plan could only estimate, from the first steps of this start."""
+        each, left = statistics.median(self._seconds), self._schedule.steps - step
+        end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=left * each)
+        say(
+            f"measured over {MEASURED} steps: {formatting.duration(each)} a step; the other {left:,} take "
+            f"{formatting.duration(left * each)}, to {end:%Y-%m-%d %H:%M} UTC, saves and new starts not counted"
+        )
+
     def _tell(self, line: dict[str, Any]) -> None:
         steps = self._schedule.steps
         left = (steps - line["step"]) * statistics.median(self._seconds)
@@ -178,6 +200,6 @@ class Metrics:
         loss, norm = (float("nan") if line[key] is None else line[key] for key in ("loss", "grad_norm"))
         say(
             f"step {line['step']}/{steps}  loss {loss:.4f}  lr {line['learning_rate']:.3g}  grad {norm:.3g}  "
-            f"{line['tokens_per_second']:.0f} tokens/s{share}  {line['seconds']:.2f} s  "
-            + (f"{formatting.duration(left)} left" if left else "done")
+            f"{line['tokens_per_second']:.0f} tokens/s{share}  {line['useful_slots']:.0%} of slots  "
+            f"{line['seconds']:.2f} s  " + (f"{formatting.duration(left)} left" if left else "done")
         )

@@ -1,5 +1,6 @@
 """Rows of the token dataset as micro batches: which of a step, padded, and the batch on the device."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from xtuner.parallel.sequence import get_data_parallel_rank, get_data_parallel_world_size
 
+from ...data import dealing
 from ...data.tokens import TokenDataset
 from ..schedule import rows_of_step
+from ..settings import Settings
 
 NO_LOSS = -100
 
@@ -53,30 +56,46 @@ class MicroBatch:
         return MicroBatch(**moved)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one step trains on.
+
+    Attributes:
+        batches: this group's micro batches: all of them, so that their trained tokens are known before the step begins.
+        slots: token slots that the step takes on all groups, see ``dealing.slots``.
+    """
+
+    batches: list[MicroBatch]
+    slots: int
+
+
 class StepRows:
     """The rows that this rank's data-parallel group trains on, by step: resuming skips nothing one by one.
 
     Args:
         tokens: folder of the token dataset, which is memory-mapped.
-        multiple: of which every row's padded length is one: ranks of a sequence-parallel group.
+        settings: seed, micro batch, accumulation, and how rows are dealt.
+        pairs_per_token: see ``dealing.Rows.costs``.
     """
 
-    def __init__(self, tokens: str | Path, seed: int, micro_batch: int, accumulation: int, multiple: int):
-        self.dataset, self.seed = TokenDataset(tokens), seed
-        self.micro_batch, self.accumulation, self.multiple = micro_batch, accumulation, multiple
+    def __init__(self, tokens: str | Path, settings: Settings, pairs_per_token: int):
+        self.dataset, self.settings, self.pairs_per_token = TokenDataset(tokens), settings, pairs_per_token
+        self.rows = self.dataset.rows()
 
-    def of_step(self, step: int) -> list[MicroBatch]:
-        """Micro batches of a step, from 1: all of them, so that its trained tokens are known before it begins."""
-        chosen = rows_of_step(
-            len(self.dataset),
-            self.seed,
-            step - 1,
-            micro_batch=self.micro_batch,
-            accumulation=self.accumulation,
-            groups=get_data_parallel_world_size(),
-            group=get_data_parallel_rank(),
-        )
-        return collate([self.dataset[row] for row in chosen], self.micro_batch, self.multiple)
+    def of_step(self, step: int) -> Step:
+        """Of step ``step``, from 1."""
+        settings, multiple = self.settings, self.settings.sequence_parallel_size
+        groups, micro_batch = get_data_parallel_world_size(), settings.micro_batch_size
+        shape = settings.gradient_accumulation_steps, groups, micro_batch
+        chosen = rows_of_step(len(self.rows), settings.seed, step - 1, math.prod(shape))
+        if settings.deal_rows == "cost":
+            costs = self.rows.of(chosen).costs(self.pairs_per_token)
+            dealt = chosen[dealing.deal(costs, micro_batch, shape[0], groups, settings.seed, step)]
+        else:
+            dealt = chosen.reshape(shape)
+        own = dealt[:, get_data_parallel_rank()].ravel().tolist()
+        batches = collate([self.dataset[row] for row in own], micro_batch, multiple)
+        return Step(batches, dealing.slots(self.rows.lengths[dealt], multiple))
 
 
 def collate(rows: list[dict[str, Any]], micro_batch: int, multiple: int) -> list[MicroBatch]:
