@@ -2,6 +2,7 @@
 
     .envs/dev/bin/python benchmarks/train.py                 all, a few minutes, two cores and 8 GiB
     .envs/dev/bin/python benchmarks/train.py count memory    parts of it
+    .envs/dev/bin/python benchmarks/train.py --scale         256 faked ranks of 671B: host seconds, gathers, exposure
     .envs/train/bin/python benchmarks/train.py --products    loop against grouped products on this machine's device
 
 A model of 100 M parameters in DeepSeek-V3's shape (head sizes 192 and 128, 32 experts, YaRN), random weights, in a
@@ -59,6 +60,11 @@ EXPERT_SHARDS = 8  # of a layer, for the timed models
 KEPT = {key: value for key, value in ZERO.items() if "reuse" not in key and "live" not in key}
 SETTINGS = {"dtype": "bfloat16", "micro_batch_size": 1, "experts_per_shard": 4, "learning_rate": 1e-5}
 RANKS, LENGTH, LENGTHS, SAMPLE, SPEED_LENGTH = 2, 512, (4096, 8192, 16384), 4096, 2048
+LONGEST = 1024  # of the rows of different lengths
+PACKED_BAR = 1 / 3
+OLD = "DeepSpeed's own"
+LOOP_SECONDS = 0.5  # of ten million additions in Python, on the processors that host seconds are told for
+HOST_BAR = 4.0  # seconds
 WIRE_BAR, OPERATIONS_BAR, READ_BAR, SLOPE_BAR = 1.05, 1.1, 1.05, 1.2
 BYTES = 2  # of a bf16 element
 
@@ -105,6 +111,20 @@ class Bench:
             shards = writer.close()
             figures = {"rows": rows, "samples": rows * len(samples), "tokens": rows * length, "longest": length}
             tokens.write_index(target, {"shards": shards, "vocab_size": SHAPE["vocab_size"]} | figures)
+        return target
+
+    def rows_of(self, name: str, rows: list[list[int]]) -> Path:
+        """Rows of samples of these lengths, all trained."""
+        from deepseek_sft.data import tokens
+
+        target = self.folder / f"tokens-{name}"
+        target.mkdir()
+        random, writer = np.random.default_rng(1), tokens.TokenWriter(target)
+        for number, samples in enumerate(rows):
+            ids = random.integers(2, SHAPE["vocab_size"], sum(samples)).astype(np.int32)
+            writer.add(f"row-{number}", ids, ids, np.array(samples, np.int32))
+        figures = {"rows": len(rows), "samples": sum(map(len, rows)), "longest": max(map(sum, rows))}
+        tokens.write_index(target, {"shards": writer.close(), "vocab_size": SHAPE["vocab_size"]} | figures)
         return target
 
     def run(self, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -244,22 +264,98 @@ def _speed(bench: Bench) -> None:
     print(f"  this machine: {measured:.1f} GFLOP/s per rank in a bf16 product of 2048 × 512 × 2048, both ranks at once")
 
 
+def padding(bench: Bench) -> None:
+    """Tokens per second of rows of log-normal lengths: in the order of the data, dealt by cost, packed."""
+    from deepseek_sft.data import dealing
+    from deepseek_sft.data.packing import best_fit
+
+    drawn = np.random.default_rng(0).lognormal(np.log(250) - 0.9**2 / 2, 0.9, 256)
+    lengths = np.clip(drawn, 16, LONGEST).astype(np.int32)
+    loose = bench.rows_of("loose", [[int(length)] for length in lengths])
+    rows = best_fit(lengths, LONGEST)
+    packed = bench.rows_of("packed", [[int(lengths[number]) for number in row] for row in rows])
+    shape = {"micro_batch_size": 2, "gradient_accumulation_steps": 8}
+    fewer = dealing.accumulation_for(shape["gradient_accumulation_steps"], len(lengths) / len(rows))
+    found = bench.run(
+        {
+            "in order": {"kind": "stepping", "tokens": loose, "settings": shape | {"deal_rows": "order"}},
+            "dealt": {"kind": "stepping", "tokens": loose, "settings": shape},
+            "packed": {
+                "kind": "stepping", "tokens": packed, "settings": shape | {"gradient_accumulation_steps": fewer}
+            },
+        }
+    )  # fmt: skip
+    print(
+        f"timed: {RANKS} ranks × 1 thread, samples of {lengths.mean():.0f} tokens on average, up to {LONGEST}, micro "
+        f"batches of 2, {8} of them a step, {fewer} packed ({len(lengths) / len(rows):.1f} samples a row)"
+    )
+    rates = {name: figures["tokens"] / figures["seconds"] for name, figures in found.items()}
+    for name, rate in rates.items():
+        useful = f"{found[name]['useful']:.1%} of slots useful"
+        print(f"  {name}: {rate:.0f} tokens/s, {rate / rates['in order']:.2f} ×; {useful}")
+    bench.bar("in order / packed, by tokens per second", rates["in order"] / rates["packed"], PACKED_BAR)
+    bench.bar("slots that are not useful, dealt", 1 - found["dealt"]["useful"], 0.15)
+    bench.bar("slots that are not useful, packed", 1 - found["packed"]["useful"], 0.05)
+
+
+def scale(layers: int) -> int:
+    """What one rank's host does in a micro batch of 671B on 256 ranks, the others faked: before and after.
+
+    Returns:
+        bars missed.
+    """
+    found = {}
+    for name, shard, kind in (("DeepSpeed's own", 8, "stock"), ("ours", 8, "ours"), ("ours, 16 a shard", 16, "ours")):
+        command = [PROJECT / ".envs/train/bin/python", PROJECT / "benchmarks/scale_worker.py", layers, shard, kind]
+        paths = ":".join(str(PROJECT / folder) for folder in ("workflow", "tests", "tests/gpu"))
+        done = subprocess.run(
+            list(map(str, command)),
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    print(f"one micro batch of rank 0 of 256 faked ranks, {layers} layers, real DeepSpeed, widths scaled down, CPU")
+    seconds = {}
+    for name, figures in found.items():
+        spent = figures["forward s"] + figures["backward s"] - figures["in faked collectives s"]
+        seconds[name] = spent * LOOP_SECONDS / figures["loop s"]
+        late = figures["of it not prefetched"] / figures["gathered, of all parameters"]
+        print(
+            f"  {name:18} host {seconds[name]:5.2f} s ({spent:.2f} s here, where ten million additions take "
+            f"{figures['loop s']:.2f} s and not {LOOP_SECONDS} s), {figures['gathers']:,} gathers, "
+            f"{figures['scatters']:,} scatters, {late:.0%} of gathered bytes when needed"
+        )
+    ratio = seconds[OLD] / seconds["ours"]
+    print(f"  host, before / after: {ratio:.2f} ×; the host waits once a layer and pass, for counts of experts")
+    missed = 0
+    for what, value, limit in (
+        ("host seconds, 61 layers", seconds["ours"] * 61 / layers, HOST_BAR),
+        ("gathered when needed", found["ours"]["of it not prefetched"], 0.0),
+    ):
+        missed += value > limit
+        print(f"  {what}: {value:.2f} (bar {limit}){'' if value <= limit else '  MISSED'}")
+    return missed
+
+
 def products() -> None:
     """Forward and backward of one shard, by tokens per expert: the measurements behind ``auto``."""
     import torch
 
-    from deepseek_sft.model.expert_products import ExpertProducts, choose
+    from deepseek_sft.model.expert_products import ExpertProducts, choose, counts_of_shards
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     experts, hidden, ffn = (8, 7168, 2048) if device.type == "cuda" else (8, 1024, 256)
 
     def milliseconds(rows, w1w3, w2, tokens: int, grouped: bool) -> float:
+        (counts,) = counts_of_shards(torch.full((experts,), tokens, device=device), experts, grouped)
         best = float("inf")
         for _ in range(5):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             begin = time.perf_counter()
-            output = ExpertProducts.apply(rows, w1w3, w2, [tokens] * experts, grouped)
+            output = ExpertProducts.apply(rows, w1w3, w2, counts)
             output.backward(torch.ones_like(output))
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -277,12 +373,14 @@ def products() -> None:
             print(f"  {tokens:5d} tokens per expert: {times[0]:8.2f} {times[1]:8.2f}")
 
 
-PARTS = {"count": count, "memory": memory, "speed": speed}
+PARTS = {"count": count, "memory": memory, "speed": speed, "padding": padding}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--scale", action="store_true", help="256 faked ranks: host seconds, gathers, what is exposed")
+    parser.add_argument("--layers", type=int, default=61, help="of --scale")
     parser.add_argument("--products", action="store_true", help="measure expert products (in the train environment)")
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
@@ -290,6 +388,8 @@ def main() -> int:
     if options.products:
         products()
         return 0
+    if options.scale:
+        return min(1, scale(layers=options.layers))
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for part in options.parts or PARTS:

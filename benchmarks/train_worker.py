@@ -99,10 +99,24 @@ def speed(run, case: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": best.seconds, "phases": best.phases, "gflop_per_second": max(rates)}
 
 
+def stepping(run, case: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and seconds of three steps after one, and the share of useful slots in them."""
+    run.step()
+    tokens = slots = 0
+    seconds = 0.0
+    for step in range(1, 4):
+        slots += run.rows.of_step(step + 1).slots
+        run.step()
+        tokens, seconds = tokens + run.result.tokens, seconds + run.result.seconds
+    return {"tokens": tokens, "seconds": seconds, "useful": tokens / slots}
+
+
 def native(run, case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a plain script's step on the same rows: transformers' modules, MoE layers as ZeRO-3's leaf modules,
     logits of all positions at once."""
     import deepspeed
+    from deepspeed.runtime.comm import coalesced_collectives
+    from deepspeed.runtime.zero import stage3
     from transformers import DeepseekV3ForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -114,6 +128,9 @@ def native(run, case: dict[str, Any]) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 3, "overlap_comm": False, "contiguous_gradients": True} | case["zero"],
     }
+    stage3.reduce_scatter_coalesced = (
+        coalesced_collectives.reduce_scatter_coalesced
+    )  # a plain script has DeepSpeed's own
     kept = HfDeepSpeedConfig(options)
     model = DeepseekV3ForCausalLM.from_pretrained(case["base"], dtype=torch.bfloat16, attn_implementation="sdpa")
     model.train().config.use_cache = False
@@ -136,7 +153,7 @@ def native(run, case: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": min(seconds[2:])}
 
 
-KINDS = {"count": count, "memory": memory, "speed": speed, "native": native}
+KINDS = {"count": count, "memory": memory, "speed": speed, "stepping": stepping, "native": native}
 
 
 def run_case(case: dict[str, Any], output: Path) -> None:

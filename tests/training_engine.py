@@ -35,7 +35,7 @@ class Engine:
     """
 
     def __init__(self, base: Path, tokens: Path, zero: dict[str, Any] | None = None, **changes: Any):
-        self.settings = make_settings(**changes)
+        self.settings = make_settings(**({"deal_rows": "cost"} | changes))
         world = torch.distributed.get_world_size()
         plan = schedule.plan(self.settings, len(TokenDataset(tokens)), world)
         run = stage.Run("probe", tokens, tokens, base, tokens, self.settings, plan, {})

@@ -5,72 +5,102 @@ DeepSpeed's thresholds with them, so that gathers come as they would.
 """
 
 import collections
+import gc
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from check import Place, Row
 from shapes import SMALL, published
+
+from deepseek_sft.planning import zero_thresholds
 
 FULL_SHARD = 8 * 2 * 7168 * 2048  # elements of w1w3 of eight experts
 OFFLOADS = {"offload of both": ("optimizer", "param"), "offload of the optimizer": ("optimizer",)}
 
 
 def rows(place: Place) -> list[Row]:
-    os.environ |= {"DS_ACCELERATOR": place.device, "RANK": "0", "LOCAL_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": str(place.sizes(256, 8)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+    world, layers = place.sizes(256, 8), place.sizes(61, 4)
+    start(place.device, world)
+    fewer = {"n_routed_experts": 32, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4} if place.small else {}
+    base = scaled_base(place.work / "scaled", num_hidden_layers=layers, **fewer)
+    found = []
+    for name, offloaded in list(OFFLOADS.items())[: place.sizes(2, 1)]:
+        figures = measured(place.device, base, offloaded)
+        named = f"{name}: one micro batch of one rank's host"
+        found.append(Row(named, figures["gathers"] > 0 and figures["scatters"] > 0, figures))
+    return found
+
+
+def start(device: str, world: int) -> None:
+    """Become rank 0 of ``world`` ranks that are not there."""
+    os.environ |= {"DS_ACCELERATOR": device, "RANK": "0", "LOCAL_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    world = int(os.environ["WORLD_SIZE"])
-    if place.device == "cuda":
+    if device == "cuda":
         torch.cuda.set_device(0)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     from deepseek_sft.training.xtuner_engine import compat
 
-    compat.install(place.device)
+    compat.install(device)
     import deepspeed
     from xtuner.parallel.sequence import init_sequence_parallel
 
     deepspeed.logger.setLevel("ERROR")
-    deepspeed.init_distributed("nccl" if place.device == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
     init_sequence_parallel(1)
-    layers = place.sizes(61, 4)
-    base = place.work / "scaled"
-    base.mkdir()
-    fewer = {"n_routed_experts": 32, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4} if place.small else {}
-    config = published(**SMALL, **fewer, num_hidden_layers=layers)
-    (base / "config.json").write_text(json.dumps(config))
-    found = []
-    for name, offloaded in list(OFFLOADS.items())[: place.sizes(2, 1)]:
-        found += measured(place, base, name, offloaded, world, layers)
-    return found
 
 
-def thresholds(config: dict, shard: int) -> dict[str, int]:
-    """DeepSpeed's defaults in proportion to the scaled shard."""
-    scale = FULL_SHARD / (8 * 2 * config["moe_intermediate_size"] * config["hidden_size"])
-    defaults = {
-        "stage3_max_live_parameters": 1e9,
-        "stage3_max_reuse_distance": 1e9,
-        "stage3_prefetch_bucket_size": 5e7,
-        "reduce_bucket_size": 5e8,
+def scaled_base(folder: Path, **changes) -> Path:
+    """A folder with the published configuration, its widths scaled down."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(published(**SMALL, **changes)))
+    return folder
+
+
+def scale_of(config: dict) -> float:
+    """How many times the scaled shard the published one is."""
+    return FULL_SHARD / (8 * 2 * config["moe_intermediate_size"] * config["hidden_size"])
+
+
+def scaled_thresholds(config: dict, by_shard: bool, experts_per_shard: int) -> dict[str, int]:
+    """Thresholds of the published sizes in proportion to the scaled shard."""
+    scale = scale_of(config)
+    full = zero_thresholds.of_model(published(), experts_per_shard, by_shard, False)
+    return {
+        "stage3_max_live_parameters": int(full.live / scale),
+        "stage3_max_reuse_distance": int(full.reuse / scale),
+        "stage3_prefetch_bucket_size": int(full.prefetched / scale),
+        "reduce_bucket_size": int(full.reduced / scale),
     }
-    return {key: int(value / scale) for key, value in defaults.items()}
 
 
-def measured(place: Place, base: Path, name: str, offloaded: tuple[str, ...], world: int, layers: int) -> list[Row]:
+def measured(
+    device: str, base: Path, offloaded: tuple[str, ...], ours: bool = True, experts_per_shard: int = 8
+) -> dict[str, Any]:
+    """One micro batch of rank 0, the third.
+
+    Args:
+        base: of ``scaled_base``.
+        offloaded: what is on the host, of ``optimizer`` and ``param``.
+        ours: with this project's thresholds and collectives' calls; else as DeepSpeed does by itself.
+    """
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from deepseek_sft.model import attention, training_model  # noqa: F401 (registers the attention functions)
+    from deepseek_sft.training.xtuner_engine import zero_calls
 
     config = json.loads((base / "config.json").read_text())
-    pinned = {"device": "cpu", "pin_memory": place.device == "cuda"}
-    zero = {"stage": 3, "overlap_comm": place.device == "cuda", "contiguous_gradients": True}
-    zero |= {"stage3_param_persistence_threshold": 100, "sub_group_size": int(1e9), **thresholds(config, 8)}
+    pinned = {"device": "cpu", "pin_memory": device == "cuda"}
+    zero = {"stage": 3, "overlap_comm": device == "cuda", "contiguous_gradients": True}
+    zero |= {"stage3_param_persistence_threshold": 100, "sub_group_size": int(1e9)}
+    zero |= scaled_thresholds(config, ours, experts_per_shard)
     zero |= {f"offload_{what}": dict(pinned) for what in offloaded}
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -87,11 +117,11 @@ def measured(place: Place, base: Path, name: str, offloaded: tuple[str, ...], wo
     started = time.perf_counter()
     model = training_model.build(
         base,
-        experts_per_shard=8,
+        experts_per_shard=experts_per_shard,
         attention="sequence_parallel_sdpa",
         dtype=torch.bfloat16,
         products="auto",
-        device=place.device,
+        device=device,
         read_weights=False,
     )
     for parameter in model.parameters():
@@ -103,19 +133,25 @@ def measured(place: Place, base: Path, name: str, offloaded: tuple[str, ...], wo
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), config=settings
     )
+    if ours:
+        zero_calls.ALONE = int(zero_calls.ALONE / scale_of(config))
+        zero_calls.install(engine.module)
+        gc.collect()
+        gc.freeze()
     engine.train()
     built = time.perf_counter() - started
     counts = count_gathers()
-    ids = torch.randint(0, 1000, (2, 16), device=place.device)
+    ids = torch.randint(0, 1000, (2, 16), device=device)
     for _ in range(3):
         counts.clear()
-        forward, backward = micro_batch(place, engine, ids)
+        forward, backward = micro_batch(device, engine, ids)
     total = sum(parameter.ds_numel for parameter in model.parameters())
     figures = {
-        "ranks": world,
-        "layers": layers,
+        "ranks": torch.distributed.get_world_size(),
+        "layers": config["num_hidden_layers"],
         "forward s": round(forward, 3),
         "backward s": round(backward, 3),
+        "in faked collectives s": round(counts["seconds"], 3),
         "gathers": counts["gathers"],
         "scatters": counts["scatters"],
         "gathered, of all parameters": round(counts["gathered"] / total, 3),
@@ -124,16 +160,14 @@ def measured(place: Place, base: Path, name: str, offloaded: tuple[str, ...], wo
     }
     engine.destroy()
     del keep
-    return [
-        Row(f"{name}: one micro batch of one rank's host", counts["gathers"] > 0 and counts["scatters"] > 0, figures)
-    ]
+    return figures
 
 
-def micro_batch(place: Place, engine, ids: torch.Tensor) -> tuple[float, float]:
+def micro_batch(device: str, engine, ids: torch.Tensor) -> tuple[float, float]:
     """Seconds of a forward and a backward pass."""
 
     def now() -> float:
-        if place.device == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -161,11 +195,17 @@ def count_gathers() -> collections.Counter:
     def counted_gather(part, whole, *more, **named):
         counts["gathers"] += 1
         counts["gathered"] += whole.numel()
-        return gather(part, whole, *more, **named)
+        return timed(gather, part, whole, *more, **named)
 
     def counted_scatter(*arguments, **named):
         counts["scatters"] += 1
-        return scatter(*arguments, **named)
+        return timed(scatter, *arguments, **named)
+
+    def timed(call, *arguments, **named):
+        begin = time.perf_counter()  # the fake group copies a rank's part once for each rank: no rank's host does
+        result = call(*arguments, **named)
+        counts["seconds"] += time.perf_counter() - begin
+        return result
 
     def counted_fetch(self, module, *more, **named):
         for parameter in module.parameters(recurse=False):

@@ -5,7 +5,7 @@ from check import Place, Row
 from measuring import error, milliseconds
 
 from deepseek_sft.model import expert_products
-from deepseek_sft.model.expert_products import ExpertProducts
+from deepseek_sft.model.expert_products import Counts, ExpertProducts, counts_of_shards
 
 BOUND = 2e-2  # bf16, products of 7,168 elements added in another order
 
@@ -22,9 +22,15 @@ def counts_of(experts: int, tokens: int) -> dict[str, list[int]]:
     }
 
 
-def passes(counts: list[int], grouped: bool, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def of_shard(counts: list[int], grouped: bool, device: torch.device) -> Counts:
+    """As a layer of this one shard makes them."""
+    (found,) = counts_of_shards(torch.tensor(counts, device=device), len(counts), grouped)
+    return found
+
+
+def passes(counts: Counts, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     rows, w1w3, w2 = (tensor.detach().requires_grad_() for tensor in tensors)
-    output = ExpertProducts.apply(rows[: sum(counts)], w1w3, w2, counts, grouped)
+    output = ExpertProducts.apply(rows[: sum(counts.rows)], w1w3, w2, counts)
     output.float().square().sum().backward()
     return [output.detach(), rows.grad, w1w3.grad, w2.grad]
 
@@ -40,10 +46,10 @@ def rows(place: Place) -> list[Row]:
     chosen = expert_products.choose("auto", device, torch.bfloat16, hidden, ffn)
     found = [Row("auto takes grouped products", None, {"chosen": chosen, "hidden": hidden, "ffn": ffn})]
     for name, counts in counts_of(experts, tokens).items():
-        loop, grouped = (passes(counts, kind, tensors) for kind in (False, True))
+        loop, grouped = (passes(of_shard(counts, kind, device), tensors) for kind in (False, True))
         apart = [error(one, other) for one, other in zip(grouped, loop, strict=True)]
         empty = all(not gradient[i].any() for gradient in grouped[2:] for i, count in enumerate(counts) if not count)
-        again = passes(counts, True, tensors)
+        again = passes(of_shard(counts, True, device), tensors)
         same = all(torch.equal(one, other) for one, other in zip(again, grouped, strict=True))
         figures = {"error": max(apart), "gradients of empty experts are 0": empty, "repeats bit for bit": same}
         found.append(Row(f"{experts} experts, {name}", max(apart) < BOUND and empty, figures))
@@ -51,7 +57,8 @@ def rows(place: Place) -> list[Row]:
         counts = [each] * experts
         figures = {}
         for kind, grouped in (("loop", False), ("grouped", True)):
-            figures[f"{kind} ms"] = milliseconds(place.device, lambda g=grouped, c=counts: passes(c, g, tensors))
+            shard = of_shard(counts, grouped, device)
+            figures[f"{kind} ms"] = milliseconds(place.device, lambda c=shard: passes(c, tensors))
         done = 3 * 6 * each * experts * hidden * ffn
         figures["grouped TFLOP/s"] = round(done / figures["grouped ms"] / 1e9, 4)
         found.append(Row(f"{each} tokens an expert, forward and backward", None, figures))
@@ -62,9 +69,10 @@ def rows(place: Place) -> list[Row]:
 
 def synchronisations(tensors: list[torch.Tensor], counts: list[int]) -> Row:
     """Whether the host waits for the device inside a shard; said, not judged."""
+    made = of_shard(counts, True, tensors[0].device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        passes(counts, True, tensors)
+        passes(made, tensors)
         waits = "none"
     except RuntimeError as caught:
         waits = str(caught).splitlines()[0][:120]

@@ -25,7 +25,8 @@ def probe(environment, project):
         """Run a probe in the train environment and return what it prints."""
         result = subprocess.run(
             [str(environment("train")), str(STAGES / name), *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": str(project / "workflow"), "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},
+            env=os.environ
+            | {"PYTHONPATH": f"{project / 'workflow'}:{project / 'tests'}", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},
             capture_output=True,
             text=True,
             check=False,
@@ -131,3 +132,10 @@ def test_an_fp8_release_is_loaded_as_its_dequantised_values(variants):
 
 def test_experts_are_multiplied_in_a_loop_on_cpu_unless_grouped_is_asked_for(variants):
     assert variants["rule"] == {"auto on CPU": False, "grouped on CPU": True, "loop": False}
+
+
+def test_gathers_and_sums_over_ranks_give_the_bits_of_deepspeeds_own(probe, tmp_path):
+    ranks = probe("zero_calls_probe.py", tmp_path)
+    assert len(ranks) == 3
+    for rank in ranks:
+        assert rank == {"reduced differently": [], "gathered alike": [True, True, True]}

@@ -95,7 +95,7 @@ def test_profile_that_gives_too_little_memory_is_told_the_line_to_write(plan, ba
     little = '{"nodes": 32, "gres": "gpu:8", "mem_mb": 200000}'
     done = plan("--resources", little, overlays=[base, overlay])
     assert done.returncode == 3
-    assert "mem_mb: 575000" in done.stdout and "mem_mb: 575000" in done.stderr
+    assert "mem_mb: 539000" in done.stdout and "mem_mb: 539000" in done.stderr
 
 
 def test_misfit_warns_where_the_configuration_says_so(project, plan, base):

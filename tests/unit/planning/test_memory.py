@@ -15,6 +15,7 @@ from deepseek_sft.planning.alternatives import change
 from deepseek_sft.planning.plan import MISFIT, longest_row_that_fits
 from deepseek_sft.planning.settings import GIB
 from deepseek_sft.planning.terms import total
+from deepseek_sft.training import launch
 
 
 def with_training(plan, **changes):
@@ -51,7 +52,8 @@ def test_host_memory_lies_below_deepspeeds_estimate_and_above_the_states():
         assert estimate / 1e9 == pytest.approx(671.026 * 18 * 1.5 / nodes, rel=1e-4)
         assert 20 * plan.model.trained / nodes < total(plan.host) < estimate
         summed = with_training(plan, gradient_accumulation_dtype="float32")
-        assert 2 * plan.model.trained / nodes < total(summed.host) - total(plan.host) < 4 * plan.model.trained / nodes
+        more = 8 * 2 * plan.model.partition(8 * nodes, 8)  # two bytes of every element on each of 8 ranks
+        assert total(summed.host) - total(plan.host) == more
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 1), ("bfloat16", 16 / 18)])
@@ -72,11 +74,17 @@ def test_logits_are_chunked_as_the_training_code_does(project):
     assert eval(compile(ast.Expression(value), "loss.py", "eval")) == device_memory.MAX_LOGITS
 
 
-@pytest.mark.parametrize("size", [1, 3, 2**31, 2**31 + 1, 10**10])
-def test_pinned_buffers_are_rounded_up_to_a_power_of_two(size):
+@pytest.mark.parametrize("size", [1, 3, 2**25 + 1, 2**26])
+def test_small_pinned_buffers_are_rounded_up_to_a_power_of_two(size):
     rounded = host_memory.pinned(size)
     assert rounded & (rounded - 1) == 0
     assert size <= rounded < 2 * size
+
+
+@pytest.mark.parametrize("size", [2**26 + 1, 2**31 + 1, 10**10])
+def test_large_ones_are_not_by_the_settings_that_training_starts_with(size):
+    assert host_memory.pinned(size) == size
+    assert f"pinned_max_round_threshold_mb:{host_memory.ROUNDED_MB}" in launch.ALLOCATOR
 
 
 def test_sub_groups_cover_a_partition():
@@ -126,7 +134,7 @@ def test_every_component_is_a_size_with_a_formula():
 
 def test_this_workflows_experts_need_less_than_stock_ones():
     stock = published(32, 4, "zero3", 1)
-    assert with_training(stock, stock_experts=False).device_bytes < stock.device_bytes - 20 * GIB
+    assert with_training(stock, stock_experts=False).device_bytes < stock.device_bytes - 18 * GIB
 
 
 def test_what_stays_on_the_gpu_is_planned_there_and_what_is_offloaded_on_the_host():

@@ -323,6 +323,17 @@ def test_what_the_user_sets_for_the_ranks_is_kept(monkeypatch, tmp_path):
     assert environment["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpus_get_expandable_segments_unless_the_user_says_what_the_allocator_does(monkeypatch, tmp_path, own):
+    node = nodes.detect("cuda", 2, {})
+    found = launch.environment_of(node, launch.Start(tmp_path, "cuda", {}))
+    assert found["PYTORCH_ALLOC_CONF"].startswith("expandable_segments:True")
+    assert "PYTORCH_ALLOC_CONF" not in launch.environment_of(node, launch.Start(tmp_path, "cpu", {}))
+    monkeypatch.setenv(own, "max_split_size_mb:512")
+    found = launch.environment_of(node, launch.Start(tmp_path, "cuda", {}))
+    assert {name: found.get(name) for name in launch.ALLOCATOR_NAMES if name in found} == {own: "max_split_size_mb:512"}
+
+
 def test_secrets_reach_the_ranks_by_their_environment_alone(monkeypatch, tmp_path):
     secrets = tmp_path / "secrets"
     secrets.write_text("HF_TOKEN=canary\n")

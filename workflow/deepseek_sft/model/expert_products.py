@@ -1,6 +1,7 @@
 """The matrix products of several experts on rows sorted by expert: gate and up, SwiGLU, down; forward and backward."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,33 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, hidden: int
     return possible and aligned and torch.cuda.get_device_capability(device) >= GROUPED_CAPABILITY
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How many rows each expert of a shard has.
+
+    Attributes:
+        rows: of each expert, on the host.
+        ends: int32 [experts] on the rows' device, where each expert's rows end, for one product of all experts; None
+            for one product each.
+    """
+
+    rows: list[int]
+    ends: torch.Tensor | None = None
+
+
+def counts_of_shards(counted: torch.Tensor, experts_per_shard: int, grouped: bool) -> list[Counts]:
+    """Counts of every shard of a layer; the host waits for the device this once.
+
+    Offsets are made on the device: one that came from the host would stop the stream in every product.
+
+    Args:
+        counted: int64 [experts], rows of each.
+    """
+    shards = counted.view(-1, experts_per_shard)
+    ends = shards.cumsum(1, dtype=torch.int32).unbind() if grouped else [None] * len(shards)
+    return [Counts(rows, end) for rows, end in zip(shards.tolist(), ends, strict=True)]
+
+
 class ExpertProducts(torch.autograd.Function):
     """SwiGLU of several experts, each on its own rows.
 
@@ -41,38 +69,35 @@ class ExpertProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, w1w3: torch.Tensor, w2: torch.Tensor, counts: list[int], grouped: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, w1w3: torch.Tensor, w2: torch.Tensor, counts: Counts) -> torch.Tensor:
         """rows [n, hidden] sorted by expert, w1w3 [experts, 2·ffn, hidden], w2 [experts, hidden, ffn] → [n, hidden].
 
         Args:
-            counts: rows of each expert.
-            grouped: one product for all experts instead of one for each.
+            counts: of the shard's experts.
         """
-        gate_up = _times_transposed(rows, w1w3, counts, grouped)
+        gate_up = _times_transposed(rows, w1w3, counts)
         gate, up = gate_up.chunk(2, dim=-1)
-        outputs = _times_transposed(F.silu(gate) * up, w2, counts, grouped)
+        outputs = _times_transposed(F.silu(gate) * up, w2, counts)
         ctx.save_for_backward(rows, gate_up, w1w3, w2)
-        ctx.counts, ctx.grouped = counts, grouped
+        ctx.counts = counts
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         rows, gate_up, w1w3, w2 = ctx.saved_tensors
-        counts, grouped = ctx.counts, ctx.grouped
+        counts = ctx.counts
         gradient = gradient.contiguous()
         gate, up = gate_up.chunk(2, dim=-1)
         activated = F.silu(gate)
-        w2_gradient = _outer(gradient, activated * up, counts, grouped)
-        inner = _times(gradient, w2, counts, grouped)
+        w2_gradient = _outer(gradient, activated * up, counts)
+        inner = _times(gradient, w2, counts)
         gate_up_gradient = torch.empty_like(gate_up)
         gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=-1)
         torch.mul(inner, activated, out=up_gradient)
         gate_gradient.copy_(torch.ops.aten.silu_backward(inner.mul_(up), gate))
         del inner, activated
-        w1w3_gradient = _outer(gate_up_gradient, rows, counts, grouped)
-        return _times(gate_up_gradient, w1w3, counts, grouped), w1w3_gradient, w2_gradient, None, None
+        w1w3_gradient = _outer(gate_up_gradient, rows, counts)
+        return _times(gate_up_gradient, w1w3, counts), w1w3_gradient, w2_gradient, None
 
 
 def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -84,34 +109,30 @@ def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:
         start += count
 
 
-def _ends(counts: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(counts, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-
-
-def _times(rows: torch.Tensor, weights: torch.Tensor, counts: list[int], grouped: bool) -> torch.Tensor:
+def _times(rows: torch.Tensor, weights: torch.Tensor, counts: Counts) -> torch.Tensor:
     """rows [n, k] · weights [experts, k, m] → [n, m]."""
-    if grouped and len(rows):
-        return F.grouped_mm(rows, weights, offs=_ends(counts, rows.device))
+    if counts.ends is not None and len(rows):
+        return F.grouped_mm(rows, weights, offs=counts.ends)
     product = rows.new_empty(len(rows), weights.shape[2])
-    for expert, part in _ranges(counts):
+    for expert, part in _ranges(counts.rows):
         torch.mm(rows[part], weights[expert], out=product[part])
     return product
 
 
-def _times_transposed(rows: torch.Tensor, weights: torch.Tensor, counts: list[int], grouped: bool) -> torch.Tensor:
+def _times_transposed(rows: torch.Tensor, weights: torch.Tensor, counts: Counts) -> torch.Tensor:
     """rows [n, k] · weights [experts, m, k] transposed → [n, m]."""
-    return _times(rows, weights.transpose(1, 2), counts, grouped)
+    return _times(rows, weights.transpose(1, 2), counts)
 
 
-def _outer(left: torch.Tensor, right: torch.Tensor, counts: list[int], grouped: bool) -> torch.Tensor:
+def _outer(left: torch.Tensor, right: torch.Tensor, counts: Counts) -> torch.Tensor:
     """left [n, m] transposed · right [n, k], over each expert's rows → [experts, m, k]; zero for experts without."""
-    if grouped and len(left):
-        product = F.grouped_mm(left.T, right, offs=_ends(counts, left.device))
+    if counts.ends is not None and len(left):
+        product = F.grouped_mm(left.T, right, offs=counts.ends)
     else:
-        product = left.new_empty(len(counts), left.shape[1], right.shape[1])
-        for expert, part in _ranges(counts):
+        product = left.new_empty(len(counts.rows), left.shape[1], right.shape[1])
+        for expert, part in _ranges(counts.rows):
             torch.mm(left[part].T, right[part], out=product[expert])
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts.rows):
         if not count:
             product[expert].zero_()
     return product

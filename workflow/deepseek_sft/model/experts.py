@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
-from .expert_products import ExpertProducts
+from .expert_products import Counts, ExpertProducts, counts_of_shards
 from .router import AddGradient, Router
 
 ROWS_AT_ONCE = 2048  # tokens summed in fp32 at once
@@ -21,11 +21,10 @@ class ExpertShard(nn.Module):
         hidden, ffn = config.hidden_size, config.moe_intermediate_size
         self.w1w3 = nn.Parameter(torch.empty(count, 2 * ffn, hidden))
         self.w2 = nn.Parameter(torch.empty(count, hidden, ffn))
-        self.grouped = config.grouped_products
 
-    def forward(self, hidden: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, counts: Counts) -> torch.Tensor:
         """hidden [tokens of this shard sorted by expert, size] → the same shape; ``counts``: tokens per expert."""
-        return ExpertProducts.apply(hidden, self.w1w3, self.w2, counts, self.grouped)
+        return ExpertProducts.apply(hidden, self.w1w3, self.w2, counts)
 
 
 def _token_ranges(tokens: int) -> Iterator[slice]:
@@ -96,7 +95,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.experts_per_shard = config.experts_per_shard
-        self.routed_experts = config.n_routed_experts
+        self.routed_experts, self.grouped = config.n_routed_experts, config.grouped_products
         shards = self.routed_experts // self.experts_per_shard
         self.experts = nn.ModuleList(ExpertShard(config, self.experts_per_shard) for _ in range(shards))
         self.gate = Router(config)
@@ -111,11 +110,10 @@ class MixtureOfExperts(nn.Module):
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         places = places.view_as(experts)
-        counts = torch.bincount(experts.flatten(), minlength=self.routed_experts).tolist()
-        n = self.experts_per_shard
-        per_shard = [counts[start : start + n] for start in range(0, len(counts), n)]
+        counted = torch.bincount(experts.flatten(), minlength=self.routed_experts)
+        per_shard = counts_of_shards(counted, self.experts_per_shard, self.grouped)
         rows = _Dispatch.apply(tokens, order // experts.shape[1], places)
-        parts = rows.split([sum(part) for part in per_shard])
+        parts = rows.split([sum(counts.rows) for counts in per_shard])
         outputs = torch.cat([shard(x, c) for shard, x, c in zip(self.experts, parts, per_shard, strict=True)])
         routed = _Combine.apply(outputs, weights, places).view_as(hidden_states)
         if loss is not None:

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 
 from ..engines import XTUNER
 from ..families import deepseek_v3
+from . import zero_thresholds
 from .counting import Model
 from .settings import GIB, Cluster, Samples, Training
 from .terms import Term, total
 
-# DeepSpeed 0.18.9 defaults (runtime/zero/config.py), which the training configuration leaves alone; elements.
-MAX_LIVE_PARAMETERS = 1_000_000_000
-PREFETCH_BUCKET = 50_000_000
-REDUCE_BUCKET = 500_000_000
-SUB_GROUP = 1_000_000_000
+SUB_GROUP = 1_000_000_000  # elements, DeepSpeed 0.18.9's default
 MAX_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}  # elements, as in model/loss.py
 CONTEXT = 1.0 * GIB  # CUDA context, kernels, cuBLAS and flash-attention workspaces
 NCCL = 2.0 * GIB  # buffers of the world, sequence-parallel and data-parallel communicators over several nodes
@@ -121,9 +118,11 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
             Term("fp32 master weights", 4 * partition, f"4 × {split}"),
             Term("Adam moments", 8 * partition, f"8 × {split}"),
         ]
-    scattered = min(REDUCE_BUCKET, model.trained)
-    bucket = (scattered if cluster.cpu else REDUCE_BUCKET) + scattered  # untouched pages take no memory on CPU
-    live = min(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, model.trained)
+    # A layer that is kept gathered has a term of its own.
+    limits = zero_thresholds.of_model(model.config, training.experts_per_shard, training.thresholds_by_shard, False)
+    scattered = min(limits.reduced, model.trained)
+    bucket = (scattered if cluster.cpu else limits.reduced) + scattered  # untouched pages take no memory on CPU
+    live = min(limits.live + limits.prefetched, model.trained)
     buffers = [
         Term("live and prefetched parameters", width * live, f"{width} × {live:,} (stage3_max_live_parameters)"),
         Term(

@@ -14,9 +14,13 @@ NODE = 4.0 * GIB  # torchrun, train.py, kernel memory charged to the job
 ESTIMATOR_BYTES, ESTIMATOR_FACTOR = 18, 1.5  # of DeepSpeed's own estimator
 
 
+START_BLOCKS = 1.11  # 671B's parts of 256 ranks, each rounded up to a power of two, over their sum
+ROUNDED_MB = 64  # pinned blocks up to this size are rounded up to a power of two, larger ones are not
+
+
 def pinned(size: float) -> int:
-    """Bytes that pinning ``size`` bytes takes: CUDA's host allocator of PyTorch rounds up to a power of two."""
-    return 1 << math.ceil(math.log2(size)) if size > 1 else int(size)
+    """Bytes that pinning ``size`` bytes takes, with the allocator's settings of ``training/launch.py``."""
+    return 1 << math.ceil(math.log2(size)) if 1 < size <= ROUNDED_MB << 20 else int(size)
 
 
 def sub_groups(partition: int) -> list[int]:
@@ -44,22 +48,28 @@ def host_memory(model: Model, training: Training, cluster: Cluster, device: Peak
     partition = model.partition(cluster.ranks, training.experts_per_shard)
     groups = sub_groups(partition)
     each = f"{ranks} ranks × {{}} × {partition:,} elements"
-    rounded = f"{each}, {len(groups)} sub-groups, each pinned buffer rounded up to a power of two"
+    cut = f"{each}, {len(groups)} sub-groups"
     width, summed = training.width, training.gradient_width
     optimizer = [
         Term("fp32 master weights", ranks * 4 * partition, each.format(4)),
         Term("Adam moments", ranks * 8 * partition, each.format(8)),
-        Term("fp32 gradients, pinned", ranks * sum(pinned(4 * size) for size in groups), rounded.format(4)),
+        Term("fp32 gradients, pinned", ranks * sum(pinned(4 * size) for size in groups), cut.format(4)),
         Term(
             "gradients, pinned",
             ranks * pinned(summed * partition),
-            f"{each.format(summed)}, one buffer rounded up to a power of two",
+            f"{each.format(summed)}, one buffer",
         ),
     ]
-    parameters = Term("parameters, pinned", ranks * sum(pinned(width * n) for n in groups), rounded.format(width))
+    parameters = Term("parameters, pinned", ranks * sum(pinned(width * n) for n in groups), cut.format(width))
+    # DeepSpeed pins each parameter's part by itself before it lays them end to end; torch keeps those blocks.
+    first = Term(
+        "parameters, pinned one by one at the start",
+        ranks * START_BLOCKS * width * partition,
+        f"{each.format(width)} × {START_BLOCKS}, kept by the allocator",
+    )
     return [
         *(optimizer if training.offloads_optimizer else []),
-        *([parameters] if training.offloads_parameters else []),
+        *([parameters, first] if training.offloads_parameters else []),
         *base,
     ]
 

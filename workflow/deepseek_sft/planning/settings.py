@@ -46,6 +46,7 @@ class Training:
     gradient_communication_dtype: str | None = None
     accumulate_by: str = "rows"
     deal_rows: str | None = None
+    zero_thresholds: str | None = None
 
     @classmethod
     def from_config(cls, train: dict[str, Any], plan: dict[str, Any]) -> "Training":
@@ -62,6 +63,11 @@ class Training:
             return self
         steps = dealing.accumulation_for(self.gradient_accumulation_steps, samples.per_row)
         return dataclasses.replace(self, gradient_accumulation_steps=steps, accumulate_by="rows")
+
+    @property
+    def thresholds_by_shard(self) -> bool:
+        """Whether ZeRO-3's thresholds follow the experts' shards, as new runs do; stock xtuner's are DeepSpeed's."""
+        return not self.stock_experts and self.zero_thresholds != "deepspeed"
 
     @property
     def offloads_optimizer(self) -> bool:

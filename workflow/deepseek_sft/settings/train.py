@@ -57,6 +57,9 @@ class Training:
     """How the rows of a step are dealt: by what they cost to compute, so that those stand side by side that take alike
     and no group waits, or in the order of the data. `null` is `cost` for a new run, while a run begun before this key
     goes on as it was. The step's rows and its loss are the same."""
+    zero_thresholds: Literal["shard", "deepspeed"] | None = setting(None, later=True, topology=True)
+    """How much ZeRO-3 gathers ahead and holds at once: what the experts' shards ask for, so that no gather waits, or
+    DeepSpeed's defaults. `null` is `shard` for a new run, while a run begun before this key goes on as it was."""
     gradient_accumulation_dtype: Literal["bfloat16", "float32"] = "float32"
     """In what gradients of several forward passes are added up; float32 takes 2 bytes per parameter more, over all
     ranks, and loses nothing."""

@@ -17,6 +17,7 @@ from typing import Any
 from .. import engines, environment_faults, files, json_files, secrets_file
 from ..cli import say
 from ..errors import BadInputError
+from ..planning import host_memory
 from ..python_path import with_library
 from ..slurm.nodes import NodeEnvironment, threads_per_rank
 from . import early_stop, run_folder, watchdog
@@ -85,6 +86,11 @@ class Start:
     worker: str = engines.XTUNER.worker
 
 
+# torch's allocators on GPUs: rows of all lengths leave no gaps, and pinned memory is not rounded up to powers of two.
+ALLOCATOR = f"expandable_segments:True,pinned_max_round_threshold_mb:{host_memory.ROUNDED_MB}"
+ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the first's name of before
+
+
 def command_of(node: NodeEnvironment, start: Start) -> list[str]:
     """The torchrun command of this node: static rendezvous, no restarts (a requeue or a retry restarts the job)."""
     command = [sys.executable, "-m", TORCHRUN, str(_endings_file(start.run, node))]
@@ -125,6 +131,8 @@ def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
             "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(trace_file(start.run, node.attempt, "")),
         }
+        if not environment.keys() & set(ALLOCATOR_NAMES):
+            defaults[ALLOCATOR_NAMES[0]] = ALLOCATOR
     if start.accelerator == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         defaults |= CPU_MEMORY

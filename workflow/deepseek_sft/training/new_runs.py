@@ -37,6 +37,7 @@ DEFAULTS = {
         "float32", lambda chosen: chosen.dtype, "in what dtype it sums gradients over its ranks"
     ),
     "deal_rows": Default("cost", lambda _: "order", "how it deals the rows of a step"),
+    "zero_thresholds": Default("shard", lambda _: "deepspeed", "how much it gathers ahead"),
 }
 
 

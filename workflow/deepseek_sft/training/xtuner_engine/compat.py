@@ -5,6 +5,7 @@ Each applies only where the real thing is missing; docs/training.md lists them w
 """
 
 import datetime
+import functools
 import importlib
 import sys
 import types
@@ -35,6 +36,11 @@ def install(accelerator: str) -> list[str]:
         if deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm"):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             applied.append("deepspeed_shm_comm")
+        from deepspeed.accelerator import get_accelerator
+
+        # Asked in every reduce-scatter, and answered by a process that looks for NUMA nodes.
+        accelerator = get_accelerator()
+        accelerator.device_count = functools.cache(accelerator.device_count)
     return applied
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...families import deepseek_v3
+from ...planning import zero_thresholds
 from ...settings import deepspeed_keys
 from ...slurm.nodes import NodeEnvironment
 from .. import gradient_communication, slow_nodes
@@ -111,10 +112,11 @@ def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[
         "contiguous_gradients": True,
         "stage3_gather_16bit_weights_on_model_save": False,
     }
-    if settings.keep_layer_gathered:
-        # A layer is used twice within this many elements: recomputed, then run backward.
-        elements = 2 * deepseek_v3.largest_layer(deepseek_v3.read_config(base))
-        section |= {"stage3_max_reuse_distance": elements, "stage3_max_live_parameters": elements}
+    by_shard = settings.zero_thresholds == "shard"
+    if by_shard or settings.keep_layer_gathered:
+        section |= zero_thresholds.of_model(
+            deepseek_v3.read_config(base), settings.experts_per_shard, by_shard, settings.keep_layer_gathered
+        ).keys()
     if settings.strategy == "zero3_offload":
         place = {"device": "cpu", "pin_memory": accelerator == "cuda"}
         kept = {"optimizer": ["optimizer"], "parameters": ["param"]}.get(settings.offload, ["optimizer", "param"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from xtuner.engine import DeepSpeedStrategy
 
-from . import sft_model
+from . import sft_model, zero_calls
 from .config import EngineConfig
 
 
@@ -48,6 +48,7 @@ class XtunerEngine:
         wrapper = _optimizer_wrapper(_optimizer(config, self.model))
         self._strategy.prepare(self.model, optim_wrapper=wrapper, dispatch_kwargs={})
         self.deepspeed = self._strategy.model.model
+        zero_calls.install(self.deepspeed.module)
 
     @property
     def device(self) -> torch.device:

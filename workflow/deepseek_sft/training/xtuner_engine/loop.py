@@ -1,5 +1,6 @@
 """One start of a run on one rank, from top to bottom: what comes before the first step, a step, and what follows it."""
 
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,9 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     operations = flops.StepFlops.of(deepseek_v3.read_config(Path(config.base)))
     rows = micro_batches.StepRows(config.tokens, settings, operations.pairs_per_token)
 
+    # What is built stays: Python's collector need not walk through it again and again in each step.
+    gc.collect()
+    gc.freeze()
     engine.deepspeed.train()
     began, stopped = time.time(), False
     step, end = done, min(schedule.steps, attempt.end_after or schedule.steps)

@@ -69,6 +69,7 @@ def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
 
     if options.accelerator == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _stay_near_the_gpu(rank)
     deepspeed.logger.setLevel("WARNING")
     timeout = datetime.timedelta(seconds=time_limits.collectives(watchdog.limits))
     compat.limit_every_group(timeout)
@@ -86,6 +87,20 @@ def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
     if rank == 0:
         run_folder.write_status(options.run, status)
     dist.barrier()
+
+
+def _stay_near_the_gpu(rank: int) -> None:
+    """Run this rank on the cores of its GPU's NUMA node, before anything is pinned; elsewhere where that fails.
+
+    What ``torchrun --numa-binding node`` does, which would end a rank whose job has no such cores.
+    """
+    from torch.numa import binding
+
+    before = len(os.sched_getaffinity(0))
+    near = binding.NumaOptions(binding.AffinityMode.NODE, should_fall_back_if_binding_fails=True)
+    binding._maybe_apply_numa_binding_to_current_process(gpu_index=int(os.environ["LOCAL_RANK"]), numa_options=near)
+    if rank == 0:
+        say(f"rank 0 runs on {len(os.sched_getaffinity(0))} of its job's {before} cores, those near its GPU")
 
 
 def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:

@@ -1,0 +1,38 @@
+"""Rank 0 of 256 ranks that are not there, for ``benchmarks/train.py scale``; run by the train environment's Python.
+
+Usage: scale_worker.py LAYERS EXPERTS_PER_SHARD ours|stock
+Prints one JSON object. ``workflow``, ``tests`` and ``tests/gpu`` on its path.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fake_ranks
+import torch
+
+
+def loop_seconds() -> float:
+    """What this machine's Python takes for ten million additions, the best of three."""
+    best = float("inf")
+    for _ in range(3):
+        begin, total = time.perf_counter(), 0
+        for number in range(10_000_000):
+            total += number
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def main(layers: int, experts_per_shard: int, ours: bool) -> None:
+    torch.set_num_threads(1)
+    fake_ranks.start("cpu", 256)
+    with tempfile.TemporaryDirectory() as folder:
+        base = fake_ranks.scaled_base(Path(folder) / "scaled", num_hidden_layers=layers)
+        figures = fake_ranks.measured("cpu", base, ("optimizer", "param"), ours, experts_per_shard)
+    print(json.dumps(figures | {"loop s": loop_seconds()}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "ours")

@@ -1,0 +1,139 @@
+"""ZeRO-3's gathers and reduce-scatters with little Python: the same values as DeepSpeed's own, bit for bit.
+
+DeepSpeed 0.18 cuts every gathered and every reduced tensor into one slice a rank, in Python: on 256 ranks that is most
+of what the host does in a step (docs/training.md has figures). Here a whole parameter is one strided copy.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.comm import coalesced_collectives
+from deepspeed.runtime.zero import partition_parameters, stage3
+
+# Elements from which a parameter is gathered into memory of its own, which saves a copy, and not with others.
+ALONE = 1 << 24
+
+
+def install(model: torch.nn.Module) -> bool:
+    """Have the parameters of a model that ZeRO-3 has split, and its gradients, use what is below.
+
+    Returns:
+        False where DeepSpeed's own way stays: one rank, or quantised or twice kept weights (`train.deepspeed`).
+    """
+    # DeepSpeed's names of two collectives are torch's of yesterday, which says so at each call.
+    warnings.filterwarnings(
+        "ignore", message=r".*is deprecated. Please use `torch\.distributed\.", category=FutureWarning
+    )
+    parameters = list(model.parameters())
+    group = parameters[0].ds_process_group
+    plain = all(
+        parameter.ds_secondary_tensor is None and not hasattr(parameter.ds_tensor, "ds_quant_scale")
+        for parameter in parameters
+    )
+    if dist.get_world_size(group) == 1 or not plain:
+        return False
+    stage3.reduce_scatter_coalesced = reduce_scatter
+    for parameter in parameters:
+        parameter.all_gather_coalesced = gather
+    return True
+
+
+class Gathering:
+    """Parameters on their way; DeepSpeed waits for it once for each of them, and only the first time counts."""
+
+    def __init__(self, alone: Sequence[Any], together: Sequence[Any], group: Any):
+        self._parameters = [*alone, *together]
+        self._together = together
+        self._handles = [_gather_alone(parameter, group) for parameter in alone]
+        self._gathered: torch.Tensor | None = None
+        if together:
+            handle, self._gathered = _gather_together(together, group)
+            self._handles.append(handle)
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Have the parameters whole in what follows on the stream."""
+        if not self._parameters:
+            return
+        for handle in self._handles:
+            handle.wait()
+        start = 0
+        for parameter in self._together:
+            size = parameter.ds_tensor.ds_numel
+            whole = self._gathered[:, start : start + size].reshape(-1)
+            parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+            start += size
+        if self._gathered is not None and not get_accelerator().is_synchronized_device():
+            self._gathered.record_stream(get_accelerator().current_stream())
+        for parameter in self._parameters:
+            parameter.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
+        self._parameters, self._together, self._handles, self._gathered = [], [], [], None
+
+
+def gather(parameters: Sequence[Any], safe_mode: bool = False, quantize: bool = False) -> Gathering:
+    """Begin to gather parameters on all ranks; stands for ``Parameter.all_gather_coalesced`` of ZeRO-3."""
+    status = partition_parameters.ZeroParamStatus
+    ordered = sorted(parameters, key=lambda parameter: parameter.ds_id)  # alike on all ranks
+    for parameter in ordered:
+        if parameter.ds_status != status.NOT_AVAILABLE:
+            raise RuntimeError(parameter.ds_summary())
+        parameter.ds_status = status.INFLIGHT
+    small = [parameter for parameter in ordered if parameter.ds_numel < ALONE]
+    together = small if len(small) > 1 else []
+    shared = {parameter.ds_id for parameter in together}
+    alone = [parameter for parameter in ordered if parameter.ds_id not in shared]
+    return Gathering(alone, together, ordered[0].ds_process_group)
+
+
+def _own_part(parameter: Any) -> torch.Tensor:
+    """This rank's part on the device; from pinned memory without waiting for what the device does before."""
+    return parameter.ds_tensor.to(get_accelerator().current_device_name(), non_blocking=True)
+
+
+def _gather_alone(parameter: Any, group: Any) -> Any:
+    """Into memory of its own, which becomes the parameter's."""
+    part = _own_part(parameter)
+    whole = part.new_empty(part.numel() * dist.get_world_size(group))
+    handle = partition_parameters._dist_allgather_fn(part, whole, group)
+    parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+    return handle
+
+
+def _gather_together(parameters: Sequence[Any], group: Any) -> tuple[Any, torch.Tensor]:
+    """Into one tensor, [ranks, elements]: every rank's part of each parameter, one after the other."""
+    parts = [_own_part(parameter) for parameter in parameters]
+    gathered = parts[0].new_empty(dist.get_world_size(group), sum(part.numel() for part in parts))
+    own = gathered[dist.get_rank(group)]
+    torch.cat(parts, out=own)
+    return partition_parameters._dist_allgather_fn(own, gathered.view(-1), group), gathered
+
+
+def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
+    """Mean over ranks of each tensor, of which this rank gets its part; stands for ``reduce_scatter_coalesced``.
+
+    Args:
+        tensors: of one dtype; a single one that the ranks divide evenly is the buffer itself, as with DeepSpeed.
+
+    Returns:
+        1-D parts, ⌈elements / ranks⌉ of each but for the last ranks.
+    """
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
+    if len(tensors) == 1 and tensors[0].numel() == sizes[0] * ranks:
+        buffer = tensors[0].view(ranks, sizes[0])
+    else:
+        buffer, start = tensors[0].new_empty(ranks, sum(sizes)), 0
+        for tensor, size in zip(tensors, sizes, strict=True):
+            flat, full = tensor.view(-1), tensor.numel() // max(size, 1)
+            buffer[:full, start : start + size] = flat[: full * size].view(full, size)
+            if rest := flat.numel() - full * size:
+                buffer[full, start : start + rest] = flat[full * size :]
+            start += size
+    buffer.div_(ranks)  # before the sum, as DeepSpeed does
+    part = buffer[rank]
+    coalesced_collectives._torch_reduce_scatter_fn(buffer.view(-1), part, group=group)
+    ends = [max(0, min(size, tensor.numel() - rank * size)) for tensor, size in zip(tensors, sizes, strict=True)]
+    return [piece[:end] for piece, end in zip(part.split(sizes), ends, strict=True)]
