@@ -21,10 +21,10 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, receipts
+from deepseek_sft import cli, families, files, receipts
 from deepseek_sft.convert import base_model, base_sums, cut_base, dequantize, tiny_model
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.families import config_file, deepseek_v3
+from deepseek_sft.families import config_file
 from deepseek_sft.tensors import memory_bound
 from deepseek_sft.tensors.sizes import parse_size
 
@@ -108,7 +108,7 @@ def main() -> None:
         settings = {"tiny": dataclasses.asdict(shape), "seed": args.seed}
     else:
         source = args.base
-        deepseek_v3.require_trainable(deepseek_v3.read_config(source), source / "config.json")
+        families.read_trainable(source)
         base = base_model.open_model(source)
         _tell(base)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}

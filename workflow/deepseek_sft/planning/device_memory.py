@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from .. import families
 from ..engines import XTUNER
-from ..families import deepseek_v3
 from .counting import Model
 from .settings import GIB, Cluster, Samples, Training
 from .terms import Term, total
@@ -137,7 +137,7 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
         wider = 2 * training.communication_width - training.width
         buffers.append(Term("gradients widened to be summed", wider * scattered, f"{wider} × {scattered:,}"))
     if training.keep_layer_gathered:
-        layer = deepseek_v3.largest_layer(model.config)
+        layer = families.of(model.config).largest_layer(model.config)
         buffers.append(Term("layer that is kept gathered", width * layer, f"{width} × {layer:,}"))
     return states + buffers
 

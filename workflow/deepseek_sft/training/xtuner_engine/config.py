@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...families import deepseek_v3
+from ... import families
 from ...settings import deepspeed_keys
 from ...slurm.nodes import NodeEnvironment
 from .. import gradient_communication, slow_nodes
@@ -113,7 +113,8 @@ def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[
     }
     if settings.keep_layer_gathered:
         # A layer is used twice within this many elements: recomputed, then run backward.
-        elements = 2 * deepseek_v3.largest_layer(deepseek_v3.read_config(base))
+        model = families.read_config(base)
+        elements = 2 * families.of(model).largest_layer(model)
         section |= {"stage3_max_reuse_distance": elements, "stage3_max_live_parameters": elements}
     if settings.strategy == "zero3_offload":
         place = {"device": "cpu", "pin_memory": accelerator == "cuda"}
