@@ -79,8 +79,9 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
     if not python.exists():  # built by a job of its own, or on the nodes' disks
         return []
     imports = rule_settings.preflight(experiment)[0].get("imports", ())
+    engine = experiment.config["train"]["engine"]
     variables = {name: str(value) for name, value in experiment.config["train"]["environment"].items()}
-    error = software.import_error(imports, str(python), variables=variables)
+    error = software.import_error(imports, str(python), engine=engine, variables=variables)
     if "No module named" in error:
         raise BadInputError(
             f"{python}: {error}",

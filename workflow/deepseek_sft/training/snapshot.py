@@ -11,9 +11,10 @@ import shutil
 from pathlib import Path
 
 from ..cli import say
+from ..engines import MARKER
 from ..errors import BadInputError
 from . import checkpoints
-from .checkpoints import MARKER, Checkpoint
+from .checkpoints import Checkpoint
 from .lock import LINKLESS
 
 NEWEST = "newest"
