@@ -67,7 +67,7 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
         BadInputError: a package is missing, so everywhere; torch is a build for CPUs; no libcuda in ``cuda_compat``.
     """
     own = experiment.config["envs"]["train"] or {}
-    python = Path(experiment.python("train"))
+    python = Path(experiment.environment("train").python)
     if "train" not in rules or experiment.config["accelerator"] != "cuda" or own.get("activate"):
         return []
     compatibility = cuda_stack.compatibility_driver(own.get("cuda_compat") or "")
