@@ -6,7 +6,7 @@ from typing import Any
 
 from check import Place
 
-from deepseek_sft.families import deepseek_v3
+from deepseek_sft import families
 from deepseek_sft.planning.counting import Model, count
 from deepseek_sft.planning.settings import Training
 
@@ -38,7 +38,7 @@ def configuration(place: Place) -> dict[str, Any]:
 
 
 def model_of(config: dict[str, Any]) -> Model:
-    return count(deepseek_v3.checked(config, PUBLISHED))
+    return count(families.checked(config, PUBLISHED))
 
 
 def training(experts_per_shard: int) -> Training:

@@ -206,10 +206,10 @@ def test_wrong_source_is_refused_with_the_key(source, words):
 
 def test_configured_environment_replaces_the_locked_one():
     experiment = demo(envs={"train": {"python": "/opt/site/bin/python", "activate": "module load cuda"}})
-    assert experiment.python("train") == "/opt/site/bin/python"
-    assert experiment.activate("train") == "module load cuda"
-    assert experiment.environment_markers("train") == []
-    assert experiment.environment_markers("serve") == [".envs/serve-cpu.json"]
+    assert experiment.environment("train").python == "/opt/site/bin/python"
+    assert experiment.environment("train").activate == "module load cuda"
+    assert experiment.environment("train").built == []
+    assert experiment.environment("serve").built == [".envs/serve-cpu.json"]
 
 
 def production(**serve) -> Experiment:

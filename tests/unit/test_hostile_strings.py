@@ -92,7 +92,7 @@ def shell_lines(experiment: Experiment) -> list[str]:
         f" {shlex.quote(text(rule))}" for rule in SETTINGS for text in (experiment.settings, experiment.operational)
     ]
     lines += [f" {experiment.render_arguments(rule)}" for rule in ("train", "smoke_test", "serve", "preflight")]
-    lines += [f" {shlex.quote(experiment.python(stage))}" for stage in ("train", "serve")]
+    lines += [f" {shlex.quote(experiment.environment(stage).python)}" for stage in ("train", "serve")]
     return lines
 
 
@@ -103,7 +103,13 @@ def shell_of(experiment: Experiment) -> str:
 
 def exports_of(experiment: Experiment) -> str:
     """The lines of an sbatch script that carry a configuration's text, without what starts programs."""
-    names = {"project": "/tmp", "experiment": "x", "results": "r", "logs": "l", "python": experiment.python("train")}
+    names = {
+        "project": "/tmp",
+        "experiment": "x",
+        "results": "r",
+        "logs": "l",
+        "python": experiment.environment("train").python,
+    }
     more = {"activate": "", "accelerator": "cpu", "ranks_per_node": 2, "preflight": False, "spare_nodes": 0}
     variables = {name: str(value) for name, value in experiment.config["train"]["environment"].items()}
     script = sbatch.render("train", sbatch.Allocation(nodes=1), names | more | {"environment": variables})

@@ -139,8 +139,8 @@ def experiment(**envs):
 
 def test_training_alone_runs_from_there():
     chosen = experiment(local={"train": "tar", "folder": "/scratch/"})
-    assert chosen.python("train").startswith(f"/scratch/deepseek-sft-{os.getuid()}/train-")
-    assert chosen.python("serve") == ".envs/serve-cpu/bin/python"
+    assert chosen.environment("train").python.startswith(f"/scratch/deepseek-sft-{os.getuid()}/train-")
+    assert chosen.environment("serve").python == ".envs/serve-cpu/bin/python"
     for rule in ("train", "preflight", "rehearse"):
         assert "--archive .envs/train.tar" in chosen.render_arguments(rule)
     assert "--archive" not in chosen.render_arguments("smoke_test") + experiment().render_arguments("train")

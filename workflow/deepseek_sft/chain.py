@@ -10,11 +10,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from . import json_files, receipts, stages
+from . import engines, json_files, receipts, stages
 from .errors import BadInputError, StageError
 
 # A file without which the folder that is a stage's result is none any more.
-INSIDE = {"model": "config.json", "base": "config.json", "tokens": "tokens.json", "checkpoint": "committed.json"}
+INSIDE = {"model": "config.json", "base": "config.json", "tokens": "tokens.json", "checkpoint": engines.MARKER}
 AGAIN = "snakemake --profile <profile> [--configfile <yours>] --forcerun"
 
 

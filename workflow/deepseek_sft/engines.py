@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 GIB = 1 << 30
+MARKER, MARKER_FORMAT = "committed.json", 1  # in a checkpoint folder, once it counts: ``convert/marker.py``
+DEFAULT = "xtuner"  # begun runs and plans name no engine
 
 
 @dataclass(frozen=True)

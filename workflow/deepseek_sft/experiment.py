@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import glob
 import shlex
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import files, place, receipts, rule_settings, secrets_file, shapes, stages
+from . import environments, files, place, receipts, rule_settings, secrets_file, shapes, stages
 from .data.sources import split_argument
 from .data.tokens import made_unpacked
-from .engines import ENGINES
 from .errors import BadInputError
-from .local_copies import LocalCopies, copies_of
 from .planning import gate
 from .planning import load as planning
 from .planning.plan import Plan
@@ -65,43 +62,9 @@ class Experiment:
         head = "# The resolved configuration of the last start, defaults filled in. Changing it does nothing.\n"
         files.write_text(f"{self.results}/config.yaml", head + yaml.safe_dump(self.config, sort_keys=False))
 
-    # ---- environments
-
-    def environment_name(self, stage: str) -> str:
-        """Locked environment of a stage: ``workflow``, ``train``, ``train-cuda``, ``serve-cpu`` or ``serve-cuda``."""
-        if stage == "train":
-            name = ENGINES[self.config["train"]["engine"]].environment
-            return f"{name}-cuda" if self.config["accelerator"] == "cuda" else name
-        return f"serve-{self.config['accelerator']}" if stage == "serve" else stage
-
-    def environment_markers(self, stage: str) -> list[str]:
-        """Files that say that the stage's locked environment is built; none where an existing one is configured."""
-        return [] if self.config["envs"].get(stage) else [f".envs/{self.environment_name(stage)}.json"]
-
-    def python(self, stage: str) -> str:
-        """Interpreter of a stage."""
-        if stage == "workflow":
-            return sys.executable
-        if copies := self.local_copies(stage):
-            return copies.python
-        own = self.config["envs"].get(stage)
-        return own["python"] if own else f".envs/{self.environment_name(stage)}/bin/python"
-
-    def local_copies(self, stage: str) -> LocalCopies | None:
-        """What of a stage runs from the nodes' own disks; None where nothing does."""
-        local = self.config["envs"]["local"]
-        if not (kind := local.get(stage)):
-            return None
-        return copies_of(self.environment_name(stage), kind, local["folder"])
-
-    def activate(self, stage: str) -> str:
-        """Shell line to run before the stage's interpreter, or nothing."""
-        own = self.config["envs"].get(stage) or {}
-        line, folder = own.get("activate", ""), own.get("cuda_compat")
-        if not folder:
-            return line
-        first = f"export LD_LIBRARY_PATH={shlex.quote(folder)}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"
-        return f"{line} && {first}" if line else first
+    def environment(self, kind: str) -> environments.Environment:
+        """What runs the stages of one kind: ``workflow``, ``train`` or ``serve``."""
+        return environments.of(kind, self.config)
 
     # ---- what each rule is given
 
@@ -151,13 +114,8 @@ class Experiment:
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""
-        stage = stages.environment_of(rule)
-        words = [
-            *("--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]),
-            *("--python", self.python(stage), f"--activate={self.activate(stage)}"),
-        ]
-        if copies := self.local_copies(stage):
-            words += ["--archive", copies.archive, "--environment", copies.environment, "--code", copies.code]
+        words = ["--results", self.results, "--logs", self.logs, "--accelerator", self.config["accelerator"]]
+        words += self.environment(stages.environment_of(rule)).words()
         if rule in ("train", "rehearse") and self.config["preflight"]["in_training"]:
             words += ["--preflight", self.settings("preflight")]
         return shlex.join(words)
@@ -208,7 +166,7 @@ class Experiment:
     def missing_paths(self, rules: Collection[str] = stages.CHAIN) -> list[str]:
         """One sentence for each external path that does not exist and that one of ``rules`` reads."""
         envs, named = self.config["envs"], self._named()
-        for stage in ("train", "serve"):
+        for stage in environments.CHOSEN:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named += [(rule, f"envs.{stage}.python", own["python"]) for rule in stages.run_by(stage)]

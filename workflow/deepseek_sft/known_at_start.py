@@ -67,7 +67,7 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
         BadInputError: a package is missing, so everywhere; torch is a build for CPUs; no libcuda in ``cuda_compat``.
     """
     own = experiment.config["envs"]["train"] or {}
-    python = Path(experiment.python("train"))
+    python = Path(experiment.environment("train").python)
     if "train" not in rules or experiment.config["accelerator"] != "cuda" or own.get("activate"):
         return []
     compatibility = cuda_stack.compatibility_driver(own.get("cuda_compat") or "")
@@ -79,8 +79,9 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
     if not python.exists():  # built by a job of its own, or on the nodes' disks
         return []
     imports = rule_settings.preflight(experiment)[0].get("imports", ())
+    engine = experiment.config["train"]["engine"]
     variables = {name: str(value) for name, value in experiment.config["train"]["environment"].items()}
-    error = software.import_error(imports, str(python), variables=variables)
+    error = software.import_error(imports, str(python), engine=engine, variables=variables)
     if "No module named" in error:
         raise BadInputError(
             f"{python}: {error}",

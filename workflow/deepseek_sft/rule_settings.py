@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import config as configuration
+from . import engines
 from .planning import duration
 from .planning.settings import Training
 
@@ -92,7 +93,13 @@ def _refine_plan(experiment: "Experiment") -> Values:
         "plan": configuration.settled("plan", config),
         "train": {key: steering[key] for key in used if key in steering},
     }
-    return {"train": {key: shaping[key] for key in used if key in shaping}}, others
+    return {"train": {key: shaping[key] for key in used if key in shaping} | _other_engine(config)}, others
+
+
+def _other_engine(config: dict[str, Any]) -> dict[str, str]:
+    """The engine, where it is not the one that plans and preflights of begun experiments mean without naming it."""
+    engine = config["train"]["engine"]
+    return {} if engine == engines.DEFAULT else {"engine": engine}
 
 
 def preflight(experiment: "Experiment") -> Values:
@@ -104,6 +111,7 @@ def preflight(experiment: "Experiment") -> Values:
         chosen["all_reduce_min_gb_per_second"] = round(least, 3)
     if config["train"]["attention"] == "flash":
         chosen["imports"] = ["flash_attn"]
+    chosen |= _other_engine(config)
     return chosen, {key: config["train"][key] for key in ("environment", "ranks_per_node")}
 
 

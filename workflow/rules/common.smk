@@ -15,6 +15,7 @@ try:
         adoption,
         ending,
         environment_faults,
+        environments,
         json_files,
         known_at_start,
         locks,
@@ -63,7 +64,7 @@ PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources tha
 CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by check_targets
 CHAIN_LOST = {}  # rule → why it cannot run any more without training again
 LOGS = EXPERIMENT.logs
-SCRIPT = f"{quote(EXPERIMENT.python('workflow'))} workflow/scripts"
+SCRIPT = f"{quote(EXPERIMENT.environment('workflow').python)} workflow/scripts"
 
 
 def literal(text):
@@ -215,13 +216,13 @@ def build_environments(rules):
 
     Their markers are no inputs: Snakemake drops all jobs behind an `ancient()` input that is made anew in the same run.
     """
-    for environment in ("train", "serve"):
-        users = sorted(rules & set(stages.run_by(environment)))
-        if users and EXPERIMENT.environment_markers(environment):
-            command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_env.py"]
-            if kind := EXPERIMENT.config["envs"]["local"].get(environment):
-                command += ["--archive", kind]
-            if subprocess.run([*command, EXPERIMENT.environment_name(environment)]).returncode:
+    for kind in environments.CHOSEN:
+        users, environment = sorted(rules & set(stages.run_by(kind))), EXPERIMENT.environment(kind)
+        if users and environment.built:
+            command = [EXPERIMENT.environment("workflow").python, "workflow/scripts/build_env.py"]
+            if environment.archive:
+                command += ["--archive", environment.archive]
+            if subprocess.run([*command, environment.locked]).returncode:
                 raise WorkflowError(f"the environment of {', '.join(users)} could not be built, see the message above")
 
 
@@ -335,7 +336,7 @@ def tell_end(workflow, ok):
 
 def build_partial_report():
     """Write the report of what there is, without a receipt; its path, or why there is none."""
-    command = [EXPERIMENT.python("workflow"), "workflow/scripts/build_report.py", RESULTS]
+    command = [EXPERIMENT.environment("workflow").python, "workflow/scripts/build_report.py", RESULTS]
     done = subprocess.run(command, capture_output=True, text=True)
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return f"{RESULTS}/report.html" if done.returncode == 0 else f"could not be written: {last}"

@@ -38,5 +38,4 @@ rule pack_env:
 
 rule envs:
     input:
-        [EXPERIMENT.environment_markers(stage) for stage in ("train", "serve")],
-        [copies.archive for copies in [EXPERIMENT.local_copies("train")] if copies],
+        [EXPERIMENT.environment(kind).files for kind in environments.CHOSEN],

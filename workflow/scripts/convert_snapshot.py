@@ -7,6 +7,7 @@ and verify_model. The checkpoint is held by hard links until it is converted, so
 ones. Options that are not named here are convert_checkpoint's.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, json_files
-from deepseek_sft.errors import BadInputError
+from deepseek_sft.settings import options
+from deepseek_sft.settings.convert import Convert
 from deepseek_sft.training import snapshot
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -23,26 +25,22 @@ SCRIPTS = Path(__file__).resolve().parent
 def main() -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("results", type=Path, help="results/<experiment>")
-    parser.add_argument("--checkpoint", default=snapshot.NEWEST, help="newest, or step_<N>")
     parser.add_argument("--base", type=Path, required=True, help="model folder that training started from")
-    parser.add_argument("--dtype", default="bf16", help="of the weights, as for convert_checkpoint")
-    parser.add_argument("--mtp", default="drop", help="likewise")
+    options.add(parser, Convert, "checkpoint", "dtype", "mtp")
     parser.add_argument("--full", action="store_true", help="compare every value with the checkpoint, not samples")
-    options, rest = parser.parse_known_args()
-    if not snapshot.is_name(options.checkpoint):
-        raise BadInputError(f"--checkpoint {options.checkpoint} is no checkpoint", "write newest or step_<N>")
-    taken = snapshot.hold(options.results, options.checkpoint)
+    args, rest = parser.parse_known_args()
+    taken = snapshot.hold(args.results, args.checkpoint)
     try:
-        return convert(options, rest, taken)
+        return convert(args, rest, taken)
     finally:
         taken.release()
 
 
-def convert(options, rest: list[str], taken: snapshot.Snapshot) -> int:
+def convert(args: argparse.Namespace, rest: list[str], taken: snapshot.Snapshot) -> int:
     """Convert, then verify; the exit code of the first that fails, else 0."""
     model = taken.folder / "model"
-    kind = ["--dtype", options.dtype, "--mtp", options.mtp]
-    common = ["--base", str(options.base), "--checkpoint", str(taken.held)]
+    kind = ["--dtype", args.dtype, "--mtp", args.mtp]
+    common = ["--base", str(args.base), "--checkpoint", str(taken.held)]
     trained = json_files.read(taken.run / "settings.json", {"settings": dict})["settings"]
     bounds = {
         "--learning-rate": trained["learning_rate"],
@@ -51,7 +49,7 @@ def convert(options, rest: list[str], taken: snapshot.Snapshot) -> int:
         "--balance-bias-speed": trained.get("balance_bias_speed", 0.0),
     }
     verify = ["--model", str(model), *(str(word) for pair in bounds.items() for word in pair)]
-    verify += ["--adam-betas", *map(str, trained["adam_betas"]), *(["--full"] if options.full else [])]
+    verify += ["--adam-betas", *map(str, trained["adam_betas"]), *(["--full"] if args.full else [])]
     for name, words in (("convert_checkpoint", ["--output", str(model), *rest]), ("verify_model", verify)):
         receipt = ["--receipt", str(taken.folder / f"{name}.json")]
         code = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", *common, *kind, *words, *receipt]).returncode

@@ -21,10 +21,13 @@ from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, receipts
+from deepseek_sft import cli, families, files, receipts
 from deepseek_sft.convert import base_model, base_sums, cut_base, dequantize, tiny_model
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.families import config_file, deepseek_v3
+from deepseek_sft.families import config_file
+from deepseek_sft.settings import options
+from deepseek_sft.settings.convert import Convert
+from deepseek_sft.settings.model import Tiny
 from deepseek_sft.tensors import memory_bound
 from deepseek_sft.tensors.sizes import parse_size
 
@@ -48,16 +51,15 @@ def arguments() -> argparse.Namespace:
         "--layers", type=int, help="decoder layers; of a base, the first so many (default: all of them)"
     )
     streaming = parser.add_argument_group("dequantising and cutting")
-    streaming.add_argument("--memory", default="auto", help="bound of all buffers together: auto or a size (512MiB)")
+    options.add(streaming, Convert, "memory", "workers")
     streaming.add_argument(
         "--mtp",
         choices=["drop", "copy", "keep"],
         default="drop",
         help="the multi-token-prediction layer, which is not trained; keep: copy if there is one",
     )
-    streaming.add_argument("--workers", type=int, default=0, help="threads; 0: two per core, at most 16")
     sizes = parser.add_argument_group("tiny model")
-    sizes.add_argument("--seed", type=int, default=0, help="of the random weights")
+    options.add(sizes, Tiny, "seed")
     for field in dataclasses.fields(tiny_model.TinyShape):
         option = "--" + field.name.replace("_", "-")
         description = DESCRIPTIONS.get(field.name, field.name.replace("_", " "))
@@ -108,7 +110,7 @@ def main() -> None:
         settings = {"tiny": dataclasses.asdict(shape), "seed": args.seed}
     else:
         source = args.base
-        deepseek_v3.require_trainable(deepseek_v3.read_config(source), source / "config.json")
+        families.read_trainable(source)
         base = base_model.open_model(source)
         _tell(base)
         inputs = {"base": {"path": str(source), "fingerprint": base.fingerprint}}

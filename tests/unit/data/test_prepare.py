@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.data.helpers import PROJECT, assistant, read_lines, run_script, user, write_lines
 
-from deepseek_sft.data.json_array import ArrayError, array_items
+from deepseek_sft.data.json_array import ArrayError, sized_items
 from deepseek_sft.data.prepare import convert_record, prepare
 from deepseek_sft.data.sources import RawRecord, Source, find_sources, read_source
 from deepseek_sft.errors import BadInputError
@@ -223,7 +223,7 @@ def test_array_reader_equals_json_for_any_block_size(items, size, indented):
     except UnicodeDecodeError:
         return
     blocks = (data[at : at + size] for at in range(0, len(data), size))
-    assert list(array_items(blocks)) == items
+    assert [item for item, _ in sized_items(blocks)] == items
 
 
 @given(st.lists(json_values, min_size=1, max_size=4), st.integers(1, 20), st.data())
@@ -231,7 +231,7 @@ def test_array_reader_refuses_every_cut(items, size, data):
     whole = json.dumps(items).encode()
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
     with pytest.raises(ArrayError):
-        list(array_items(cut[at : at + size] for at in range(0, len(cut), size)))
+        list(sized_items(cut[at : at + size] for at in range(0, len(cut), size)))
 
 
 messages = st.lists(

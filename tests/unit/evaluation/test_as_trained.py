@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from serving_fakes import LOGPROB, MODEL, fake_server
 
-from deepseek_sft import receipts
+from deepseek_sft import engines, receipts
 from deepseek_sft.convert import marker
 from deepseek_sft.data import loss_rows, tokens
 from deepseek_sft.errors import BadInputError, GateError
@@ -77,7 +77,7 @@ def test_marker_passes_the_losses_on_and_one_without_them_stays_valid(tmp_path):
         "files": {},
     }
     for value, expected in ((content, None), (content | {loss_rows.KEY: RECORD}, RECORD)):
-        (tmp_path / marker.NAME).write_text(json.dumps(value))
+        (tmp_path / engines.MARKER).write_text(json.dumps(value))
         assert marker.read_marker(tmp_path).trained_losses == expected
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small_models
 
+from deepseek_sft import families
 from deepseek_sft.convert import base_model, output_tensors, tiny_model
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.families import config_file, deepseek_v3, implied_numbers
@@ -53,16 +54,16 @@ SAME = {
 
 
 def test_a_release_is_read_and_written_as_it_lies():
-    assert deepseek_v3.checked(OLD, PLACE) == OLD
+    assert families.checked(OLD, PLACE) == OLD
     assert config_file.to_serve(OLD, PLACE) == OLD
 
 
 @pytest.mark.parametrize("form", SAME)
 def test_every_form_means_what_the_release_says(form):
-    found, wanted = (implied_numbers.numbers(deepseek_v3.checked(config, PLACE)) for config in (SAME[form], OLD))
+    found, wanted = (implied_numbers.numbers(families.checked(config, PLACE)) for config in (SAME[form], OLD))
     assert np.array_equal(found.frequencies, wanted.frequencies)
     assert (found.softmax_scale, found.attention_factor) == (wanted.softmax_scale, wanted.attention_factor)
-    config = deepseek_v3.checked(SAME[form], PLACE)
+    config = families.checked(SAME[form], PLACE)
     assert config["n_routed_experts"] == OLD["n_routed_experts"] and config["num_nextn_predict_layers"] == 0
     assert deepseek_v3.tensor_specs(config) == deepseek_v3.tensor_specs(OLD)
 
@@ -71,7 +72,7 @@ def test_every_form_means_what_the_release_says(form):
 def test_what_is_written_has_the_keys_of_old_and_new_readers(form):
     written = config_file.to_serve(SAME[form], PLACE)
     assert (written["rope_theta"], config_file.yarn(written)) == (10000, config_file.yarn(OLD))
-    assert implied_numbers.numbers(deepseek_v3.checked(written, PLACE)).softmax_scale == pytest.approx(
+    assert implied_numbers.numbers(families.checked(written, PLACE)).softmax_scale == pytest.approx(
         128**-0.5 * 1.3689**2, 1e-4
     )
     if "rope_parameters" in SAME[form]:
@@ -81,7 +82,7 @@ def test_what_is_written_has_the_keys_of_old_and_new_readers(form):
 
 def test_a_model_without_scaling_is_read_from_the_default_type():
     new = NEW | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
-    config = deepseek_v3.checked(new, PLACE)
+    config = families.checked(new, PLACE)
     assert (config["rope_scaling"], config["rope_theta"]) == (None, 50000.0)
     assert implied_numbers.numbers(config).softmax_scale == 128**-0.5
     assert implied_numbers.numbers(config).frequencies[1] == pytest.approx(50000 ** (-2 / 64))
@@ -132,23 +133,23 @@ REFUSED = {
 def test_what_would_be_computed_otherwise_is_refused_by_name(what):
     config, message = REFUSED[what]
     with pytest.raises(BadInputError, match=message):
-        deepseek_v3.checked(config, PLACE)
+        families.checked(config, PLACE)
 
 
 @pytest.mark.parametrize("key", config_file.COMPUTED)
 def test_a_key_that_readers_would_fill_in_differently_must_be_there(key):
     with pytest.raises(BadInputError, match=rf"{key} missing"):
-        deepseek_v3.checked(without(key), PLACE)
+        families.checked(without(key), PLACE)
 
 
 def test_unknown_keys_that_switch_nothing_on_are_let_through_and_named():
     idle = {"sliding_window": None, "use_sliding_window": False, "trained_by_version": "3", "_remark": 1}
-    deepseek_v3.checked(OLD | idle, PLACE)
+    families.checked(OLD | idle, PLACE)
     assert config_file.unknown_keys(OLD | idle) == ([], list(idle))
 
 
 def test_a_plan_counts_the_same_model_from_either_form():
-    old, new = (counting.count(deepseek_v3.checked(config, PLACE)) for config in (OLD, NEW))
+    old, new = (counting.count(families.checked(config, PLACE)) for config in (OLD, NEW))
     assert old.figures() == new.figures() and old.forward_flops(100) == new.forward_flops(100)
 
 

@@ -3,7 +3,7 @@
 import planning_models as models
 import pytest
 
-from deepseek_sft.planning import zero_thresholds
+from deepseek_sft import families
 from deepseek_sft.planning.zero_thresholds import Thresholds, of_model
 
 V3 = models.DEEPSEEK_V3
@@ -30,7 +30,7 @@ def test_a_run_that_was_begun_before_has_deepspeeds_own():
 
 def test_a_layer_that_is_kept_is_within_what_may_live():
     found = of_model(V3, 8, by_shard=True, keep_layer_gathered=True)
-    layer = zero_thresholds.deepseek_v3.largest_layer(V3)
+    layer = families.of(V3).largest_layer(V3)
     assert (found.live, found.reuse) == (2 * layer, 2 * layer)
     assert set(found.keys()) == {
         "stage3_max_live_parameters",

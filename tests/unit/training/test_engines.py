@@ -1,16 +1,20 @@
 """An engine's row says what launch, checkpoints, conversion and plan read of it."""
 
 import ast
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from training_helpers import settings, write_checkpoint
 
-from deepseek_sft import engines
+from deepseek_sft import config, engines, rule_settings
 from deepseek_sft.convert import marker
-from deepseek_sft.planning import device_memory, host_memory
+from deepseek_sft.planning.settings import Training
+from deepseek_sft.preflight import software
 from deepseek_sft.slurm import nodes
 from deepseek_sft.training import checkpoints, launch
 
@@ -48,9 +52,41 @@ def test_a_checkpoint_counts_only_with_every_kind_of_file_of_every_rank(tmp_path
     assert checkpoints.commit(folder, told, wanted).step == 3
 
 
-def test_the_plan_adds_up_the_engines_own_memory():
-    assert device_memory.PROCESS is engines.XTUNER.memory
-    assert engines.XTUNER.memory.cuda_host == host_memory.PROCESS
+@pytest.fixture
+def resolved(project):
+    return config.resolve(yaml.safe_load((project / "config/config.yaml").read_text()))
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """A second engine, of which nothing but its row is there."""
+    memory = engines.ProcessMemory(cuda_host=1.0, cpu=2.0, cpu_later=3.0, cpu_kept=4.0)
+    row = dataclasses.replace(engines.XTUNER, name="other", package="other_engine", memory=memory)
+    monkeypatch.setitem(engines.ENGINES, "other", row)
+    return row
+
+
+def test_the_plan_adds_up_the_memory_of_the_engine_that_is_chosen(other, resolved):
+    train, plan = resolved["train"], resolved["plan"]
+    assert Training.from_config(train, plan).process is engines.XTUNER.memory
+    assert Training.from_config(train | {"engine": "other"}, plan).process is other.memory
+
+
+def test_the_nodes_try_the_imports_of_the_engine_that_is_chosen(other, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/tried\n')
+    python.chmod(0o755)
+    assert software.import_error([], str(python), tmp_path / "memory", engine="other") == ""
+    assert (tmp_path / "tried").read_text() == "-m other_engine.imports cuda\n"
+
+
+def test_plan_and_preflight_are_told_of_an_engine_only_if_it_is_another(other, resolved):
+    experiment = SimpleNamespace(config=resolved)
+    told = [rule_settings.SETTINGS["refine_plan"](experiment)[0]["train"], rule_settings.preflight(experiment)[0]]
+    assert not [values for values in told if "engine" in values]
+    experiment.config["train"]["engine"] = "other"
+    told = [rule_settings.SETTINGS["refine_plan"](experiment)[0]["train"], rule_settings.preflight(experiment)[0]]
+    assert [values["engine"] for values in told] == ["other", "other"]
 
 
 def test_the_loop_is_read_from_top_to_bottom():

@@ -291,7 +291,9 @@ def test_no_bound_is_kept_by_what_is_not_a_number():
         "a": weight_checks.Measured(largest_excess=np.nan, squared_change=np.nan, squared_base=1, fp8_error=np.nan)
     }
     for bound in (ChangeBound(1.0, 0.0), ChangeBound(np.nan, 0.0), None):
-        found = verify.check_values(measured, bound, set(), with_checkpoint=True)
+        found = verify.check_values(
+            measured, bound, set(), with_checkpoint=True, correction_bias=deepseek_v3.CORRECTION_BIAS
+        )
         assert found["change"].failures and found["checkpoint"].failures
     assert np.isnan(weight_checks.larger(0.0, np.nan)) and np.isnan(weight_checks.larger(np.nan, 0.0))
 

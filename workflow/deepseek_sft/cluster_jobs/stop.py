@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..cli import say
+from ..engines import MARKER
 from ..errors import CrashError
 from . import jobs, queue
 from .record import marker_of
@@ -47,9 +48,7 @@ def stop(
             said = time.monotonic()
             say(f"{said - begin:.0f} s: still saving")
         pause(POLL_S)
-    newest = max(
-        results.glob("train/runs/*/step_*/committed.json"), key=lambda path: path.stat().st_mtime, default=None
-    )
+    newest = max(results.glob(f"train/runs/*/step_*/{MARKER}"), key=lambda path: path.stat().st_mtime, default=None)
     saved = f"the newest checkpoint is {newest.parent}" if newest else "there is no checkpoint"
     return f"training has ended; {saved}\n{go_on}"
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files, json_files
+from .. import families, files, json_files
 from ..errors import BadInputError
-from ..families import deepseek_v3
 from ..tensors import fp8_blocks
 from ..tensors.safetensors_files import INDEX_NAME, StoredTensor, read_header
 from ..tensors.tensor_spec import FP8_BLOCK, SCALE_SUFFIX, TensorSpec
@@ -61,7 +60,7 @@ class BaseModel:
             BadInputError: one of them lacks a tensor, or one is skipped.
         """
         try:
-            return deepseek_v3.mtp_layers(self.config, self.mtp)
+            return families.of(self.config).mtp_layers(self.config, self.mtp)
         except ValueError as error:
             raise BadInputError(
                 f"{self.folder}: the multi-token-prediction layer cannot be copied: {error}",
@@ -173,8 +172,8 @@ def open_model(folder: Path) -> BaseModel:
     Raises:
         BadInputError: what is missing, cut or of the wrong shape, with the first few names.
     """
-    published = deepseek_v3.published_config(folder)
-    config = deepseek_v3.checked(published, folder / "config.json")
+    published = families.published_config(folder)
+    config = families.checked(published, folder / "config.json")
     quantised = is_quantised(config, folder)
     names, weight_map = _weight_files(folder)
     missing = [name for name in names if not (folder / name).is_file()]
@@ -193,9 +192,10 @@ def open_model(folder: Path) -> BaseModel:
         if wrong:
             raise BadInputError(f"{folder / INDEX_NAME} and the files disagree about {_few(wrong)}", "fetch them again")
     check_companions(folder)
-    expected = deepseek_v3.tensor_specs(config)
-    mtp = [name for name in tensors if deepseek_v3.is_mtp(config, name)]
-    _check_tensors(folder, tensors, expected, set(mtp), quantised)
+    family = families.of(config)
+    expected = family.tensor_specs(config)
+    mtp = [name for name in tensors if family.is_mtp(config, name)]
+    _check_tensors(folder, tensors, expected, set(mtp), quantised, family.ROUTER_WEIGHT)
     return BaseModel(
         folder, config, published, tensors, expected, mtp, paths, quantised, _fingerprint(published, paths)
     )
@@ -206,8 +206,9 @@ def lacks_prediction_layer(folder: Path) -> bool:
     try:
         names = json_files.load(folder / INDEX_NAME)["weight_map"]
         config = json_files.load(folder / "config.json")
-        return not any(deepseek_v3.is_mtp(config, name) for name in names)
-    except (OSError, ValueError, KeyError, TypeError):
+        family = families.of(config)
+        return not any(family.is_mtp(config, name) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, BadInputError):
         return False  # prepare_model says what is wrong with it
 
 
@@ -217,6 +218,7 @@ def _check_tensors(
     expected: dict[str, TensorSpec],
     mtp: set[str],
     quantised: bool,
+    router_weight: str,
 ) -> None:
     fused = next((name for name in tensors if FUSED_EXPERTS.fullmatch(name)), None)
     if fused:
@@ -245,7 +247,7 @@ def _check_tensors(
         found = tensors[name]
         if found.spec.shape != spec.shape:
             raise BadInputError(f"{found.file}: {name} has shape {found.spec.shape}, config.json asks for {spec.shape}")
-        allowed = {"BF16", spec.dtype} | ({"F32"} if name.endswith(deepseek_v3.ROUTER_WEIGHT) else set())
+        allowed = {"BF16", spec.dtype} | ({"F32"} if name.endswith(router_weight) else set())
         if found.spec.dtype not in allowed and not (found.spec.dtype == "F8_E4M3" and quantised):
             raise BadInputError(  # the correction bias is FP32 in the release
                 f"{found.file}: {name} is {found.spec.dtype}; needed is BF16 or the release's FP8",
@@ -265,7 +267,7 @@ def _check_tensors(
 def figures(model: BaseModel) -> dict[str, Any]:
     """What a receipt says about a model folder; the multi-token-prediction layer is counted apart."""
     config = model.config
-    experts = sum(deepseek_v3.is_moe_layer(config, layer) for layer in range(config["num_hidden_layers"]))
+    experts = sum(families.of(config).is_moe_layer(config, layer) for layer in range(config["num_hidden_layers"]))
     return {
         "parameters": sum(spec.elements for spec in model.expected.values()),
         "tensors": len(model.expected),

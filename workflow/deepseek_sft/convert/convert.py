@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import cli, files
+from .. import cli, families, files
 from ..errors import BadInputError
-from ..families import deepseek_v3
 from ..formatting import byte_size
 from ..tensors import fp8_blocks, memory_bound, number_formats, swap
 from ..tensors.byte_ranges import OpenFiles, allow_open_files
@@ -96,12 +95,12 @@ def restore_biases(sources: dict[str, Source], base: BaseModel) -> list[str]:
     Returns:
         Names of the replaced tensors.
     """
-    restored = []
+    restored, bias = [], families.of(base.config).CORRECTION_BIAS
     with OpenFiles() as opened:
         for name, source in sources.items():
             stored = base.tensors[name]
             unrounded = isinstance(source.parameter, StoredTensor) and source.dtype == "F32"
-            if not name.endswith(deepseek_v3.CORRECTION_BIAS) or stored.spec.dtype != "F32" or unrounded:
+            if not name.endswith(bias) or stored.spec.dtype != "F32" or unrounded:
                 continue
             expected = opened.read(stored.file, stored.offset, np.float32, stored.spec.elements)
             found = source.read(opened, 0, stored.spec.elements)

@@ -3,8 +3,8 @@
 import dataclasses
 import re
 
-from .. import files
-from ..families import cut, deepseek_v3
+from .. import families, files
+from ..families import cut
 from .base_model import BaseModel
 
 
@@ -16,7 +16,8 @@ def cut_base(base: BaseModel, layers: int) -> BaseModel:
     """
     path = base.folder / "config.json"
     published = cut.config_of(base.published, layers, path)
-    config = deepseek_v3.checked(published, path)
+    config = families.checked(published, path)
+    family = families.of(config)
     total = base.config["num_hidden_layers"]
     places = {old: new for new, old in enumerate(cut.kept_layers(base.config, layers, path))}
     tensors = {}
@@ -34,7 +35,7 @@ def cut_base(base: BaseModel, layers: int) -> BaseModel:
         config=config,
         published=published,
         tensors=tensors,
-        expected=deepseek_v3.tensor_specs(config),
-        mtp=[name for name in tensors if deepseek_v3.is_mtp(config, name)],
+        expected=family.tensor_specs(config),
+        mtp=[name for name in tensors if family.is_mtp(config, name)],
         fingerprint=f"model:{files.digest([base.fingerprint, layers], 64)}",
     )

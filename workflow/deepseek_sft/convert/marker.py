@@ -11,10 +11,9 @@ from typing import Any
 
 from .. import json_files
 from ..data import loss_rows
+from ..engines import MARKER, MARKER_FORMAT
 from ..errors import BadInputError
 
-NAME = "committed.json"
-FORMAT = 1
 EXPERT_LAYOUTS = ("w1w3_w2", "release")  # fused shards of several experts, or one module per expert as released
 
 
@@ -39,7 +38,7 @@ class Marker:
         """
         if self.world_size != world_size:
             raise BadInputError(
-                f"{folder / NAME} speaks of {self.world_size} ranks, the files of {world_size}",
+                f"{folder / MARKER} speaks of {self.world_size} ranks, the files of {world_size}",
                 "use an older checkpoint",
             )
         for name, size in self.files.items():
@@ -59,7 +58,7 @@ def read_marker(folder: Path) -> Marker | None:
     Raises:
         BadInputError: it cannot be read, or is of another format.
     """
-    path = folder / NAME
+    path = folder / MARKER
     try:
         content: Any = json_files.load(path)
     except FileNotFoundError:
@@ -67,8 +66,8 @@ def read_marker(folder: Path) -> Marker | None:
     except (OSError, ValueError) as error:
         raise BadInputError(f"{path} cannot be read: {error}", "use an older checkpoint") from None
     try:
-        if content["format"] != FORMAT:
-            raise BadInputError(f"{path} has format {content['format']!r}, this version reads {FORMAT}")
+        if content["format"] != MARKER_FORMAT:
+            raise BadInputError(f"{path} has format {content['format']!r}, this version reads {MARKER_FORMAT}")
         experts = content["experts"]
         marker = Marker(
             run_id=str(content["run_id"]),

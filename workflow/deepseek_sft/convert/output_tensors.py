@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import families, files
 from ..errors import BadInputError
-from ..families import config_file, deepseek_v3
+from ..families import config_file
 from ..tensors import fp8_blocks
 from ..tensors.safetensors_files import Shard, lay_out, lay_out_like
 from ..tensors.sizes import parse_size
@@ -25,10 +25,10 @@ def shard_size(text: str) -> int:
 
 def _spec(base: BaseModel, name: str, dtype: str) -> TensorSpec:
     """What becomes of one of the base's weights."""
-    stored = base.tensors[name].spec
-    if dtype == "fp8" and len(stored.shape) == 2 and deepseek_v3.is_quantised(base.config, name):
+    stored, family = base.tensors[name].spec, families.of(base.config)
+    if dtype == "fp8" and len(stored.shape) == 2 and family.is_quantised(base.config, name):
         return TensorSpec(stored.shape, "F8_E4M3")
-    rounded = stored.dtype == "F8_E4M3" or name.endswith(deepseek_v3.ROUTER_WEIGHT)
+    rounded = stored.dtype == "F8_E4M3" or name.endswith(family.ROUTER_WEIGHT)
     kept = "BF16" if rounded else stored.dtype  # router biases are FP32 in the release
     return TensorSpec(stored.shape, "F32" if dtype == "fp32" else kept)
 

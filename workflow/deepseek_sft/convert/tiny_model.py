@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import files
+from .. import families, files
 from ..errors import BadInputError
-from ..families import deepseek_v3
 from ..tensors import number_formats, safetensors_files
 from ..tensors.model_writer import Plan, write_model
 from ..tensors.tensor_spec import TensorSpec
@@ -53,7 +52,7 @@ class TinyShape:
 def config_of(shape: TinyShape) -> dict[str, Any]:
     """``config.json`` in the form of DeepSeek-R1's release, with this shape, without remote code and FP8."""
     return {
-        "architectures": [deepseek_v3.ARCHITECTURE],
+        "architectures": ["DeepseekV3ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": BEGIN_OF_SENTENCE,
@@ -135,7 +134,9 @@ def values_of(name: str, spec: TensorSpec, shape: TinyShape, seed: int) -> bytes
         values = np.ones(spec.shape, np.float32)
     else:
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        deviation = BIAS_SPREAD if name.endswith(deepseek_v3.CORRECTION_BIAS) else shape.initializer_range
+        deviation = (
+            BIAS_SPREAD if name.endswith(families.of(config_of(shape)).CORRECTION_BIAS) else shape.initializer_range
+        )
         values = random.standard_normal(spec.shape, np.float32) * np.float32(deviation)
     return values.tobytes() if spec.dtype == "F32" else number_formats.float32_to_bf16(values).tobytes()
 
@@ -147,7 +148,7 @@ def write_tiny(output: Path, shape: TinyShape, seed: int, largest_shard: int, re
         BadInputError: impossible shape, or ``output`` exists and is not the same tiny model.
     """
     config = config_of(shape)
-    deepseek_v3.check_config(config, output / "config.json")
+    families.checked(config, output / "config.json")
     if shape.kv_lora_rank % 32 or shape.hidden_size % 32 or shape.qk_rope_head_dim % 2:
         raise BadInputError("hidden size and kv_lora_rank must be multiples of 32, the rotary dimension even")
     if shape.groups_used > shape.groups or shape.experts_per_token > shape.routed_experts:
@@ -158,7 +159,7 @@ def write_tiny(output: Path, shape: TinyShape, seed: int, largest_shard: int, re
         "seed": seed,
         "largest_shard": largest_shard,
     }
-    specs = deepseek_v3.tensor_specs(config)
+    specs = families.of(config).tensor_specs(config)
     shards = safetensors_files.lay_out(specs.items(), largest_shard)
 
     def whole_tensor(name: str) -> int:

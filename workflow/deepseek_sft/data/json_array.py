@@ -78,12 +78,6 @@ class _Buffer:
                 raise ValueError(problem)
 
 
-def array_items(blocks: Iterator[bytes]) -> Iterator[Any]:
-    """Yield the items of a UTF-8 JSON array; see ``sized_items``."""
-    for item, _ in sized_items(blocks):
-        yield item
-
-
 def sized_items(blocks: Iterator[bytes], limit: int = LARGEST_RECORD) -> Iterator[tuple[Any, int]]:
     """Yield the items of a UTF-8 JSON array, each with the number of its characters.
 

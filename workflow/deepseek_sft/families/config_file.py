@@ -26,7 +26,7 @@ ALIASES = {
 DTYPES = ("bfloat16", "float16", "float32")
 FULL_ATTENTION = "full_attention"
 
-# Sizes are asked for by ``deepseek_v3.check_config``; without these the readers take defaults that differ.
+# Sizes are asked for by the family's ``check_config``; without these the readers take defaults that differ.
 COMPUTED = (
     "first_k_dense_replace",
     "hidden_act",
@@ -51,7 +51,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (True, None),
     "tie_word_embeddings": (False, True),
 }
-CHECKED_ELSEWHERE = {  # by deepseek_v3.check_config, by what reads the weights, or below
+CHECKED_ELSEWHERE = {  # by the family's check_config, by what reads the weights, or below
     *("architectures", "model_type", "scoring_func", "topk_method", "topk_group", "n_group"),
     *("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "v_head_dim", "vocab_size"),
     *("num_attention_heads", "num_experts_per_tok", "num_hidden_layers", "qk_nope_head_dim", "qk_rope_head_dim"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
-from . import deepseek_v3
+from . import checked
 
 PER_LAYER = ("layer_types", "mlp_layer_types")  # lists in config.json with an entry for each layer
 
@@ -48,7 +48,7 @@ def config_of(published: dict[str, Any], layers: int, path: Path) -> dict[str, A
     Raises:
         BadInputError: see ``kept_layers``.
     """
-    kept = kept_layers(deepseek_v3.checked(published, path), layers, path)
+    kept = kept_layers(checked(published, path), layers, path)
     changed: dict[str, Any] = {"num_hidden_layers": layers}
     if published.get("first_k_dense_replace"):
         changed["first_k_dense_replace"] = min(published["first_k_dense_replace"], layers - 1)

@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError, looked_for
+from ..errors import BadInputError
 from ..tensors.tensor_spec import TensorSpec
 from . import config_file
 
-ARCHITECTURE = "DeepseekV3ForCausalLM"
 ROUTER_WEIGHT = "mlp.gate.weight"  # BF16 in the releases; transformers from 5.20 on saves it in FP32
 CORRECTION_BIAS = "mlp.gate.e_score_correction_bias"
 
@@ -35,38 +34,12 @@ POSITIVE_INTEGERS = (
 )
 
 
-def published_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder as it lies there.
-
-    Raises:
-        BadInputError: no such folder or file, a git-lfs pointer, or not a JSON object.
-    """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise BadInputError(
-            f"model folder {folder} does not exist", f"give the folder that holds config.json ({looked_for(folder)})"
-        )
-    if not path.is_file():
-        raise BadInputError(f"{folder} holds no config.json", "give a Hugging Face model folder")
-    return config_file.read_json(path)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read and check ``config.json`` of a model folder; see ``config_file`` for the names that it comes in.
-
-    Raises:
-        BadInputError: as ``published_config`` and ``checked`` say.
-    """
-    return checked(published_config(folder), folder / "config.json")
-
-
 def checked(published: dict[str, Any], path: Path) -> dict[str, Any]:
     """A configuration in the releases' names, checked.
 
     Raises:
-        BadInputError: another architecture, a size missing or impossible, or what ``config_file`` refuses.
+        BadInputError: a size missing or impossible, or what ``config_file`` refuses.
     """
-    _check_architecture(published, path)
     _check_routing(published, path)
     config = config_file.in_release_names(published, path)
     check_config(config, path)
@@ -89,15 +62,6 @@ def require_trainable(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def _check_architecture(config: dict[str, Any], path: Path) -> None:
-    if config.get("architectures") != [ARCHITECTURE] or config.get("model_type") != "deepseek_v3":
-        found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
-        raise BadInputError(
-            f"{path}: {found}; this workflow trains {ARCHITECTURE} (model_type 'deepseek_v3')",
-            "use a base model of the DeepSeek-V3 architecture (V3, R1, V3.1, Moonlight)",
-        )
-
-
 def _check_routing(config: dict[str, Any], path: Path) -> None:
     for key, allowed in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
         if config.get(key) != allowed:
@@ -116,7 +80,6 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     Raises:
         BadInputError: naming the first key that is wrong.
     """
-    _check_architecture(config, path)
     for key in POSITIVE_INTEGERS:
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

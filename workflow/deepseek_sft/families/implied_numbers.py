@@ -38,7 +38,7 @@ class Numbers:
 def numbers(config: Mapping[str, Any]) -> Numbers:
     """
     Args:
-        config: in the releases' names (``deepseek_v3.read_config``).
+        config: in the releases' names (``families.read_config``).
     """
     scaling = config_file.yarn(config)
     scale = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]) ** -0.5

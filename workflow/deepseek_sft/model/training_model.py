@@ -16,8 +16,9 @@ from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_z
 from transformers.modeling_utils import no_init_weights
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
+from .. import families
 from ..errors import BadInputError
-from ..families import deepseek_v3, implied_numbers
+from ..families import implied_numbers
 from . import expert_products
 from .experts import MixtureOfExperts
 from .loading import load_release
@@ -68,8 +69,7 @@ def build(
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
             compute what ``config.json`` says.
     """
-    published = deepseek_v3.read_config(folder)
-    deepseek_v3.require_trainable(published, folder / "config.json")
+    published = families.read_trainable(folder)
     config = DeepseekV3Config.from_dict({k: v for k, v in published.items() if k != "quantization_config"})
     config.experts_per_shard = experts_per_shard
     config.grouped_products = _grouped(products, torch.device(device), dtype, config)
@@ -107,7 +107,7 @@ def differences(model: TrainingModel, published: dict[str, Any]) -> list[str]:
     """Where the model in memory would not compute with the numbers that ``config.json`` implies.
 
     Args:
-        published: in the releases' names (``deepseek_v3.read_config``).
+        published: in the releases' names (``families.read_config``).
     """
     wanted, found = implied_numbers.numbers(published), []
 

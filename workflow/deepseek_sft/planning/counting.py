@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ..families import deepseek_v3
+from .. import families
 from ..tensors.tensor_spec import scale_shape
 from .terms import Term
 
@@ -79,7 +79,7 @@ class Model:
 
     @property
     def moe_layers(self) -> int:
-        return sum(deepseek_v3.is_moe_layer(self.config, layer) for layer in range(self.layers))
+        return sum(families.of(self.config).is_moe_layer(self.config, layer) for layer in range(self.layers))
 
     @property
     def expert_parameters(self) -> int:
@@ -157,20 +157,21 @@ def count(config: dict[str, Any]) -> Model:
     """Count a model.
 
     Args:
-        config: a checked ``config.json`` (``deepseek_v3.read_config``).
+        config: a checked ``config.json`` (``families.read_config``).
     """
     parameters: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     tensors = buffers = fp8 = 0
     shapes: Counter[int] = Counter()
-    for name, spec in deepseek_v3.tensor_specs(config).items():
+    family = families.of(config)
+    for name, spec in family.tensor_specs(config).items():
         part = component(name)
         parameters[part] += spec.elements
         tensors += 1
-        if deepseek_v3.is_quantised(config, name):
+        if family.is_quantised(config, name):
             fp8 += spec.elements + 4 * math.prod(scale_shape(spec.shape))
         else:
             fp8 += spec.elements * (4 if spec.dtype == "F32" else 2)
-        if name.endswith(deepseek_v3.CORRECTION_BIAS):
+        if name.endswith(family.CORRECTION_BIAS):
             buffers += spec.elements
         elif part != "routed experts":
             shapes[spec.elements] += 1

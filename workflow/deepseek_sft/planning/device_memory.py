@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from ..engines import XTUNER
-from ..families import deepseek_v3
+from .. import families
+from ..engines import ProcessMemory
 from . import zero_thresholds
 from .counting import Model
 from .settings import GIB, Cluster, Samples, Training
@@ -15,7 +15,6 @@ MAX_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}  # elements, as in model/loss.py
 CONTEXT = 1.0 * GIB  # CUDA context, kernels, cuBLAS and flash-attention workspaces
 NCCL = 2.0 * GIB  # buffers of the world, sequence-parallel and data-parallel communicators over several nodes
 SLACK = 0.05  # of what PyTorch allocates: blocks rounded to 2 MiB and cut, not given back
-PROCESS = XTUNER.memory
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def peaks(model: Model, training: Training, samples: Samples, cluster: Cluster) 
         size = min(SUB_GROUP, partition)
         step = Term("fp32 gradients of a sub-group", 4 * size, f"4 × min({SUB_GROUP:,}, {partition:,}) elements")
         moments.append(("optimizer step", [*always, step]))
-    outside = _outside(cluster)
+    outside = _outside(cluster, training.process)
     found = []
     for moment, terms in moments:
         slack = Term("allocator slack", SLACK * total(terms), f"{SLACK:.0%} of the above")
@@ -136,7 +135,7 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
         wider = 2 * training.communication_width - training.width
         buffers.append(Term("gradients widened to be summed", wider * scattered, f"{wider} × {scattered:,}"))
     if training.keep_layer_gathered:
-        layer = deepseek_v3.largest_layer(model.config)
+        layer = families.of(model.config).largest_layer(model.config)
         buffers.append(Term("layer that is kept gathered", width * layer, f"{width} × {layer:,}"))
     return states + buffers
 
@@ -216,15 +215,15 @@ def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list
     ]
 
 
-def _outside(cluster: Cluster) -> list[Term]:
+def _outside(cluster: Cluster, process: ProcessMemory) -> list[Term]:
     """Memory that PyTorch's allocator does not count."""
     if cluster.cpu:
         return [
-            Term("process", PROCESS.cpu, "resident size of a rank before the model is built, measured"),
-            Term("libraries while training", PROCESS.cpu_later, "kernels they compile and buffers, measured"),
+            Term("process", process.cpu, "resident size of a rank before the model is built, measured"),
+            Term("libraries while training", process.cpu_later, "kernels they compile and buffers, measured"),
             Term(
                 "freed memory that glibc keeps",
-                PROCESS.cpu_kept,
+                process.cpu_kept,
                 "gaps of blocks below MALLOC_MMAP_THRESHOLD_, measured",
             ),
         ]

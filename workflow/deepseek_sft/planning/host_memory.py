@@ -2,13 +2,11 @@
 
 import math
 
-from ..engines import XTUNER
 from .counting import Model
 from .device_memory import SUB_GROUP, Peak
 from .settings import GIB, Cluster, Training
 from .terms import Term
 
-PROCESS = XTUNER.memory.cuda_host
 CPU_NODE = 0.3 * GIB  # torchrun 0.22, train.py 0.06; measured
 NODE = 4.0 * GIB  # torchrun, train.py, kernel memory charged to the job
 ESTIMATOR_BYTES, ESTIMATOR_FACTOR = 18, 1.5  # of DeepSpeed's own estimator
@@ -41,8 +39,9 @@ def host_memory(model: Model, training: Training, cluster: Cluster, device: Peak
             Term("ranks", ranks * device.bytes, f"{ranks} ranks × {device.bytes / GIB:,.2f} GiB"),
             Term("node", CPU_NODE, "torchrun and train.py, measured"),
         ]
+    process = training.process.cuda_host
     base = [
-        Term("processes", ranks * PROCESS, f"{ranks} ranks × {PROCESS / GIB:.0f} GiB"),
+        Term("processes", ranks * process, f"{ranks} ranks × {process / GIB:.0f} GiB"),
         Term("node", NODE, "launchers and kernel memory"),
     ]
     partition = model.partition(cluster.ranks, training.experts_per_shard)

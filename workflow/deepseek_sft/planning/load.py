@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .. import families
 from ..convert import tiny_model
-from ..families import cut, deepseek_v3
+from ..families import cut
 from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
@@ -31,10 +32,10 @@ def model_of(config: dict[str, Any]) -> Model:
         there = base and Path(base, "config.json").is_file()
         folder = SHAPES / named if named and not there else Path(base)
         path = folder / "config.json"
-        found = deepseek_v3.read_config(folder)
+        found = families.read_config(folder)
         if layers := config["model"].get("layers"):
-            found = deepseek_v3.checked(cut.config_of(deepseek_v3.published_config(folder), layers, path), path)
-        deepseek_v3.require_trainable(found, path)
+            found = families.checked(cut.config_of(families.published_config(folder), layers, path), path)
+        families.of(found, path).require_trainable(found, path)
         return count(found)
     shape = tiny_model.TinyShape(**{key: value for key, value in small.items() if key != "seed"})
     return count(tiny_model.config_of(shape))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import engines
 from ..data import dealing
 from ..errors import BadInputError
 from ..json_files import Maybe
@@ -47,15 +48,22 @@ class Training:
     accumulate_by: str = "rows"
     deal_rows: str | None = None
     zero_thresholds: str | None = None
+    engine: str = engines.DEFAULT
+
+    @property
+    def process(self) -> engines.ProcessMemory:
+        """What one rank's process takes beside what is counted."""
+        return engines.ENGINES[self.engine].memory
 
     @classmethod
     def from_config(cls, train: dict[str, Any], plan: dict[str, Any]) -> "Training":
-        return cls(**{key: train[key] for key in cls.train_keys() if key in train}, stock_experts=plan["stock_experts"])
+        keys = [*cls.train_keys(), "engine"]
+        return cls(**{key: train[key] for key in keys if key in train}, stock_experts=plan["stock_experts"])
 
     @classmethod
     def train_keys(cls) -> list[str]:
-        """Keys of the ``train`` section that a plan depends on."""
-        return [field.name for field in dataclasses.fields(cls) if field.name != "stock_experts"]
+        """Keys of the ``train`` section that a plan depends on, beside the engine."""
+        return [field.name for field in dataclasses.fields(cls) if field.name not in ("stock_experts", "engine")]
 
     def for_rows(self, samples: "Samples") -> "Training":
         """With accumulation counted in micro batches of these rows, also where it is counted in samples."""

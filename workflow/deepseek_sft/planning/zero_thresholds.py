@@ -7,7 +7,7 @@ are gathered only when they are needed; one whole shard ahead leaves none (bench
 from dataclasses import dataclass
 from typing import Any
 
-from ..families import deepseek_v3
+from .. import families
 
 AHEAD = 1.15  # shards to gather in advance: the next one, and what stands between two
 LIVE = 4.25  # shards at once: the one that is computed, what is gathered ahead, and what overshoots
@@ -53,7 +53,7 @@ def of_model(config: dict[str, Any], experts_per_shard: int, by_shard: bool, kee
     """
     usual = Thresholds()
     shard = experts_per_shard * PRODUCTS * config["hidden_size"] * config["moe_intermediate_size"] if by_shard else 0
-    kept = 2 * deepseek_v3.largest_layer(config) if keep_layer_gathered else 0
+    kept = 2 * families.of(config).largest_layer(config) if keep_layer_gathered else 0
     return Thresholds(
         live=kept or max(usual.live, round(LIVE * shard)),
         prefetched=max(usual.prefetched, round(AHEAD * shard)),

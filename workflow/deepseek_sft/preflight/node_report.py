@@ -87,7 +87,7 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
         finding = alike("software", software.packages)()
         error = ""
         if place.accelerator == "cuda":
-            error = software.import_error(settings.imports, limit_s=settings.timeout_s / 2)
+            error = software.import_error(settings.imports, engine=settings.engine, limit_s=settings.timeout_s / 2)
         return Finding("software", False, error, "imports") if error else finding
 
     def with_values(check: str, look: Callable[[], tuple[Finding, dict[str, Any]]]) -> Callable[[], Finding]:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from .. import receipts
+from .. import engines, receipts
 from ..settings import reading
 from ..settings.field_types import Text, section
 from ..settings.preflight import Checks
@@ -18,6 +18,8 @@ class Settings(Checks):
 
     imports: tuple[Text, ...] = ()
     """Modules that training imports beside its engine's."""
+    engine: Text = engines.DEFAULT
+    """Whose imports are tried."""
 
     def wants(self, check: str) -> bool:
         return check not in self.skip

@@ -11,13 +11,12 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .. import engines
+from .. import engines, local_copies
 from ..cli import say
 from ..printable import visible
 from ..python_path import with_library
 
 WORKFLOW = Path(__file__).resolve().parents[2]
-CODE = (".py", ".j2", ".sh", ".yaml")
 SMALL = 1 << 22  # bytes; smaller files are hashed whole
 IMPORT_S = 600.0  # of a cold shared folder
 END = 1 << 16  # bytes hashed at both ends of larger ones: a shard's header and its last tensor
@@ -25,10 +24,7 @@ END = 1 << 16  # bytes hashed at both ends of larger ones: a shard's header and 
 
 def code(root: Path = WORKFLOW) -> dict[str, str]:
     """Hash of the workflow's code: a node with a stale cache of the shared folder shows here."""
-    hasher = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in CODE and p.is_file()):
-        hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return {"code": hasher.hexdigest()[:12]}
+    return {"code": local_copies.code_hash(root)}
 
 
 def packages() -> dict[str, str]:
@@ -45,6 +41,7 @@ def import_error(
     more: Iterable[str] = (),
     python: str = sys.executable,
     memory: Path | None = None,
+    engine: str = engines.DEFAULT,
     limit_s: float = IMPORT_S,
     variables: Mapping[str, str] | None = None,
 ) -> str:
@@ -55,11 +52,12 @@ def import_error(
     Args:
         more: further modules.
         python: interpreter to try.
+        engine: whose ranks.
         memory: folder of this node that remembers environments that passed; None for one below that of temporary files.
         limit_s: seconds to wait.
         variables: further environment variables.
     """
-    words = [engines.XTUNER.imports, "cuda", *more]
+    words = [engines.ENGINES[engine].imports, "cuda", *more]
     environment = os.environ | (variables or {})
     environment["PYTHONPATH"] = with_library(environment)
     passed = (memory or _memory()) / _digest(python, environment["PYTHONPATH"], words)

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import formatting
+from .. import engines, formatting
 from .. import stages as stage_rows
 from ..cluster_jobs import holders, record
 from ..errors import BadInputError
-from ..training import checkpoints, run_folder, slow_nodes
+from ..training import run_folder, slow_nodes
 from . import collect, plots
 from .collect import Stage, mapping
 
@@ -323,7 +323,7 @@ def job_seconds(text: str) -> float | None:
 
 def _last_checkpoint(run: Path, newest: tuple[Path, Path, int] | None) -> str:
     """The newest committed checkpoint and what is being written now."""
-    writing = [path.name for path in run.glob("step_*") if _number(path) and not (path / checkpoints.MARKER).exists()]
+    writing = [path.name for path in run.glob("step_*") if _number(path) and not (path / engines.MARKER).exists()]
     tail = f"; {', '.join(sorted(writing))} being written or not complete" if writing else ""
     if newest is None:
         return f"none yet{tail}"
@@ -334,7 +334,7 @@ def _last_checkpoint(run: Path, newest: tuple[Path, Path, int] | None) -> str:
 
 def _newest_marker(run: Path) -> tuple[Path, Path, int] | None:
     """Marker, folder and bytes of the newest committed checkpoint."""
-    markers = [path for path in run.glob(f"step_*/{checkpoints.MARKER}") if _number(path.parent)]
+    markers = [path for path in run.glob(f"step_*/{engines.MARKER}") if _number(path.parent)]
     if not markers:
         return None
     marker = max(markers, key=lambda path: _number(path.parent))

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import json_files
+from .. import families, json_files
 from ..convert.base_model import QUANTISATION_FILE
 from ..errors import BadInputError, looked_for
-from ..families import deepseek_v3
 from ..tensors.safetensors_files import INDEX_NAME, read_header
 from .settings import ServeSettings
 
@@ -33,7 +32,7 @@ def _problems(model: Path, settings: ServeSettings) -> Iterator[str]:
     if problem:
         yield problem
         return
-    if config.get("model_type") == "deepseek_v3":
+    if families.is_known(config):
         yield from _configuration(model, config)
     longest = config.get("max_position_embeddings")
     if isinstance(longest, int) and settings.max_model_len > longest:
@@ -45,13 +44,13 @@ def _problems(model: Path, settings: ServeSettings) -> Iterator[str]:
 def _configuration(model: Path, config: dict[str, Any]) -> Iterator[str]:
     """What vLLM would read otherwise than training did, or end with once it loads the weights."""
     try:
-        config = deepseek_v3.checked(config, Path("config.json"))
+        config = families.checked(config)
     except BadInputError as error:
         yield error.problem
         return
     index, _ = _json(model / INDEX_NAME)
     try:
-        held = deepseek_v3.mtp_layers(config, index.get("weight_map", {}))
+        held = families.of(config).mtp_layers(config, index.get("weight_map", {}))
     except ValueError as error:
         yield f"the multi-token-prediction layer is not whole: {error}"
         return

@@ -10,7 +10,7 @@ from . import field_types, reading
 Settings = TypeVar("Settings")
 
 
-def add(parser: argparse.ArgumentParser, kind: Any, *names: str) -> None:
+def add(parser: argparse._ActionsContainer, kind: Any, *names: str) -> None:
     """One option for each key of a section, or for these; a value that is not allowed is refused with what is."""
     for name in names or field_types.keys(kind):
         key = field_types.keys(kind)[name]

@@ -14,10 +14,8 @@ from typing import Any
 
 from .. import files, json_files
 from ..cli import say
-from ..engines import ENGINES, XTUNER, CheckpointLayout
+from ..engines import DEFAULT, ENGINES, MARKER, MARKER_FORMAT, XTUNER, CheckpointLayout
 
-MARKER = "committed.json"
-FORMAT = 1
 INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
 
 
@@ -72,10 +70,10 @@ def commit(folder: Path, marker: dict[str, Any], written: dict[str, int], patien
             f"checkpoint {folder} is not complete: {len(different)} files differ from what their ranks wrote; "
             f"{name}: {found.get(name, 'no')} bytes here, {written.get(name, 'none')} written"
         )
-    layout, expected = ENGINES[marker.get("engine", XTUNER.name)].checkpoint, marker["world_size"]
+    layout, expected = ENGINES[marker.get("engine", DEFAULT)].checkpoint, marker["world_size"]
     if (written_by := layout.complete(list(found), expected)) != expected or 0 in found.values():
         raise RuntimeError(f"checkpoint {folder} is not complete: {written_by} of {expected} ranks wrote theirs")
-    complete = {"format": FORMAT} | marker | {"files": found}
+    complete = {"format": MARKER_FORMAT} | marker | {"files": found}
     files.write_json(folder / MARKER, complete)
     files.fsync_directory(folder.parent)  # the folder's own name
     return Checkpoint(folder, complete)
@@ -104,7 +102,7 @@ def judge(folder: Path, run_id: str) -> Checkpoint | NotCommitted:
         return NotCommitted(f"unreadable marker: {error}")
     if reason := _malformed(marker):
         return NotCommitted(f"malformed marker: {reason}")
-    if marker["format"] != FORMAT:
+    if marker["format"] != MARKER_FORMAT:
         return NotCommitted(f"marker of format {marker['format']}")
     if marker["run_id"] != run_id:
         return NotCommitted(f"of run {marker['run_id']}")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import files, json_files, time_limits
+from .. import engines, files, json_files, time_limits
 from ..errors import BadInputError, CrashError
 from ..slurm.nodes import NodeEnvironment
 from . import checkpoints, run_folder, stage
@@ -113,6 +113,6 @@ def remove_checkpoints(rehearsals: Path) -> list[Path]:
     """
     found = sorted(path for path in rehearsals.glob("*/runs/*/step_*") if path.is_dir())
     for folder in found:
-        (folder / checkpoints.MARKER).unlink(missing_ok=True)
+        (folder / engines.MARKER).unlink(missing_ok=True)
         shutil.rmtree(folder)
     return found

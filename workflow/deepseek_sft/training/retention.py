@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .. import json_files, receipts
+from .. import engines, json_files, receipts
 from ..cli import say
 from ..errors import BadInputError, GateError, StageError
 from ..formatting import byte_size
@@ -159,7 +159,7 @@ def remove(removal: Removal) -> None:
     """
     with lock.hold(removal.run):
         for item in removal.items:
-            (item.folder / checkpoints.MARKER).unlink(missing_ok=True)
+            (item.folder / engines.MARKER).unlink(missing_ok=True)
             shutil.rmtree(item.folder)
             say(f"removed {item.folder}")
         say(f"freed {byte_size(removal.bytes)}")

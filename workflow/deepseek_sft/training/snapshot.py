@@ -6,14 +6,14 @@ time, and keeps the bytes until the conversion is done; training never writes in
 
 import dataclasses
 import os
-import re
 import shutil
 from pathlib import Path
 
 from ..cli import say
+from ..engines import MARKER
 from ..errors import BadInputError
 from . import checkpoints
-from .checkpoints import MARKER, Checkpoint
+from .checkpoints import Checkpoint
 from .lock import LINKLESS
 
 NEWEST = "newest"
@@ -93,8 +93,3 @@ def hold(results: Path, wanted: str) -> Snapshot:
         say(f"warning: {error.strerror}: no links on this file system, so that training may remove it meanwhile")
         held = checkpoint.folder
     return Snapshot(checkpoint, run, folder, held)
-
-
-def is_name(text: str) -> bool:
-    """Whether ``text`` names a checkpoint."""
-    return text == NEWEST or re.fullmatch(r"step_\d+", text) is not None

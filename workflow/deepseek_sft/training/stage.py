@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import engines, files, json_files, leftovers, receipts, time_limits
+from .. import engines, families, files, json_files, leftovers, receipts, time_limits
 from ..cli import say
 from ..data import loss_rows
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
-from ..families import deepseek_v3
 from ..settings import field_types
 from ..slurm.nodes import NodeEnvironment
 from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, schedule, settings
@@ -75,7 +74,7 @@ def prepare(
     tokens = receipts.read(tokens_receipt, "tokenize_data", {"result": {"tokens": str}})
     base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
     statistics = _read_statistics(tokens_folder)
-    config = deepseek_v3.read_config(base_folder)
+    config = families.read_config(base_folder)
     _check(chosen, config, statistics, node)
     run_id = settings.run_id(chosen, base, tokens)
     inputs = {

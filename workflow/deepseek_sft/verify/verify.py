@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import cli, files, json_files
+from .. import cli, families, files, json_files
 from ..convert.base_model import QUANTISATION_FILE, BaseModel
 from ..convert.convert import trained_sources
 from ..convert.output_tensors import TORCH_DTYPES, copied_sources, output_config, output_specs
 from ..convert.tensor_sources import Source
 from ..convert.zero import Checkpoint
 from ..errors import BadInputError, GateError
-from ..families import deepseek_v3
 from ..tensors.byte_ranges import OpenFiles, allow_open_files
 from ..tensors.safetensors_files import INDEX_NAME, StoredTensor, read_header
 from ..tensors.tensor_spec import SCALE_SUFFIX
@@ -98,7 +97,7 @@ def check_config(config: Any, base: BaseModel, kind: Kind) -> Check:
         if found != expected.get(key):
             check.failures.append(f"{key} is {found!r}, must be {expected.get(key)!r}")
     try:
-        deepseek_v3.checked(config, Path("config.json"))
+        families.checked(config)
     except BadInputError as error:
         check.failures.append(error.problem.removeprefix("config.json: "))
     return check
@@ -174,12 +173,17 @@ def check_tensors(base: BaseModel, tensors: dict[str, StoredTensor], kind: Kind)
 
 
 def check_values(
-    measured: dict[str, Measured], bound: ChangeBound | None, copied: set[str], with_checkpoint: bool
+    measured: dict[str, Measured],
+    bound: ChangeBound | None,
+    copied: set[str],
+    with_checkpoint: bool,
+    correction_bias: str,
 ) -> dict[str, Check]:
     """Finite, untouched tensors equal, changes within the bound, equal to the checkpoint.
 
     Args:
         copied: names of the tensors that come from the base.
+        correction_bias: last part of the names of the family's router biases.
     """
     finite = Check("all values")
     bias_drift = bound.bias_drift if bound else 0.0
@@ -196,7 +200,7 @@ def check_values(
     for name, figures in sorted(measured.items()):
         if figures.non_finite:
             finite.failures.append(f"{name}: {figures.non_finite} values")
-        bias = name.endswith(deepseek_v3.CORRECTION_BIAS) and name not in copied
+        bias = name.endswith(correction_bias) and name not in copied
         if bias and not bias_drift and figures.differing:
             untouched.failures.append(f"{name}: {figures.differing} values differ")
         elif name in copied and figures.unequal:
@@ -345,7 +349,7 @@ def verify(
         except BaseException:  # the rest would be read for nothing
             executor.shutdown(wait=False, cancel_futures=True)
             raise
-    checks |= check_values(measured, bound, copied, checkpoint is not None)
+    checks |= check_values(measured, bound, copied, checkpoint is not None, families.of(base.config).CORRECTION_BIAS)
     if checkpoint:
         checks["stepped"] = check_stepped(measured, trained, frozen, base, bound)
     for path in sorted(model.iterdir()):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import families
 from ..convert.base_model import BaseModel
 from ..convert.tensor_sources import Source
 from ..errors import BadInputError
-from ..families.deepseek_v3 import CORRECTION_BIAS
 from ..tensors import fp8_blocks, number_formats
 from ..tensors.byte_ranges import OpenFiles
 from ..tensors.number_formats import BLOCK, FLOATS, WIDTHS
@@ -303,6 +303,7 @@ def measure_file(
     """
     hasher = hashlib.sha256()
     figures = {}
+    correction_bias = families.of(base.config).CORRECTION_BIAS
     header = min((t.offset for t in tensors.values()), default=path.stat().st_size)
     hasher.update(opened.read(path, 0, np.uint8, header))
     for name, tensor in tensors.items():
@@ -311,12 +312,12 @@ def measure_file(
             factors = None  # the shape check reports it
         known = name in base.tensors and not name.endswith(SCALE_SUFFIX)
         old = base.source(name) if known and base.tensors[name].spec.shape == tensor.spec.shape else None
-        decays = 0.0 if name.endswith(CORRECTION_BIAS) else decay
+        decays = 0.0 if name.endswith(correction_bias) else decay
         figures[name] = measure_tensor(opened, hasher, tensor, factors, old, decays)
         source = sources.get(name)
         if source is None or tuple(source.shape) != tensor.spec.shape:
             continue
-        if old is not None and can_be_judged(source) and not name.endswith(CORRECTION_BIAS):
+        if old is not None and can_be_judged(source) and not name.endswith(correction_bias):
             look_for_steps(opened, name, source, old, figures[name])
         if factors and source.dtype != "F8_E4M3":
             compare_quantized(opened, name, tensor, factors, source, full, figures[name])

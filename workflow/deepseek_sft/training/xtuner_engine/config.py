@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...families import deepseek_v3
+from ... import families
 from ...planning import zero_thresholds
 from ...settings import deepspeed_keys
 from ...slurm.nodes import NodeEnvironment
@@ -115,7 +115,7 @@ def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[
     by_shard = settings.zero_thresholds == "shard"
     if by_shard or settings.keep_layer_gathered:
         section |= zero_thresholds.of_model(
-            deepseek_v3.read_config(base), settings.experts_per_shard, by_shard, settings.keep_layer_gathered
+            families.read_config(base), settings.experts_per_shard, by_shard, settings.keep_layer_gathered
         ).keys()
     if settings.strategy == "zero3_offload":
         place = {"device": "cpu", "pin_memory": accelerator == "cuda"}

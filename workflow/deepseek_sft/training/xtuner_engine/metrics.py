@@ -10,9 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ... import formatting
+from ... import families, formatting
 from ...cli import say
-from ...families import deepseek_v3
 from .. import flops, run_folder
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
@@ -36,7 +35,7 @@ class Metrics:
 
     def __init__(self, config: EngineConfig, attempt: Attempt, engine: XtunerEngine, done: int, before: dict[str, Any]):
         self._schedule, self._settings = config.schedule, config.settings
-        base = deepseek_v3.read_config(Path(config.base))
+        base = families.read_config(Path(config.base))
         self._flops = flops.StepFlops.of(base)
         self.progress = {
             "hosts": attempt.hosts,

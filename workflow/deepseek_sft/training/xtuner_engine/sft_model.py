@@ -10,7 +10,7 @@ from xtuner.parallel.sequence import (
     split_for_sequence_parallel,
 )
 
-from ...families.deepseek_v3 import read_config
+from ... import families
 from ...model import attention as attention_functions
 from ...model.balance_bias import BalanceBias
 from ...model.router import AuxiliaryLoss
@@ -40,7 +40,7 @@ class DeepseekSFT(SupervisedFinetune):
         balance_bias_speed: float = 0.0,
         read_weights: bool = True,
     ):
-        config = read_config(Path(base))
+        config = families.read_config(Path(base))
         sizes = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"])
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             print(attention_functions.describe(attention, accelerator, sizes), flush=True)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ... import files, json_files
+from ... import families, files, json_files
 from ...cli import say
 from ...convert.tensor_sources import Source
 from ...errors import GateError
-from ...families import config_file, deepseek_v3
+from ...families import config_file
 from ...model.training_model import TrainingModel, differences
 from ...tensors import number_formats
 from ...tensors.byte_ranges import OpenFiles
@@ -47,7 +47,6 @@ NOT_COMPUTED_WITH = {
     "transformers_version",
     "use_cache",
 }
-COMPUTED_WITH = (*deepseek_v3.POSITIVE_INTEGERS, *config_file.COMPUTED)
 ROUTER = {
     "num_experts_per_tok": "top_k",
     "n_group": "n_group",
@@ -104,7 +103,7 @@ def check(model: TrainingModel, base: Path, run: Path, dtype: str, fresh: bool) 
     Raises:
         GateError: on all ranks alike, naming every difference and the ranks that see it.
     """
-    problems = compare_config(model, deepseek_v3.published_config(base), dtype)
+    problems = compare_config(model, families.published_config(base), dtype)
     elements = checksum = 0
     if fresh:
         different, elements, checksum = compare_weights(model, base, dist.get_rank())
@@ -146,14 +145,15 @@ def compare_config(model: TrainingModel, published: dict[str, Any], dtype: str) 
     Args:
         published: ``config.json`` as it lies in the base, in old or new names.
     """
-    config, published = model.config, deepseek_v3.checked(published, Path("config.json"))
+    config, published = model.config, families.checked(published)
     problems = differences(model, published)
     problems += [
         f"{key} is {getattr(config, key)!r} in the model, {value!r} in the base's config.json"
         for key, value in published.items()
         if key not in NOT_COMPUTED_WITH and hasattr(config, key) and getattr(config, key) != value
     ]
-    problems += [f"the model's configuration has no {key}" for key in COMPUTED_WITH if not hasattr(config, key)]
+    computed_with = (*families.of(published).POSITIVE_INTEGERS, *config_file.COMPUTED)
+    problems += [f"the model's configuration has no {key}" for key in computed_with if not hasattr(config, key)]
     for layer, router in enumerate(model.routers()):
         problems += [
             f"router {layer}: {name} is {getattr(router, name)!r}, the base's config.json says {published[key]!r}"

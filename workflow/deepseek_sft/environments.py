@@ -1,0 +1,78 @@
+"""The software environment of each stage: which one it is, its Python, what activates it, what of it lies on the nodes.
+
+What differs between a locked environment, one of the user's and its copy on a node's disk is said here; rules,
+``render_sbatch.py`` and the templates take it as it comes.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from .engines import ENGINES
+from .local_copies import LocalCopies, copies_of
+
+CHOSEN = ("train", "serve")  # kinds beside the workflow's own: built when jobs start, or the user's (``envs.<kind>``)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What runs the stages of one kind.
+
+    Attributes:
+        locked: name of the locked environment that does unless the user has one: ``train-cuda``, ``serve-cpu``.
+        python: interpreter.
+        activate: shell line to run before it, or nothing.
+        own: whether it is the user's.
+        copies: what runs from the nodes' own disks; None where nothing does.
+        archive: the form in which it is brought there.
+    """
+
+    locked: str
+    python: str
+    activate: str = ""
+    own: bool = False
+    copies: LocalCopies | None = None
+    archive: str | None = None
+
+    @property
+    def built(self) -> list[str]:
+        """Files that say that the locked environment is built; none where the user's is taken."""
+        return [] if self.own else [f".envs/{self.locked}.json"]
+
+    @property
+    def files(self) -> list[str]:
+        """All that is made where the network is, before nodes are asked for."""
+        return [*self.built, *([self.copies.archive] if self.copies else [])]
+
+    def words(self) -> list[str]:
+        """What render_sbatch.py is told."""
+        words = ["--python", self.python, f"--activate={self.activate}"]
+        if self.copies:
+            copies = self.copies
+            words += ["--archive", copies.archive, "--environment", copies.environment, "--code", copies.code]
+        return words
+
+
+def of(kind: str, config: dict[str, Any]) -> Environment:
+    """The environment of the stages of one kind: ``workflow``, or one of ``CHOSEN``."""
+    if kind == "workflow":
+        return Environment(kind, sys.executable)
+    accelerator, local = config["accelerator"], config["envs"]["local"]
+    if kind == "train":
+        name = ENGINES[config["train"]["engine"]].environment
+        locked = f"{name}-cuda" if accelerator == "cuda" else name
+    else:
+        locked = f"{kind}-{accelerator}"
+    own = config["envs"].get(kind) or {}
+    python, archive = own.get("python", f".envs/{locked}/bin/python"), local.get(kind)
+    copies = copies_of(locked, archive, local["folder"]) if archive else None
+    return Environment(locked, copies.python if copies else python, _activate(own), bool(own), copies, archive)
+
+
+def _activate(own: dict[str, Any]) -> str:
+    line, folder = own.get("activate", ""), own.get("cuda_compat")
+    if not folder:
+        return line
+    first = f"export LD_LIBRARY_PATH={shlex.quote(folder)}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"
+    return f"{line} && {first}" if line else first
