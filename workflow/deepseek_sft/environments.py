@@ -9,10 +9,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from . import stages
 from .engines import ENGINES
 from .local_copies import LocalCopies, copies_of
 
-CHOSEN = ("train", "serve")  # kinds beside the workflow's own: built when jobs start, or the user's (``envs.<kind>``)
+# Kinds beside the workflow's own: built when jobs start, or the user's (``envs.<kind>``).
+CHOSEN = tuple(dict.fromkeys(stage.environment for stage in stages.ROWS if stage.environment != "workflow"))
 
 
 @dataclass(frozen=True)
