@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import families, files, json_files
+from ..data import tokenizer_files
 from ..errors import BadInputError
 from ..tensors import fp8_blocks
 from ..tensors.safetensors_files import INDEX_NAME, StoredTensor, read_header
@@ -96,8 +97,10 @@ def check_companions(folder: Path) -> None:
         BadInputError: the tokenizer is missing, or a file cannot be read or is no JSON: said first, not after hours.
     """
     for name in TOKENIZER_FILES:
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and not (name == "tokenizer.json" and (folder / tokenizer_files.RANKS).is_file()):
             raise BadInputError(f"{folder} lacks {name}", "copy the release's tokenizer files into it")
+    if tokenizer_files.vocabulary_file(folder).name == tokenizer_files.RANKS:
+        tokenizer_files.tokenizer_text(folder)
     for path in companions(folder):
         files.refuse_pointer(path)
         if path.name.startswith(MUST_BE_JSON) and path.suffix == ".json" and not _is_json(path):
