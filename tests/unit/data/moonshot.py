@@ -22,7 +22,14 @@ TEMPLATE = (
     "{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"
 )
 SCRIPTS = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE80), (0x1100, 0x1200))
-SCRIPTS += ((0x2000, 0x2070), (0x3000, 0x3100), (0x4E00, 0x4F00), (0xAC00, 0xAD00), (0x1F300, 0x1F650), (0x20000, 0x20100))
+SCRIPTS += (
+    (0x2000, 0x2070),
+    (0x3000, 0x3100),
+    (0x4E00, 0x4F00),
+    (0xAC00, 0xAD00),
+    (0x1F300, 0x1F650),
+    (0x20000, 0x20100),
+)
 
 
 def soup(seed: int, length: int) -> str:
@@ -46,9 +53,13 @@ def ranks() -> dict[bytes, int]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     english = "the answer of the question is that they're not, and it's what we'll see in these things 2024 "
-    tokenizer.train_from_iterator([soup(seed, 4000) for seed in range(40)] + [english * 20, english.title() * 9], trainer)
+    tokenizer.train_from_iterator(
+        [soup(seed, 4000) for seed in range(40)] + [english * 20, english.title() * 9], trainer
+    )
     from deepseek_sft.data.words import BYTE_CHARACTERS
 
     of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
@@ -59,7 +70,9 @@ def folder(path: Path, template: str = TEMPLATE, **config: Any) -> Path:
     """A folder with ``tiktoken.model`` and ``tokenizer_config.json``."""
     path.mkdir(parents=True, exist_ok=True)
     first = len(ranks())
-    lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in sorted(ranks().items(), key=lambda p: p[1]))
+    lines = (
+        f"{base64.b64encode(token).decode()} {rank}" for token, rank in sorted(ranks().items(), key=lambda p: p[1])
+    )
     (path / "tiktoken.model").write_text("\n".join(lines) + "\n")
     content = {
         "added_tokens_decoder": {str(first + at): {"content": name, "special": True} for at, name in NAMES.items()},

@@ -52,7 +52,9 @@ def test_ids_of_mixed_scripts_are_the_librarys(made, library):
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(max_size=60) | st.lists(st.sampled_from([*moonshot.NAMES.values(), "a", "'s", " ", "中"])).map("".join))
+@given(
+    text=st.text(max_size=60) | st.lists(st.sampled_from([*moonshot.NAMES.values(), "a", "'s", " ", "中"])).map("".join)
+)
 def test_ids_of_any_text_are_the_librarys(made, library, text):
     assert same(made, library, text)
 

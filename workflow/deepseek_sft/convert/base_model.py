@@ -97,7 +97,9 @@ def check_companions(folder: Path) -> None:
         BadInputError: the tokenizer is missing, or a file cannot be read or is no JSON: said first, not after hours.
     """
     for name in TOKENIZER_FILES:
-        if not (folder / name).is_file() and not (name == "tokenizer.json" and (folder / tokenizer_files.RANKS).is_file()):
+        if not (folder / name).is_file() and not (
+            name == "tokenizer.json" and (folder / tokenizer_files.RANKS).is_file()
+        ):
             raise BadInputError(f"{folder} lacks {name}", "copy the release's tokenizer files into it")
     if tokenizer_files.vocabulary_file(folder).name == tokenizer_files.RANKS:
         tokenizer_files.tokenizer_text(folder)

@@ -141,7 +141,16 @@ class Encoder:
 
     def mentions_control(self, text: str) -> str:
         """The first control token that text spells, which a tokenizer left to itself would have obeyed, or nothing."""
-        return next((tag for tag in TAG.findall(text) if tag in self.control), "") if "<" in text else ""
+        if "<" in text and (spelled := next((tag for tag in TAG.findall(text) if tag in self.control), "")):
+            return spelled
+        found = self._other_names.search(text) if self._other_names else None
+        return found[0] if found else ""
+
+    @functools.cached_property
+    def _other_names(self) -> re.Pattern[str] | None:
+        """Control tokens of another shape than ``TAG``, such as ``[EOS]``."""
+        names = [re.escape(name) for name in self.control if name and not TAG.fullmatch(name)]
+        return re.compile("|".join(names)) if names else None
 
 
 def load_encoder(folder: Path, template: str) -> Encoder:
@@ -197,6 +206,14 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
     bytes_of = len if byte_level else lambda token: len(str(token).encode())
     longest = max(map(bytes_of, vocabulary), default=1)
     encoder = Encoder(
-        control, words, description, control.get(bos, -1), control.get(eos, -1), size, fingerprint(folder), folder, longest
+        control,
+        words,
+        description,
+        control.get(bos, -1),
+        control.get(eos, -1),
+        size,
+        fingerprint(folder),
+        folder,
+        longest,
     )
     return encoder, bos, eos

@@ -153,7 +153,9 @@ def description(ranks: dict[bytes, int], config: dict[str, Any], row: rows.Tikto
     for token in ordered:
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         found = [(left, right) for left, right in pairs if left in ranks and right in ranks]
-        merges += [[spelled[a], spelled[b]] for a, b in sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+        merges += [
+            [spelled[a], spelled[b]] for a, b in sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        ]
     special = special_tokens(ranks, config, row, CONFIG)
     options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     split = {"type": "Split", "pattern": {"Regex": "|".join(row.pattern)}, "behavior": "Isolated", "invert": False}
@@ -201,9 +203,7 @@ def check_against_library(folder: Path) -> int:
     row, ranks = rows.tiktoken_of(config), read_ranks(path)
     assert row is not None  # tokenizer_text has asked
     special = special_tokens(ranks, config, row, str(folder / CONFIG))
-    library = tiktoken.Encoding(
-        path.name, pat_str="|".join(row.pattern), mergeable_ranks=ranks, special_tokens=special
-    )
+    library = tiktoken.Encoding(path.name, pat_str="|".join(row.pattern), mergeable_ranks=ranks, special_tokens=special)
     texts = [*PROBES, *special, *filter(None, (token.decode("utf-8", "ignore") for token in ranks))]
     texts += ["".join(texts[start : start + 50]) for start in range(0, len(texts), 50)]
     for text, one in zip(texts, made.encode_batch_fast(texts, add_special_tokens=False), strict=True):

@@ -45,7 +45,7 @@ class Data:
     """What a source does of which no record is accepted, an empty file included."""
     template: Literal[*TEMPLATES, AUTO] = "deepseek-r1"
     """Chat template the samples are rendered with; must be the one the model will be served with. `auto` takes the one
-    that fits the base's own and says so."""
+    that fits the base's own and says so; `base` renders with the base's own, whatever it is."""
     on_template_difference: Literal["fail", "warn"] = setting("fail", later=True)
     """What `template` does where it gives other prompts than the base's own chat template: stops at the start, or warns
     (the model will be served with another chat template)."""
