@@ -3,11 +3,13 @@
 A trained turn is what serving gives the model, the prompt (``add_generation_prompt``), and what the model then writes.
 What it writes is taken from the template's own rendering of the turn: what stands between ``{% generation %}`` marks,
 otherwise what follows the prompt. Templates cut the reasoning of earlier turns, and with it that of the turn to be
-trained: so that turn is rendered without reasoning, and its reasoning is put back as the model writes it (``Reasoning``).
+trained: so that turn is rendered without reasoning, and its reasoning is put back as the model writes it
+(``Reasoning``).
 
-Of every sample it is checked that its written part is, character by character, reasoning, answer, calls and one control
-token that ends it, that its ids decode to that text, and that an earlier turn is trained only where the ids of prompt
-and turn stand unchanged before the later ones. Control tokens that people typed are held apart while the template works.
+Of every sample it is checked that its written part is, character by character, reasoning, answer, calls and one
+control token that ends it, that its ids decode to that text, and that an earlier turn is trained only where the ids of
+prompt and turn stand unchanged before the later ones. Control tokens that people typed are held apart while the
+template works.
 """
 
 import dataclasses
@@ -180,7 +182,7 @@ class BaseTemplate:
         return prompt, f"{opening}{reply.reasoning}{form.closing}{rest}"
 
     def _body(self, history: list[dict[str, Any]], turn: dict[str, Any], tools: Any, prompt: str) -> str | None:
-        """What the template writes after a prompt, up to the control token that ends it; None where it shows another."""
+        """What the template writes after a prompt, and its end; None where it shows another prompt."""
         whole = self.chat.render([*history, turn], tools=tools, marks=True)
         prompt = OPENED.sub("", prompt)
         if self.marks:
@@ -260,7 +262,7 @@ def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> li
     template = base_template(encoder)
     if settings.history == "keep" and not template.keeps_history:
         raise BadInputError(
-            "data.history_reasoning: keep: the base's template cuts the reasoning of earlier turns, and so does a server",
+            "data.history_reasoning: keep: the base's template cuts the reasoning of earlier turns, as serving does",
             "take split or strip, or one of our templates",
         )
     found = [parsed(record, encoder) for record in records]

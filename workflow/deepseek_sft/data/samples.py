@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .template_process import TemplateError
 from .chat_templates import BASE, NO_LOSS, TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
 from .encoding import Encoder, Segment
 from .lines import Oversized
 from .messages import Rejection, check_canonical, split_reasoning
 from .similarity import Signature, language, signature
+from .template_process import TemplateError
 
 LONGEST_ESCAPE = 6  # bytes that JSON may write one byte of text with
 

@@ -1,7 +1,7 @@
 """Model families of the class ``DeepseekV3ForCausalLM``, one row of data each.
 
 What is computed follows from the numbers in ``config.json``; a row says what cannot be read there: under which
-``model_type`` the family comes, how its tokenizer splits text, how its reasoning is written, which parsers a server needs.
+``model_type`` the family comes, how its tokenizer splits text, which parsers a server needs.
 
 Sources: ``config.json``, ``tokenizer_config.json`` and ``tokenization_*.py`` of the releases; vLLM's registry.
 """
