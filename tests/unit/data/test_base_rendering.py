@@ -120,8 +120,15 @@ def test_control_tokens_typed_by_people_stay_text(tmp_path):
     assert made.mentions and made.spelled == 1
 
 
-def test_reasoning_is_refused_where_nothing_knows_it(tmp_path):
-    made = make(encoder_of(tmp_path, moonshot.TEMPLATE), [user(), answer("R", "A")])
+def test_reasoning_is_text_where_the_template_shows_answers_as_they_are(tmp_path):
+    encoder = encoder_of(tmp_path, moonshot.TEMPLATE)
+    made = make(encoder, [user(), answer("R", "A"), user("B"), assistant("C")])
+    assert shown(encoder, made.samples[0]).count("⟦<think>\nR\n</think>\n\nA<|im_end|>⟧") == 1
+
+
+def test_reasoning_that_a_template_writes_in_another_way_is_refused(tmp_path):
+    text = THINKING.replace("<think>", "<|im_user|>thoughts").replace("</think>", "<|im_user|>")
+    made = make(encoder_of(tmp_path, text), [user(), answer("R", "A")])
     assert [reason for _, reason, _ in made.rejects] == ["template_reasoning"]
 
 
@@ -184,7 +191,7 @@ def test_what_cannot_be_shown_to_be_right_is_rejected(tmp_path, changed, reason)
 def test_the_start_says_what_a_template_cannot_render(tmp_path):
     verdict = check(encoder_of(tmp_path, moonshot.TEMPLATE), "base")
     assert verdict.template == "base" and verdict.compared
-    assert any("with reasoning" in note for note in verdict.notes)
+    assert any("one call" in note and "does not show the call" in note for note in verdict.notes)
     with pytest.raises(BadInputError, match="no control token ends"):
         check(encoder_of(tmp_path / "other", "{% for m in messages %}{{ m.content }} {% endfor %}"), "base")
 

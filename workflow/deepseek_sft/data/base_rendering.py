@@ -49,7 +49,8 @@ class Reasoning:
         asked: whether the prompt opens it as the request asks (``thinking``); then calls and what follows their
             outputs have none.
         as_field: whether history is given reasoning in a field; otherwise it is a part of the content.
-        possible: whether template or tokenizer know it at all.
+        possible: whether the template, where it shows a field of reasoning, writes tags around it. Without tokens for
+            the tags, and a template that shows content as it is, they are text.
     """
 
     opening: str
@@ -103,7 +104,7 @@ class BaseTemplate:
             empty=empty if f"{empty}A" in shown else "",
             asked=plain != thinking,
             as_field=FIELD in source,
-            possible=THINK_OPEN in control or THINK_CLOSE in source,
+            possible=FIELD not in source or THINK_CLOSE in source,
         )
         told = {"role": "user", "content": "T"}, {"role": "assistant", "content": "A", "loss": False}
         told[1]["content"] = f"{THINK_OPEN}\n{PROBE}\n{THINK_CLOSE}\n\nA"
@@ -168,7 +169,7 @@ class BaseTemplate:
                 raise Rejection("template_reasoning", "the base's template opens reasoning that this answer has not")
             return prompt, self._checked(body, reply, form.empty)
         if not form.possible:
-            raise Rejection("template_reasoning", "neither the base's template nor its tokenizer know reasoning")
+            raise Rejection("template_reasoning", "the base's template writes reasoning without tags of thinking")
         if form.asked and not opened:
             raise Rejection("tool_reasoning", "the base's template has no place for reasoning here")
         if form.asked and reply.calls:

@@ -187,7 +187,7 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
     except OSError as error:
         raise BadInputError(
             f"no tokenizer in {folder}: {error.strerror}: {Path(error.filename).name}",
-            "--tokenizer names a folder with tokenizer.json (or tiktoken.model) and tokenizer_config.json, such as the base's",
+            "--tokenizer names a folder with tokenizer.json or tiktoken.model and tokenizer_config.json, as the base's",
         ) from None
     except BadInputError:
         raise
