@@ -10,7 +10,7 @@ from ..families import config_file, rows
 from ..tensors import fp8_blocks
 from ..tensors.safetensors_files import Shard, lay_out, lay_out_like
 from ..tensors.sizes import parse_size
-from ..tensors.tensor_spec import FP8_BLOCK, SCALE_SUFFIX, TensorSpec
+from ..tensors.tensor_spec import FP8_BLOCK, INT4, SCALE_SUFFIX, TensorSpec
 from .base_model import QUANTISATION_FILE, BaseModel
 from .tensor_sources import Source
 
@@ -29,7 +29,7 @@ def _spec(base: BaseModel, name: str, dtype: str) -> TensorSpec:
     stored, family = base.tensors[name].spec, families.of(base.config)
     if dtype == "fp8" and len(stored.shape) == 2 and family.is_quantised(base.config, name):
         return TensorSpec(stored.shape, "F8_E4M3")
-    rounded = stored.dtype == "F8_E4M3" or name.endswith(family.ROUTER_WEIGHT)
+    rounded = stored.dtype in ("F8_E4M3", INT4) or name.endswith(family.ROUTER_WEIGHT)
     kept = "BF16" if rounded else stored.dtype  # router biases are FP32 in the release
     return TensorSpec(stored.shape, "F32" if dtype == "fp32" else kept)
 
