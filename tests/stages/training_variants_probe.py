@@ -35,6 +35,15 @@ KINDS = {
         "rope_theta": 50000.0,
         "routed_scaling_factor": 2.446,
     },
+    "kimi": {
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 24,
+        "rope_scaling": YARN | {"factor": 32, "original_max_position_embeddings": 4096},
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+    },
     "weights not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 16.0},
 }
 WAYS = {

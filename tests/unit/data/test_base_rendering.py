@@ -16,7 +16,7 @@ from deepseek_sft.data.samples import Settings, make_samples
 from deepseek_sft.data.template_check import check
 from deepseek_sft.errors import BadInputError
 
-RECORDS = int(os.environ.get("BASE_RECORDS", 400))  # of each of the five templates
+RECORDS = int(os.environ.get("BASE_RECORDS", 150))  # of each of the five templates
 # As Kimi-K2-Thinking: reasoning has a field, turns up to the last answer lose it, tools stand first.
 THINKING = (
     "{%- if tools -%}<|im_system|>tool_declare<|im_middle|>"

@@ -23,8 +23,14 @@ FORMAT = {
             "targets": ["Linear"],
             "input_activations": None,
             "weights": {
-                **{"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
-                **{"actorder": None, "dynamic": False, "observer": "minmax"},
+                "num_bits": 4,
+                "type": "int",
+                "strategy": "group",
+                "group_size": 32,
+                "symmetric": True,
+                "actorder": None,
+                "dynamic": False,
+                "observer": "minmax",
             },
         }
     },

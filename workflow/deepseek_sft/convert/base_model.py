@@ -168,8 +168,8 @@ def is_quantised(config: dict[str, Any], folder: Path) -> bool:
     if not known or settings.get("weight_block_size") != block:
         raise BadInputError(
             f"{folder / 'config.json'}: quantization_config is {settings}; only the release's FP8 format with blocks "
-            f"of {block}, and INT4 of compressed-tensors (pack-quantized, symmetric, groups of {int4_groups.GROUP}), can be "
-            "dequantised",
+            f"of {block}, and INT4 of compressed-tensors (pack-quantized, symmetric, groups of {int4_groups.GROUP}), "
+            "can be dequantised",
             "use the official release or a BF16 copy of it",
         )
     return True

@@ -1,4 +1,4 @@
-"""INT4 of compressed-tensors, as Kimi-K2-Thinking ships its experts: 8 signed values in an int32, a scale for 32 of them.
+"""INT4 of compressed-tensors, as Kimi-K2-Thinking ships its experts: 8 values in an int32, a scale for 32 of them.
 
 A matrix ``X.weight`` lies as ``X.weight_packed`` int32 [rows, columns / 8], value ``i`` of a word in bits ``4 i`` to
 ``4 i + 3``, stored plus 8; ``X.weight_scale`` BF16 [rows, columns / 32]; and ``X.weight_shape``. A value is
@@ -61,8 +61,8 @@ def fold(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], 
             if stored.spec.dtype != "I32" or words * WORD % GROUP or not rows or scale is None or scale.spec != wanted:
                 found = f"{scale.spec.dtype} {list(scale.spec.shape)}" if scale else "missing"
                 raise BadInputError(
-                    f"{stored.file}: {name} is {stored.spec.dtype} {list(stored.spec.shape)} and its scale {found}; needed "
-                    f"are int32 and BF16 {list(wanted.shape)}, one for {GROUP} values",
+                    f"{stored.file}: {name} is {stored.spec.dtype} {list(stored.spec.shape)} and its scale {found}; "
+                    f"needed are int32 and BF16 {list(wanted.shape)}, one for {GROUP} values",
                     "fetch this file again",
                 )
             folded[own] = StoredTensor(stored.file, stored.offset, TensorSpec((rows, words * WORD), INT4))
