@@ -171,7 +171,7 @@ def load_encoder(folder: Path, template: str) -> Encoder:
         raise BadInputError(
             f"the tokenizer in {folder} does not fit template {template}: "
             + (f"no token {', '.join(missing)}" if missing else f"its eos_token is {eos}, not {END}"),
-            "use a DeepSeek release's tokenizer, or data.template: base, which renders with the base's own chat template",
+            "use a DeepSeek tokenizer, or data.template: base, which renders with the base's own chat template",
         )
     return encoder
 
