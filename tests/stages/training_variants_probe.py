@@ -148,7 +148,7 @@ def released_weights(folder: Path) -> dict[str, float]:
     model = build(folder, experts_per_shard=4, attention=attention.SDPA, dtype=torch.float32).train()
     shard = model.model.layers[1].mlp.experts[0]
     rows = torch.randn(6, SHAPE.hidden_size, requires_grad=True)
-    output = shard(rows, [1, 0, 3, 2])
+    output = shard(rows, expert_products.Counts([1, 0, 3, 2], None))
     weights = shard.w2.data
     shard.w2.data = torch.empty(0)
     shard.w2.data = 2 * weights
@@ -156,7 +156,7 @@ def released_weights(folder: Path) -> dict[str, float]:
     doubled = rows.grad.clone()
     rows.grad = None
     shard.w2.data = weights
-    shard(rows, [1, 0, 3, 2]).sum().backward()
+    shard(rows, expert_products.Counts([1, 0, 3, 2], None)).sum().backward()
     return {"input_gradient": difference(doubled, 2 * rows.grad), "size": rows.grad.abs().max().item()}
 
 
