@@ -35,6 +35,15 @@ KINDS = {
         "rope_theta": 50000.0,
         "routed_scaling_factor": 2.446,
     },
+    "kimi": {
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 24,
+        "rope_scaling": YARN | {"factor": 32, "original_max_position_embeddings": 4096},
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+    },
     "weights not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 16.0},
 }
 WAYS = {
@@ -139,7 +148,7 @@ def released_weights(folder: Path) -> dict[str, float]:
     model = build(folder, experts_per_shard=4, attention=attention.SDPA, dtype=torch.float32).train()
     shard = model.model.layers[1].mlp.experts[0]
     rows = torch.randn(6, SHAPE.hidden_size, requires_grad=True)
-    output = shard(rows, expert_products.Counts([1, 0, 3, 2]))
+    output = shard(rows, expert_products.Counts([1, 0, 3, 2], None))
     weights = shard.w2.data
     shard.w2.data = torch.empty(0)
     shard.w2.data = 2 * weights
@@ -147,7 +156,7 @@ def released_weights(folder: Path) -> dict[str, float]:
     doubled = rows.grad.clone()
     rows.grad = None
     shard.w2.data = weights
-    shard(rows, expert_products.Counts([1, 0, 3, 2])).sum().backward()
+    shard(rows, expert_products.Counts([1, 0, 3, 2], None)).sum().backward()
     return {"input_gradient": difference(doubled, 2 * rows.grad), "size": rows.grad.abs().max().item()}
 
 

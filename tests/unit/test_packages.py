@@ -13,7 +13,7 @@ LIBRARY = Path(__file__).resolve().parents[2] / "workflow/deepseek_sft"
 IMPORTS: dict[str, set[str]] = {
     "cluster_jobs": set(),
     "convert": {"data", "families", "tensors"},
-    "data": set(),
+    "data": {"families"},
     "evaluation": {"data", "serving", "settings"},
     "families": {"tensors"},
     "model": {"families", "tensors"},

@@ -18,6 +18,7 @@ import _single_threaded  # noqa: F401
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.data.samples import Settings
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
+from deepseek_sft.data.tokenizer_files import vocabulary_file
 from deepseek_sft.settings import options
 from deepseek_sft.settings.data import Data
 from deepseek_sft.settings.field_types import keys
@@ -70,7 +71,7 @@ def main() -> None:
         "tokenize_data",
         inputs={
             "data": receipts.input_entry(arguments.input),
-            "tokenizer": receipts.input_entry(arguments.tokenizer / "tokenizer.json"),
+            "tokenizer": receipts.input_entry(vocabulary_file(arguments.tokenizer)),
         },
         settings={
             "template": figures["template"],

@@ -3,15 +3,16 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import families, files, json_files
+from ..data import tokenizer_files
 from ..errors import BadInputError
-from ..tensors import fp8_blocks
+from ..tensors import fp8_blocks, int4_groups
 from ..tensors.safetensors_files import INDEX_NAME, StoredTensor, read_header
-from ..tensors.tensor_spec import FP8_BLOCK, SCALE_SUFFIX, TensorSpec
+from ..tensors.tensor_spec import FP8_BLOCK, INT4, SCALE_SUFFIX, TensorSpec
 from .tensor_sources import Source
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -33,7 +34,8 @@ class BaseModel:
         expected: name → shape and dtype by the config, without the multi-token-prediction layer.
         mtp: names of the multi-token-prediction layer's tensors; they are not trained.
         files: weight files in order.
-        quantised: whether it is the FP8 block format.
+        quantised: whether it is the FP8 block format, or INT4 of compressed-tensors.
+        groups: scales of each INT4 matrix.
         fingerprint: over config, headers and sampled blocks of the weights.
     """
 
@@ -46,6 +48,7 @@ class BaseModel:
     files: list[Path]
     quantised: bool
     fingerprint: str
+    groups: dict[StoredTensor, StoredTensor] = field(default_factory=dict)
 
     def weights(self, mtp: bool) -> list[str]:
         """Names of the trained tensors in the order in which they lie in the folder; on demand with those of MTP."""
@@ -68,8 +71,10 @@ class BaseModel:
             ) from None
 
     def source(self, name: str) -> Source:
-        """Where a weight's values are read, dequantised if it is FP8."""
+        """Where a weight's values are read, dequantised if it is FP8 or INT4."""
         stored = self.tensors[name]
+        if stored.spec.dtype == INT4:
+            return Source(stored, 0, stored.spec.shape, self.groups[stored])
         factors = self.tensors[name + SCALE_SUFFIX] if stored.spec.dtype == "F8_E4M3" else None
         return Source(stored, 0, stored.spec.shape, factors)
 
@@ -96,8 +101,12 @@ def check_companions(folder: Path) -> None:
         BadInputError: the tokenizer is missing, or a file cannot be read or is no JSON: said first, not after hours.
     """
     for name in TOKENIZER_FILES:
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and not (
+            name == "tokenizer.json" and (folder / tokenizer_files.RANKS).is_file()
+        ):
             raise BadInputError(f"{folder} lacks {name}", "copy the release's tokenizer files into it")
+    if tokenizer_files.vocabulary_file(folder).name == tokenizer_files.RANKS:
+        tokenizer_files.tokenizer_text(folder)
     for path in companions(folder):
         files.refuse_pointer(path)
         if path.name.startswith(MUST_BE_JSON) and path.suffix == ".json" and not _is_json(path):
@@ -144,7 +153,7 @@ def _fingerprint(published: dict[str, Any], paths: list[Path]) -> str:
 
 
 def is_quantised(config: dict[str, Any], folder: Path) -> bool:
-    """Whether the folder is in the release's FP8 block format.
+    """Whether the folder is in the release's FP8 block format, or in INT4 of compressed-tensors.
 
     Raises:
         BadInputError: it is quantised in some other way.
@@ -152,12 +161,15 @@ def is_quantised(config: dict[str, Any], folder: Path) -> bool:
     settings = config.get("quantization_config")
     if settings is None:
         return False
+    if int4_groups.is_format(settings):
+        return True
     block = [FP8_BLOCK] * 2
     known = isinstance(settings, dict) and settings.get("quant_method") == "fp8"
     if not known or settings.get("weight_block_size") != block:
         raise BadInputError(
             f"{folder / 'config.json'}: quantization_config is {settings}; only the release's FP8 format with blocks "
-            f"of {block} can be dequantised",
+            f"of {block}, and INT4 of compressed-tensors (pack-quantized, symmetric, groups of {int4_groups.GROUP}), "
+            "can be dequantised",
             "use the official release or a BF16 copy of it",
         )
     return True
@@ -191,13 +203,14 @@ def open_model(folder: Path) -> BaseModel:
         wrong += [n for n in tensors if n not in weight_map]
         if wrong:
             raise BadInputError(f"{folder / INDEX_NAME} and the files disagree about {_few(wrong)}", "fetch them again")
+    tensors, groups = int4_groups.fold(tensors)
     check_companions(folder)
     family = families.of(config)
     expected = family.tensor_specs(config)
     mtp = [name for name in tensors if family.is_mtp(config, name)]
     _check_tensors(folder, tensors, expected, set(mtp), quantised, family.ROUTER_WEIGHT)
     return BaseModel(
-        folder, config, published, tensors, expected, mtp, paths, quantised, _fingerprint(published, paths)
+        folder, config, published, tensors, expected, mtp, paths, quantised, _fingerprint(published, paths), groups
     )
 
 
@@ -248,7 +261,7 @@ def _check_tensors(
         if found.spec.shape != spec.shape:
             raise BadInputError(f"{found.file}: {name} has shape {found.spec.shape}, config.json asks for {spec.shape}")
         allowed = {"BF16", spec.dtype} | ({"F32"} if name.endswith(router_weight) else set())
-        if found.spec.dtype not in allowed and not (found.spec.dtype == "F8_E4M3" and quantised):
+        if found.spec.dtype not in allowed and not (found.spec.dtype in ("F8_E4M3", INT4) and quantised):
             raise BadInputError(  # the correction bias is FP32 in the release
                 f"{found.file}: {name} is {found.spec.dtype}; needed is BF16 or the release's FP8",
                 "convert the model to BF16 first",
@@ -274,7 +287,7 @@ def figures(model: BaseModel) -> dict[str, Any]:
         "tensors_of_untrained_mtp_layer": len(model.mtp),
         "bytes": sum(path.stat().st_size for path in model.files),
         "files": len(model.files),
-        "dtype": "fp8" if model.quantised else "bf16",
+        "dtype": "int4" if model.groups else "fp8" if model.quantised else "bf16",
         "layers": config["num_hidden_layers"],
         "moe_layers": experts,
         "experts": config["n_routed_experts"],

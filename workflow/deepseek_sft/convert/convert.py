@@ -1,6 +1,7 @@
 """From a ZeRO checkpoint to a Hugging Face folder with the base model's tensors, by streaming."""
 
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import cli, families, files
+from ..data import tokenizer_files
 from ..errors import BadInputError
 from ..formatting import byte_size
 from ..tensors import fp8_blocks, memory_bound, number_formats, swap
@@ -112,8 +114,21 @@ def restore_biases(sources: dict[str, Source], base: BaseModel) -> list[str]:
 
 
 def copy_companions(base: BaseModel, config: dict[str, Any], folder: Path) -> None:
-    """Put ``config.json`` and the base's tokenizer and generation files into a model folder."""
+    """Put ``config.json`` and the base's tokenizer and generation files into a model folder.
+
+    Of ``tiktoken.model`` a ``tokenizer.json`` with the same ids is made, which servers read without code of the folder.
+    """
+    made = {}
+    if tokenizer_files.vocabulary_file(base.folder).name == tokenizer_files.RANKS:
+        made["tokenizer.json"] = tokenizer_files.tokenizer_text(base.folder).encode()
+        served = tokenizer_files.served_config(base.folder)
+        made[tokenizer_files.CONFIG] = json.dumps(served, ensure_ascii=False, indent=2).encode() + b"\n"
+    for name, content in made.items():
+        with files.atomic_open(folder / name, "wb") as stream:
+            stream.write(content)
     for path in companions(base.folder):
+        if path.name in made or (made and (path.name == tokenizer_files.RANKS or path.suffix == ".py")):
+            continue
         with files.atomic_open(folder / path.name, "wb") as stream:
             stream.write(path.read_bytes())
     files.write_json(folder / "config.json", config)

@@ -1,4 +1,4 @@
-"""From a base to a BF16 model of its own, by streaming, without a GPU: FP8 blocks are dequantised."""
+"""From a base to a BF16 model of its own, by streaming, without a GPU: FP8 blocks and INT4 groups are dequantised."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,8 @@ def dequantize(base: BaseModel, output: Path, options: Options) -> Progress:
     buffers = memory_bound.plan_buffers(options.memory, options.workers, BYTES_PER_ELEMENT, found)
     allow_open_files(len(base.files) + len(shards))
     if quantised:
-        cli.say(f"{base.folder} is FP8 ({quantised} matrices): dequantising to {output}")
+        form = "INT4" if base.groups else "FP8"
+        cli.say(f"{base.folder} is {form} ({quantised} matrices): dequantising to {output}")
     else:
         cli.say(f"writing {base.config['num_hidden_layers']} layers of {base.folder} to {output}")
     cli.say(f"memory: {found}; up to {byte_size(buffers.size)} of buffers in {buffers.workers} threads, no swap used")

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import families, files
+from ..data.tokenizer_files import RANKS, vocabulary_file
 from ..errors import BadInputError
-from ..families import config_file
+from ..families import config_file, rows
 from ..tensors import fp8_blocks
 from ..tensors.safetensors_files import Shard, lay_out, lay_out_like
 from ..tensors.sizes import parse_size
-from ..tensors.tensor_spec import FP8_BLOCK, SCALE_SUFFIX, TensorSpec
+from ..tensors.tensor_spec import FP8_BLOCK, INT4, SCALE_SUFFIX, TensorSpec
 from .base_model import QUANTISATION_FILE, BaseModel
 from .tensor_sources import Source
 
@@ -28,7 +29,7 @@ def _spec(base: BaseModel, name: str, dtype: str) -> TensorSpec:
     stored, family = base.tensors[name].spec, families.of(base.config)
     if dtype == "fp8" and len(stored.shape) == 2 and family.is_quantised(base.config, name):
         return TensorSpec(stored.shape, "F8_E4M3")
-    rounded = stored.dtype == "F8_E4M3" or name.endswith(family.ROUTER_WEIGHT)
+    rounded = stored.dtype in ("F8_E4M3", INT4) or name.endswith(family.ROUTER_WEIGHT)
     kept = "BF16" if rounded else stored.dtype  # router biases are FP32 in the release
     return TensorSpec(stored.shape, "F32" if dtype == "fp32" else kept)
 
@@ -83,8 +84,11 @@ def output_config(base: BaseModel, dtype: str, mtp: str) -> dict[str, Any]:
     layers = base.mtp_layers if mtp == "copy" else 0
     values = {"torch_dtype": TORCH_DTYPES[dtype], "num_nextn_predict_layers": layers}
     config |= values | {new: values[old] for new, old in config_file.ALIASES.items() if new in config and old in values}
-    if lacking_code(config, base.folder):
-        del config["auto_map"]
+    without_code = vocabulary_file(base.folder).name == RANKS or config["model_type"] != rows.MODEL_TYPE
+    if lacking_code(config, base.folder) or without_code:
+        config.pop("auto_map", None)
+    if without_code:  # the same class, under the name that servers know without code from the folder
+        config["model_type"] = rows.MODEL_TYPE
     if dtype == "fp8":
         config["quantization_config"] = fp8_blocks.QUANTIZATION_CONFIG
     return config

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tensors import fp8_blocks
+from ..tensors import fp8_blocks, int4_groups
 from ..tensors.byte_ranges import OpenFiles
 from ..tensors.number_formats import WIDTHS
 from ..tensors.partitioned_parameter import Partitioned
 from ..tensors.safetensors_files import ITEM_SIZES, StoredTensor
-from ..tensors.tensor_spec import FP8_BLOCK
+from ..tensors.tensor_spec import FP8_BLOCK, INT4
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,8 @@ class Source:
 
     Attributes:
         start: first element in the flattened parameter.
-        factors: where the block factors of an FP8 tensor lie; its values are then read dequantised.
+        factors: where the block factors of an FP8 tensor lie, or the scales of an INT4 one; its values are then read
+            dequantised.
     """
 
     parameter: Partitioned | StoredTensor
@@ -42,8 +43,10 @@ class Source:
     @property
     def stored_bytes(self) -> int:
         """Bytes that reading all of it takes."""
-        item = ITEM_SIZES["F8_E4M3" if self.factors else self.dtype]
-        return int(np.prod(self.shape, dtype=np.int64)) * item + (self.factors.bytes if self.factors else 0)
+        if self.factors and isinstance(self.parameter, StoredTensor):
+            return self.parameter.bytes + self.factors.bytes
+        item = ITEM_SIZES[self.dtype]
+        return int(np.prod(self.shape, dtype=np.int64)) * item
 
     def read(self, opened: OpenFiles, start: int, count: int) -> NDArray:
         """Elements ``start`` to ``start + count``, as bits of ``dtype``: one dimension.
@@ -51,6 +54,8 @@ class Source:
         Raises:
             BadInputError: a file ends early or cannot be read.
         """
+        if self.factors and isinstance(self.parameter, StoredTensor) and self.parameter.spec.dtype == INT4:
+            return self._unpacked(opened, start, count)
         if self.factors:
             return self._dequantized(opened, start, count)
         target = np.empty(count, WIDTHS[self.dtype])
@@ -60,6 +65,16 @@ class Source:
             offset = self.parameter.offset + (self.start + start) * ITEM_SIZES[self.dtype]
             opened.read_into(self.parameter.file, offset, target)
         return target
+
+    def _unpacked(self, opened: OpenFiles, start: int, count: int) -> NDArray[np.float32]:
+        """As ``_dequantized``, of INT4."""
+        assert isinstance(self.parameter, StoredTensor) and self.factors
+        columns = self.shape[-1]
+        words, groups = columns // int4_groups.WORD, columns // int4_groups.GROUP
+        first, rows = start // columns, count // columns
+        codes = opened.read(self.parameter.file, self.parameter.offset + first * words * 4, np.uint32, rows * words)
+        scales = opened.read(self.factors.file, self.factors.offset + first * groups * 2, np.uint16, rows * groups)
+        return int4_groups.dequantize(codes.reshape(rows, words), scales.reshape(rows, groups)).reshape(-1)
 
     def _dequantized(self, opened: OpenFiles, start: int, count: int) -> NDArray[np.float32]:
         """``start`` and ``count`` are multiples of the row length."""

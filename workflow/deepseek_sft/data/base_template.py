@@ -3,10 +3,9 @@
 Where it lies and how it is chosen follows transformers (``PreTrainedTokenizerBase.from_pretrained``,
 ``get_chat_template``, ``chat_template_utils``): ``chat_template.jinja`` and ``additional_chat_templates/*.jinja``
 before ``chat_template`` of tokenizer_config.json, which is text, or named templates of which requests with tools take
-``tool_use``; Jinja in a sandbox.
+``tool_use``; Jinja in a sandbox (``template_process``).
 """
 
-import datetime
 import functools
 import json
 import re
@@ -15,22 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
 from .. import json_files
 from ..errors import BadInputError
 from .chat_templates import USER, Piece
+from .template_child import BEGIN, END
+from .template_process import TemplateError, TemplateSyntaxError, compile_only, render
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 FILE, FOLDER = "chat_template.jinja", "additional_chat_templates"
 MARK = "where the first question stands"
 HELD = "\U000f5e17"  # stands for the first character of a control token that a person typed
-
-
-class TemplateError(Exception):
-    """The chat template refuses a conversation, or has no place for definitions of tools."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +40,21 @@ class ChatTemplate:
     named: tuple[tuple[str, str], ...]
     tokens: tuple[tuple[str, str], ...]
 
-    def render(self, messages: list[dict[str, Any]], *, tools: Any = None, prompt: bool = False, **options: Any) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Any = None,
+        prompt: bool = False,
+        marks: bool = False,
+        **options: Any,
+    ) -> str:
         """The text of messages in OpenAI's form.
 
         Args:
             tools: definitions of tools; None without.
             prompt: whether the start of an answer follows.
+            marks: whether what ``{% generation %}`` marks stands between ``BEGIN`` and ``END``.
             options: further variables of the template, such as ``thinking``.
 
         Raises:
@@ -62,13 +64,12 @@ class ChatTemplate:
         text = named[WITH_TOOLS] if tools is not None and WITH_TOOLS in named else named.get(DEFAULT)
         if text is None:
             raise TemplateError(f"{self.source} names the templates {', '.join(named)}, and none is {DEFAULT}")
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
-            variables = dict(self.tokens) | options
-            return _compiled(text).render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **variables
-            )
-        except Exception as error:  # whatever a template does to its variables
-            raise TemplateError(f"{type(error).__name__}: {error}") from None
+            shown = render(text, dict(self.tokens) | options | given)
+        except TemplateSyntaxError as error:
+            raise TemplateError(str(error)) from None
+        return shown if marks else shown.replace(BEGIN, "").replace(END, "")
 
     def system_with_tools(self, system: str, tools: list[Any], control: Collection[str]) -> list[Piece] | None:
         """What stands between the begin-of-sentence token and the first question where tools are given.
@@ -129,8 +130,10 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         named = given if isinstance(given, dict) else {DEFAULT: given} if given else {}
     try:
         for text in named.values():
-            _compiled(text)
-    except (jinja2.TemplateError, AttributeError, TypeError) as error:
+            if not isinstance(text, str):
+                raise TemplateSyntaxError("it is no text")
+            compile_only(text)
+    except (TemplateSyntaxError, TemplateError) as error:
         raise BadInputError(
             f"the chat template in {source} is no Jinja template: {error}", "copy the file again"
         ) from None
@@ -162,35 +165,3 @@ def _hold(text: str, control: Collection[str]) -> str:
     for name in control:
         text = text.replace(name, HELD + name[1:]) if name.startswith("<") else text
     return text
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what an assistant wrote; the text is the same."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-@functools.cache
-def _compiled(text: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(text)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

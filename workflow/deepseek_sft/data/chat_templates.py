@@ -218,4 +218,5 @@ TEMPLATES: dict[str, Template] = {
     "deepseek-r1-0528": Template(_r1_reply, _rounds_history, _rounds_output, cuts_history=True),
     "deepseek-v3-0324": Template(_r1_reply, _rounds_history, _rounds_output, cuts_history=False),
 }
+BASE = "base"  # the base's own chat template, rendered (``base_rendering``)
 AUTO = "auto"  # the template that fits the base's own

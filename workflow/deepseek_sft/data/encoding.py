@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .. import files, json_files
+from .. import json_files
 from ..errors import BadInputError
 from .base_template import ChatTemplate, read_chat_template, token_name
-from .chat_templates import ASSISTANT, END, TEMPLATES, USER, Piece
+from .chat_templates import ASSISTANT, BASE, END, TEMPLATES, USER, Piece
 from .messages import THINK_CLOSE, THINK_OPEN
+from .tokenizer_files import RANKS, fingerprint, tokenizer_text, vocabulary_file
 from .words import WordEncoder, word_encoder
 
 TAG = re.compile(r"<[^<>\s]+>")  # the shape of all of DeepSeek's added tokens
@@ -140,7 +141,16 @@ class Encoder:
 
     def mentions_control(self, text: str) -> str:
         """The first control token that text spells, which a tokenizer left to itself would have obeyed, or nothing."""
-        return next((tag for tag in TAG.findall(text) if tag in self.control), "") if "<" in text else ""
+        if "<" in text and (spelled := next((tag for tag in TAG.findall(text) if tag in self.control), "")):
+            return spelled
+        found = self._other_names.search(text) if self._other_names else None
+        return found[0] if found else ""
+
+    @functools.cached_property
+    def _other_names(self) -> re.Pattern[str] | None:
+        """Control tokens of another shape than ``TAG``, such as ``[EOS]``."""
+        names = [re.escape(name) for name in self.control if name and not TAG.fullmatch(name)]
+        return re.compile("|".join(names)) if names else None
 
 
 def load_encoder(folder: Path, template: str) -> Encoder:
@@ -151,6 +161,8 @@ def load_encoder(folder: Path, template: str) -> Encoder:
             that all need).
     """
     encoder, bos, eos = _load(Path(folder))
+    if template == BASE:
+        return encoder
     needed = [bos, eos, USER, ASSISTANT]
     if template in TEMPLATES and TEMPLATES[template].prompt_decides_thinking:
         needed += [THINK_OPEN, THINK_CLOSE]  # they separate prompt from answer and must not melt into text
@@ -159,16 +171,15 @@ def load_encoder(folder: Path, template: str) -> Encoder:
         raise BadInputError(
             f"the tokenizer in {folder} does not fit template {template}: "
             + (f"no token {', '.join(missing)}" if missing else f"its eos_token is {eos}, not {END}"),
-            "use the tokenizer of a DeepSeek-V3-architecture release",
+            "use a DeepSeek tokenizer, or data.template: base, which renders with the base's own chat template",
         )
     return encoder
 
 
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path) -> tuple[Encoder, str, str]:
-    path = folder / "tokenizer.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = tokenizer_text(folder)
         whole = Tokenizer.from_str(text)
         config = json_files.load(folder / "tokenizer_config.json")
         description = json.loads(text)
@@ -176,8 +187,10 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
     except OSError as error:
         raise BadInputError(
             f"no tokenizer in {folder}: {error.strerror}: {Path(error.filename).name}",
-            "--tokenizer names a folder with tokenizer.json and tokenizer_config.json, such as the base model's",
+            "--tokenizer names a folder with tokenizer.json or tiktoken.model and tokenizer_config.json, as the base's",
         ) from None
+    except BadInputError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BadInputError(f"the tokenizer in {folder} cannot be read: {error}", "copy its files again") from None
     # The library's ids, not the file's: it numbers added tokens anew where the file leaves gaps.
@@ -188,11 +201,19 @@ def _load(folder: Path) -> tuple[Encoder, str, str]:
         if control
         else 0
     )
-    fingerprint = files.fingerprint_file(path, full=True)
     vocabulary = (description.get("model") or {}).get("vocab") or ()
-    bytes_of = len if words else lambda token: len(str(token).encode())  # byte-level tokenizers: one character a byte
+    byte_level = words or vocabulary_file(folder).name == RANKS  # one character a byte
+    bytes_of = len if byte_level else lambda token: len(str(token).encode())
     longest = max(map(bytes_of, vocabulary), default=1)
     encoder = Encoder(
-        control, words, description, control.get(bos, -1), control.get(eos, -1), size, fingerprint, folder, longest
+        control,
+        words,
+        description,
+        control.get(bos, -1),
+        control.get(eos, -1),
+        size,
+        fingerprint(folder),
+        folder,
+        longest,
     )
     return encoder, bos, eos

@@ -2,18 +2,19 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .base_template import TemplateError
-from .chat_templates import NO_LOSS, TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
+from .chat_templates import BASE, NO_LOSS, TEMPLATES, Call, Piece, Place, Reply, Template, system_pieces, user_pieces
 from .encoding import Encoder, Segment
 from .lines import Oversized
 from .messages import Rejection, check_canonical, split_reasoning
 from .similarity import Signature, language, signature
+from .template_process import TemplateError
 
 LONGEST_ESCAPE = 6  # bytes that JSON may write one byte of text with
 
@@ -23,7 +24,7 @@ class Settings:
     """What shapes samples.
 
     Args:
-        template: key of ``TEMPLATES``.
+        template: key of ``TEMPLATES``, or ``base``.
         max_length: longest sample, tokens.
         history: ``data.history_reasoning``.
         truncate: cut longer samples instead of rejecting them.
@@ -177,34 +178,59 @@ class _Rendering:
         return turns
 
 
+@dataclass(frozen=True)
+class Record:
+    """A line of ``train.jsonl`` taken apart; ``made`` holds its rejection, or what is known before it is rendered."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    tools: list[Any]
+    made: Made
+
+
+def parsed(record: Any, encoder: Encoder, opening: Callable[..., Any] | None = None) -> Record:
+    """A record taken apart; ``opening`` is asked, by messages and tools, what a template shows of the tools."""
+    record = record if isinstance(record, dict) else {}
+    name = str(record.get("id", ""))
+    try:
+        weight = parse_weight(record.get("weight"))
+        messages = check_canonical(record.get("messages"))
+        tools = parse_tools(record.get("tools"))
+        shown = opening(messages, tools) if opening else bool(tools) or None
+    except Rejection as rejection:
+        return Record(name, [], [], Made([], [(name, rejection.reason, rejection.message)], 0, False))
+    typed = [_typed(message) for message in messages]
+    made = Made(
+        *([], [], 0, any(map(encoder.mentions_control, typed))),
+        language=language(typed),
+        weight=weight,
+        tools=bool(tools),
+        calls=shown is not None or any("tool_calls" in message for message in messages),
+        tools_lost=bool(tools) and shown is None,
+    )
+    trained = [text for text, message in zip(typed, messages, strict=True) if message.get("loss")]
+    if spellings := [found for text in trained if (found := spelled_token(text, encoder))]:
+        made = dataclasses.replace(made, spelled=len(spellings), spelling=spellings[0])
+    return Record(name, messages, tools, made)
+
+
 def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> list[Made]:
     """Samples of many records; texts are encoded in one batch."""
+    if settings.template == BASE:
+        from . import base_rendering  # which takes samples' forms from here
+
+        return base_rendering.make_samples(records, encoder, settings)
     rendering = _Rendering(TEMPLATES[settings.template], settings.history)
     plans: list[tuple[list[tuple[int | None, int, bool]], Made]] = []
     for record in records:
-        record = record if isinstance(record, dict) else {}
-        try:
-            weight = parse_weight(record.get("weight"))
-            messages = check_canonical(record.get("messages"))
-            tools = parse_tools(record.get("tools"))
-            opening = tools_opening(messages, tools, encoder)
-        except Rejection as rejection:
-            rejects = [(str(record.get("id", "")), rejection.reason, rejection.message)]
-            plans.append(([], Made([], rejects, 0, False)))
-            continue
-        typed = [_typed(message) for message in messages]
-        base = Made(
-            *([], [], 0, any(map(encoder.mentions_control, typed))),
-            language=language(typed),
-            weight=weight,
-            tools=bool(tools),
-            calls=opening is not None or any("tool_calls" in message for message in messages),
-            tools_lost=bool(tools) and opening is None,
-        )
-        trained = [text for text, message in zip(typed, messages, strict=True) if message.get("loss")]
-        if spellings := [found for text in trained if (found := spelled_token(text, encoder))]:
-            base = dataclasses.replace(base, spelled=len(spellings), spelling=spellings[0])
-        plans.append((rendering.conversation(messages, opening), base))
+        openings: list[list[Piece] | None] = []
+
+        def opening(messages: list[dict[str, Any]], tools: list[Any], found: list[Any] = openings) -> Any:
+            found.append(tools_opening(messages, tools, encoder))
+            return found[0]
+
+        own = parsed(record, encoder, opening)
+        plans.append((rendering.conversation(own.messages, openings[0]) if own.messages else [], own.made))
     encoded = encoder.encode(rendering.pieces, settings.max_length, cut=settings.truncate)
     results = []
     for record, (turns, base) in zip(records, plans, strict=True):

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from ..printable import visible
 from .encoding import load_encoder
 from .samples import Sample
+from .tokenizer_files import tokenizer_text
 from .tokens import NO_LOSS
 
 TRAINED = "bold green"
@@ -19,7 +20,7 @@ CONTROL = "reverse"
 def show(samples: list[Sample], tokenizer: Path, template: str, console: Console | None = None) -> None:
     """Print samples: trained tokens green, the rest dim, control tokens reversed."""
     console = console or Console(soft_wrap=True, highlight=False)
-    whole = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    whole = Tokenizer.from_str(tokenizer_text(tokenizer))
     control = {number: name for name, number in load_encoder(tokenizer, template).control.items()}
     console.print(Text.assemble("legend: ", ("trained", TRAINED), " ", ("prompt", PROMPT), " ", ("control", CONTROL)))
     for sample in samples:

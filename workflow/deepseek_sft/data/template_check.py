@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import BadInputError, GateError
 from .base_template import ChatTemplate, TemplateError, pieces_of_text
-from .chat_templates import AUTO, CALLS_BEGIN, END, NO_LOSS, TEMPLATES, Place
+from .chat_templates import AUTO, BASE, CALLS_BEGIN, END, NO_LOSS, TEMPLATES, Place
 from .encoding import Encoder, load_encoder
 from .messages import THINK_OPEN, normalise, split_reasoning
 from .samples import Settings, make_samples, to_reply
@@ -170,6 +170,8 @@ def check(encoder: Encoder, template: str, policy: str = "fail") -> Verdict:
         BadInputError: ``auto``, and none fits.
     """
     chat = encoder.chat_template
+    if template == BASE:
+        return _check_base(encoder)
     if chat is None:
         if template == AUTO:
             raise BadInputError(
@@ -216,6 +218,33 @@ def check(encoder: Encoder, template: str, policy: str = "fail") -> Verdict:
         raise GateError(problem, f"no template fits ({best} comes nearest); {way_out}")
     notes.append(f"{problem}\n  no template fits there: records with tools are refused (data.on_template_difference)")
     return Verdict(template, compared, tuple(notes), tools_differ=problem, agrees=False)
+
+
+def _check_base(encoder: Encoder) -> Verdict:
+    """Whether the base's own template renders conversations so that what is trained is known.
+
+    Raises:
+        BadInputError: it does not, not even plain ones.
+    """
+    given = conversations()
+    try:
+        made = make_samples(
+            [{"id": one.name, "messages": one.messages, "tools": one.tools} for one in given],
+            encoder,
+            Settings(BASE, LONGEST),
+        )
+    except TemplateError as error:
+        raise BadInputError(
+            f"data.template: base: {encoder.folder}: {error}", f"name one of ours instead: {', '.join(TEMPLATES)}"
+        ) from None
+    problems = {one.name: found.rejects[0][2] for one, found in zip(given, made, strict=True) if found.rejects}
+    if given[0].name in problems:
+        raise BadInputError(
+            f"data.template: base: {encoder.folder}: {problems[given[0].name]}",
+            f"name one of ours ({', '.join(TEMPLATES)}), or train and serve with another chat template",
+        )
+    notes = [f"data.template: base rejects conversations such as '{name}': {why}" for name, why in problems.items()]
+    return Verdict(BASE, sum(len(one.samples) for one in made), tuple(notes))
 
 
 def check_folders(folders: list[Path], template: str, policy: str) -> list[str]:

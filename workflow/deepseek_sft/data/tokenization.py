@@ -27,6 +27,7 @@ from .parallel import chunked, ordered_map
 from .samples import Made, Sample, Settings, make_samples, oversized
 from .statistics import Statistics
 from .template_check import Verdict, check
+from .tokenizer_files import check_against_library
 from .tokens import TokenDataset, TokenWriter, write_index
 
 QUANTILES = 256  # rows that stand for all in the receipt, from which the plan counts
@@ -134,6 +135,7 @@ def settle_template(tokenizer: Path, settings: Settings, policy: str) -> tuple[S
         BadInputError: ``auto``, and no template fits.
         GateError: the template is not that of the base.
     """
+    check_against_library(tokenizer)
     verdict = check(load_encoder(tokenizer, settings.template), settings.template, policy)
     for note in verdict.notes:
         cli.say(f"{'note' if verdict.agrees else 'warning'}: {note}")

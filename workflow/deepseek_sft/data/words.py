@@ -97,7 +97,7 @@ class WordEncoder:
         return b"".join(map(self._ids.__getitem__, words))
 
     def _merge(self, word: str) -> bytes:
-        spelled = "".join([_BYTE_CHARACTERS[byte] for byte in word.encode()])
+        spelled = "".join([BYTE_CHARACTERS[byte] for byte in word.encode()])
         return np.array([token.id for token in self._model.tokenize(spelled)], np.int32).tobytes()
 
 
@@ -194,4 +194,4 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-_BYTE_CHARACTERS = _byte_characters()
+BYTE_CHARACTERS = _byte_characters()

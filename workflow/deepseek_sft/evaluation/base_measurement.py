@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ..data.chat_templates import END
 from ..data.messages import THINK_CLOSE, THINK_OPEN
+from ..data.tokenizer_files import tokenizer_text
 from ..errors import BadInputError, CrashError
 from ..settings.smoke_settings import SmokeSettings
 from . import held_out_answers, held_out_losses, server_checks
@@ -40,7 +41,7 @@ def base_measurement(samples: list[Sequence], logprobs: list[list[float]], base:
 
 def base_answers(context: Context, measured: Measurement, samples: list[Sequence], generated: list[list[int]]) -> None:
     """Add the base's answers to its measurement, split as the server's parser splits them."""
-    tokenizer = Tokenizer.from_file(str(context.model.path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str(tokenizer_text(context.model.path))
     for sample, ids in zip(samples, generated, strict=False):
         text = tokenizer.decode(ids, skip_special_tokens=False).removesuffix(END)
         # Without a closing tag everything is reasoning, as for vLLM's parser.

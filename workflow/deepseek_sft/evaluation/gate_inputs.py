@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data.tokenizer_files import vocabulary_file
 from ..settings import field_types
 from ..settings.smoke_test import SmokeTest
 from .held_out import Prompt, parse_prompts, read_lines
@@ -95,11 +96,7 @@ def _lack(need: str, prompts: list[Prompt], config: dict[str, Any], tokenizer: P
         return f"no sample of {path} has a reference (a last message of the assistant)"
     context = config["serve"]["max_model_len"]
     shortest = min(referenced, key=_characters)
-    if (
-        _characters(shortest) <= LONG_CHARACTERS * context
-        or not tokenizer
-        or not (tokenizer / "tokenizer.json").exists()
-    ):
+    if _characters(shortest) <= LONG_CHARACTERS * context or not tokenizer or not vocabulary_file(tokenizer).exists():
         return ""
     if any(sequences([prompt], tokenizer, config["data"]["template"], context - 1) for prompt in referenced):
         return ""

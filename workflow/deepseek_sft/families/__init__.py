@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ..errors import BadInputError, looked_for
 from ..tensors.tensor_spec import TensorSpec
-from . import config_file, deepseek_v3
+from . import config_file, deepseek_v3, rows
 
 CONFIG = Path("config.json")
 
@@ -38,9 +38,7 @@ class Family(Protocol):
 
 
 # (architectures, model_type) of a config.json → its family.
-FAMILIES: dict[tuple[str, str], Family] = {
-    ("DeepseekV3ForCausalLM", "deepseek_v3"): deepseek_v3,
-}
+FAMILIES: dict[tuple[str, str], Family] = {(rows.ARCHITECTURE, name): deepseek_v3 for name in rows.model_types()}
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -58,10 +56,13 @@ def of(config: Mapping[str, Any], path: Path = CONFIG) -> Family:
     for (architecture, name), family in FAMILIES.items():
         if classes == [architecture] and model_type == name:
             return family
+    if why := rows.why_refused(config):
+        known = ", ".join(family.name for family in rows.FAMILIES)
+        raise BadInputError(f"{path}: model_type {model_type!r} is not trained: {why}", f"use a base of {known}")
     trained = ", ".join(f"{architecture} (model_type {name!r})" for architecture, name in FAMILIES)
     raise BadInputError(
         f"{path}: architectures {classes}, model_type {model_type!r}; this workflow trains {trained}",
-        "use a base model of the DeepSeek-V3 architecture (V3, R1, V3.1, Moonlight)",
+        "use a base model of the DeepSeek-V3 architecture (V3, R1, V3.1, Moonlight, Kimi-K2, GigaChat3)",
     )
 
 

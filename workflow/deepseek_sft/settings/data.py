@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 from pydantic import Discriminator, Tag
 
-from ..data.chat_templates import TEMPLATES
+from ..data.chat_templates import BASE, TEMPLATES
 from ..data.fields import MEANINGS
 from ..data.formats import AUTO, FORMATS
 from .field_types import AboveZero, Named, Text, Truth, Whole, section, setting
@@ -43,9 +43,9 @@ class Data:
     of one says training, reasoning or system, and its value could be that."""
     on_empty_source: Literal["warn", "fail"] = setting("warn", later=True)
     """What a source does of which no record is accepted, an empty file included."""
-    template: Literal[*TEMPLATES, AUTO] = "deepseek-r1"
+    template: Literal[*TEMPLATES, BASE, AUTO] = "deepseek-r1"
     """Chat template the samples are rendered with; must be the one the model will be served with. `auto` takes the one
-    that fits the base's own and says so."""
+    that fits the base's own and says so; `base` renders with the base's own, whatever it is."""
     on_template_difference: Literal["fail", "warn"] = setting("fail", later=True)
     """What `template` does where it gives other prompts than the base's own chat template: stops at the start, or warns
     (the model will be served with another chat template)."""

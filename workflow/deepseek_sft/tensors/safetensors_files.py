@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import files, json_files
 from ..errors import BadInputError
-from .tensor_spec import SCALE_SUFFIX, TensorSpec
+from .tensor_spec import INT4, SCALE_SUFFIX, TensorSpec
 
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 FORMATS_KNOWN = ", ".join(ITEM_SIZES)
@@ -33,7 +33,7 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        return self.spec.elements * ITEM_SIZES[self.spec.dtype]
+        return self.spec.elements // 2 if self.spec.dtype == INT4 else self.spec.elements * ITEM_SIZES[self.spec.dtype]
 
 
 @dataclass(frozen=True)

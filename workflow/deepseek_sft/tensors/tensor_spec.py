@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 FP8_BLOCK = 128  # side of the square blocks that share one scale in the FP8 release
+INT4 = "I4"  # dtype of a matrix in ``int4_groups``; no tensor of a file has it
 SCALE_SUFFIX = "_scale_inv"  # of a quantised tensor's name
 
 

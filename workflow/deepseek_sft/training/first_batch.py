@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from .. import files
+from ..data import tokenizer_files
 
 NAME = "first_batch.txt"
 ROWS = 16  # shown at most
@@ -18,8 +19,9 @@ LEGEND = """\
 
 def read_tokenizer(base: Path) -> Tokenizer | None:
     """The base model's tokenizer; None where the folder has none."""
-    path = base / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else None
+    if not tokenizer_files.vocabulary_file(base).exists():
+        return None
+    return Tokenizer.from_str(tokenizer_files.tokenizer_text(base))
 
 
 def describe_row(name: str, ids: list[int], learned: list[bool], tokenizer: Tokenizer | None) -> str:

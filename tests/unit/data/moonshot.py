@@ -1,0 +1,88 @@
+"""A tokenizer folder as Moonlight and Kimi-K2 ship it, with a vocabulary made here."""
+
+import base64
+import functools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from deepseek_sft.families import rows
+
+ROW = rows.MOONLIGHT.tiktoken
+NAMES = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 7: "[EOT]"}
+NAMES |= {10: "<|im_system|>", 17: "<|im_middle|>", 256: "[UNK]", 257: "[PAD]"}
+# As Moonlight-16B-A3B-Instruct writes turns.
+TEMPLATE = (
+    "{%- for message in messages -%}{%- if loop.first and messages[0]['role'] != 'system' -%}"
+    "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>{%- endif -%}"
+    "<|im_{{ message['role'] }}|>{{ message['role'] }}<|im_middle|>{{ message['content'] }}<|im_end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"
+)
+SCRIPTS = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE80), (0x1100, 0x1200))
+SCRIPTS += (
+    (0x2000, 0x2070),
+    (0x3000, 0x3100),
+    (0x4E00, 0x4F00),
+    (0xAC00, 0xAD00),
+    (0x1F300, 0x1F650),
+    (0x20000, 0x20100),
+)
+
+
+def soup(seed: int, length: int) -> str:
+    """Runs of characters of one script after another, with the spaces and line ends of writing."""
+    chance, text = random.Random(seed), []
+    while len(text) < length:
+        low, high = chance.choice(SCRIPTS)
+        low = chance.randrange(low, max(low + 1, high - 12))
+        text += [chr(chance.randrange(low, min(high, low + 12))) for _ in range(chance.randrange(1, 9))]
+        text.append(chance.choice([" ", " ", " ", "", "\n", "  ", "\r\n\n", "'s ", "'LL", ". ", "123456"]))
+    return "".join(text)
+
+
+@functools.cache
+def ranks() -> dict[bytes, int]:
+    """A vocabulary of the real kind: bytes, then what a training on many scripts merges first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("|".join(ROW.pattern)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    english = "the answer of the question is that they're not, and it's what we'll see in these things 2024 "
+    tokenizer.train_from_iterator(
+        [soup(seed, 4000) for seed in range(40)] + [english * 20, english.title() * 9], trainer
+    )
+    from deepseek_sft.data.words import BYTE_CHARACTERS
+
+    of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+    return {bytes(of[c] for c in token): number for token, number in tokenizer.get_vocab().items()}
+
+
+def folder(path: Path, template: str = TEMPLATE, **config: Any) -> Path:
+    """A folder with ``tiktoken.model`` and ``tokenizer_config.json``."""
+    path.mkdir(parents=True, exist_ok=True)
+    first = len(ranks())
+    lines = (
+        f"{base64.b64encode(token).decode()} {rank}" for token, rank in sorted(ranks().items(), key=lambda p: p[1])
+    )
+    (path / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    content = {
+        "added_tokens_decoder": {str(first + at): {"content": name, "special": True} for at, name in NAMES.items()},
+        "auto_map": {"AutoTokenizer": ["tokenization_moonshot.TikTokenTokenizer", None]},
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "tokenizer_class": "TikTokenTokenizer",
+        "chat_template": template,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(content | config, ensure_ascii=False))
+    return path
