@@ -77,6 +77,8 @@ class Training:
     def thresholds_by_shard(self) -> bool:
         """Whether ZeRO-3's thresholds follow the experts' shards, as new runs do; stock xtuner's are DeepSpeed's."""
         return not self.stock_experts and self.zero_thresholds != "deepspeed"
+
+    @property
     def keeps_attention(self) -> bool:
         """Whether every layer keeps what attention's kernel gave, and does not compute it again."""
         return self.activation_checkpointing and self.recompute == "without_attention"
