@@ -164,8 +164,8 @@ class Training:
             )
         if self.recompute != "full" and (not self.activation_checkpointing or self.attention == "flash"):
             yield (
-                f"recompute: `{self.recompute}` needs activation_checkpointing and attention `auto` or `sdpa`; set those, "
-                "or recompute: full"
+                f"recompute: `{self.recompute}` needs activation_checkpointing and attention `auto` or `sdpa`; set "
+                "those, or recompute: full"
             )
         if self.min_learning_rate > self.learning_rate:
             yield "min_learning_rate: is above learning_rate"

@@ -29,9 +29,9 @@ def bind(cores: set[int]) -> str:
     if not near:
         why = "none is among them" if cores else "nothing is known"
         return f"on its job's {len(allowed)} cores: of those near its GPU {why}"
-    for thread in os.listdir("/proc/self/task"):
+    for thread in Path("/proc/self/task").iterdir():
         try:
-            os.sched_setaffinity(int(thread), near)
+            os.sched_setaffinity(int(thread.name), near)
         except ProcessLookupError:  # it has ended meanwhile
             continue
     return f"on {len(near)} of its job's {len(allowed)} cores, those near its GPU"
