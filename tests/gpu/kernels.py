@@ -8,6 +8,8 @@ from check import Place, Row
 from measuring import error, milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deepseek_sft.model.kept_attention import KeptAttention
+
 BOUND = 2e-2  # bf16
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -62,6 +64,21 @@ def one(place: Place, name: str, call: Callable[..., torch.Tensor], tensors, wan
     return Row(name, None if apart is None else apart < BOUND, figures)
 
 
+def kept(name: str, call: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> Row:
+    """A kernel that is not computed again in the recomputation: its output must be the one of the forward pass."""
+    keeping = KeptAttention()
+    try:
+        wanted = with_gradients(call, tensors)
+        with torch.no_grad():
+            first = keeping(call, *tensors)
+        found = with_gradients(lambda *leaves: keeping(call, *leaves), tensors)
+    except RuntimeError as caught:
+        return Row(name, None, {"takes it": "no", "why": str(caught).strip().splitlines()[0][:120]})
+    same = torch.equal(first, found[0]) and torch.equal(first, wanted[0])
+    apart = max(error(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+    return Row(name, same and apart < BOUND, {"same output": same, "error of gradients": apart})
+
+
 def rows(place: Place) -> list[Row]:
     rows_, heads = place.sizes((1, 32), (1, 2))
     scale, found = QUERY**-0.5, []
@@ -88,6 +105,9 @@ def rows(place: Place) -> list[Row]:
                     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
             found.append(one(place, f"{length} tokens, {kernel}, 192/128", plain, made, wanted))
+            if length <= 2048:
+                found.append(kept(f"{length} tokens, {kernel}, padded, kept", padded, made))
+                found.append(kept(f"{length} tokens, {kernel}, 192/128, kept", plain, made))
             found.append(one(place, f"{length} tokens, {kernel}, value padded", padded, made, wanted))
         found += variable_length(place, made, wanted, scale, length)
     fits = [row for row in found if row.passed]

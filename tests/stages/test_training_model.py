@@ -16,7 +16,7 @@ STAGES = Path(__file__).resolve().parent
 
 
 KINDS = ["r1", "beyond the original context", "moonlight", "kimi", "weights not normalised"]
-WAYS = ["fused experts", "one expert a shard", "grouped products", "checkpointing"]
+WAYS = ["fused experts", "one expert a shard", "grouped products", "checkpointing", "attention kept"]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,15 @@ def test_every_kind_of_release_computes_what_transformers_computes(variants, kin
     assert found["logits"] < 1e-5
     assert found["loss"] < 1e-6
     assert found["gradients"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_attention_is_computed_once_and_changes_no_bit(variants, kind):
+    ways = variants["kinds"][kind]
+    layers = ways["fused experts"]["kernels"]
+    assert layers > 0
+    assert (ways["checkpointing"]["kernels"], ways["attention kept"]["kernels"]) == (2 * layers, layers)
+    assert ways["attention kept"]["same bits"]
 
 
 def test_flash_attention_gets_heads_of_one_size_and_the_samples_boundaries(variants):

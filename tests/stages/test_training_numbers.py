@@ -69,6 +69,8 @@ def cases(world_size: int) -> dict:
             settings = BF16 | {"strategy": strategy, "gradient_accumulation_steps": 2, "micro_batch_size": 1}
             found[f"broken-{strategy}"] = {"settings": settings, "steps": 2, "broken": True}
         found["kept-gathered"] = {"settings": gathered, "steps": 1, "moments": True}
+        kept = {"recompute": "without_attention", "sequence_parallel_size": 2, "micro_batch_size": 16}
+        found["kept-attention"] = {"settings": kept | {"max_grad_norm": 1e6}, "steps": 1, "moments": True}
         found["balance"] = {"settings": BALANCE | {"micro_batch_size": 4, "sequence_parallel_size": 2}, "steps": 3}
     if world_size == 1:
         accumulated = {"micro_batch_size": 1, "gradient_accumulation_steps": 4, "activation_checkpointing": False}
@@ -157,6 +159,11 @@ def test_keys_for_deepspeed_reach_its_engine(figures):
 def test_gradients_are_the_same_when_layers_are_kept_gathered(figures):
     assert figures["kept-gathered"]["losses"] == figures[spread_name((2, 1, 1))]["losses"][:1]
     assert figures["kept-gathered"]["moments"] == figures[spread_name((2, 1, 1))]["moments"]
+
+
+def test_gradients_are_the_same_when_attention_is_not_computed_again(figures):
+    assert figures["kept-attention"]["losses"] == figures[spread_name((2, 2, 1))]["losses"][:1]
+    assert figures["kept-attention"]["moments"] == figures[spread_name((2, 2, 1))]["moments"]
 
 
 def test_balance_biases_move_by_the_whole_batch_and_stay_equal_on_all_ranks(figures):

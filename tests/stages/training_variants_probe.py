@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_probe import difference, released_gradients
 
 from deepseek_sft.convert import tiny_model
@@ -51,8 +52,21 @@ WAYS = {
     "one expert a shard": {"experts_per_shard": 1, "products": "loop"},
     "grouped products": {"experts_per_shard": 8, "products": "grouped"},
     "checkpointing": {"experts_per_shard": 4, "products": "loop", "checkpointing": True},
+    "attention kept": {"experts_per_shard": 4, "products": "loop", "checkpointing": True, "keep_attention": True},
 }
 LENGTH = 160  # more than the 64 of the second kind
+
+
+class Kernels(TorchDispatchMode):
+    """Counts how often attention's kernel computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        self.forward += operator.name() == "aten::_scaled_dot_product_flash_attention_for_cpu"
+        return operator(*arguments, **(named or {}))
 
 
 def write_model(folder: Path, config: dict) -> None:
@@ -84,7 +98,8 @@ def compare(folder: Path, changes: dict) -> dict:
     logits = native(input_ids).logits
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     loss.backward()
-    figures = {}
+    figures: dict[str, dict] = {}
+    bits = {}
     for way, options in WAYS.items():
         checkpointing = options.get("checkpointing", False)
         options = {key: value for key, value in options.items() if key != "checkpointing"}
@@ -93,16 +108,21 @@ def compare(folder: Path, changes: dict) -> dict:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
         loss_module.MAX_LOGITS["cpu"] = 9 * SHAPE.vocab_size  # several chunks
-        hidden = model.model(input_ids=input_ids).last_hidden_state
-        mean = model.lm_head(hidden[learned], targets[learned]) / learned.sum()
-        mean.backward()
+        with Kernels() as kernels:
+            hidden = model.model(input_ids=input_ids).last_hidden_state
+            mean = model.lm_head(hidden[learned], targets[learned]) / learned.sum()
+            mean.backward()
+        bits[way] = [mean.detach(), *(parameter.grad for parameter in model.parameters())]
         size = options["experts_per_shard"]
         gradients = released_gradients(model, lambda name, size=size: release_names(name, size), native)
         figures[way] = {
             "logits": difference(model.lm_head(hidden), logits),
             "loss": abs(mean.item() / loss.item() - 1),
             "gradients": max(gradients.values()),
+            "kernels": kernels.forward,
         }
+    pairs = zip(bits["checkpointing"], bits["attention kept"], strict=True)
+    figures["attention kept"]["same bits"] = all(torch.equal(one, other) for one, other in pairs)
     return figures
 
 

@@ -126,6 +126,16 @@ def test_without_checkpointing_every_layer_is_held():
     assert whole.device_bytes > 1000 * GIB
 
 
+def test_attention_that_is_not_computed_again_is_held_for_every_layer():
+    plan = published(32, 4, "zero3_offload", 1)
+    kept = with_training(plan, recompute="without_attention")
+    found = {peak.moment: peak.bytes for peak in kept.peaks}
+    tokens = plan.samples.longest_row // 4
+    for before in plan.peaks:
+        more = (2 * (128 + 64) + 4) * 128 * 61 * tokens * (1 + device_memory.SLACK)
+        assert found[before.moment] - before.bytes == pytest.approx(more, rel=1e-6), before.moment
+
+
 def test_every_component_is_a_size_with_a_formula():
     plan = published(32, 4, "zero3", 2)
     for term in [*plan.host, *plan.disk, *(term for peak in plan.peaks for term in peak.terms)]:

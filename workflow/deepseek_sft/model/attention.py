@@ -17,6 +17,7 @@ from xtuner.parallel.sequence import sequence_parallel_wrapper
 
 from . import attention_choice
 from .attention_choice import UNPADDED, VARLEN, Device
+from .kept_attention import KeptAttention
 
 AUTO, SDPA, FLASH = "sequence_parallel_auto", "sequence_parallel_sdpa", "sequence_parallel_flash"
 
@@ -100,8 +101,13 @@ def describe(requested: str, accelerator: str, sizes: tuple[int, int]) -> str:
 
 
 @sequence_parallel_wrapper
-def _on_gpu(query, key, value, scaling: float, packing: Packing | None, requested: str):
+def _on_gpu(query, key, value, scaling: float, packing: Packing | None, requested: str, kept: KeptAttention | None):
     """[rows, length, heads, size] each, by the kernel that is chosen for these rows."""
+    function = functools.partial(_chosen, scaling=scaling, packing=packing, requested=requested)
+    return kept(function, query, key, value) if kept else function(query, key, value)
+
+
+def _chosen(query, key, value, scaling: float, packing: Packing | None, requested: str):
     lengths = [length for row in packing.lengths for length in row] if packing else []
     sizes = (query.shape[-1], value.shape[-1])
     kernel = attention_choice.choose(requested, _device(query.device.type), sizes, packing is not None, lengths)
@@ -127,8 +133,9 @@ def varlen(query, key, value, scaling: float, packing: Packing):
 
 
 @sequence_parallel_wrapper
-def _sdpa(query, key, value, scaling: float, packing: Packing | None):
-    return by_sample(query, key, value, scaling, packing)
+def _sdpa(query, key, value, scaling: float, packing: Packing | None, kept: KeptAttention | None):
+    function = functools.partial(by_sample, scaling=scaling, packing=packing)
+    return kept(function, query, key, value) if kept else function(query, key, value)
 
 
 def by_sample(query, key, value, scaling: float, packing: Packing | None, padded: bool = True):
@@ -152,7 +159,7 @@ def by_sample(query, key, value, scaling: float, packing: Packing | None, padded
 
 
 @sequence_parallel_wrapper
-def _flash(query, key, value, scaling: float, packing: Packing | None):
+def _flash(query, key, value, scaling: float, packing: Packing | None, kept: None):
     """The same with flash-attn 2, which wants one head size (MLA has 192 and 128)."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
@@ -190,7 +197,9 @@ def attention_forward(
         function = functools.partial(_on_gpu, requested="auto" if name == AUTO else "sdpa")
     else:
         function = _flash if name == FLASH else _sdpa
-    output = function(*(tensor.transpose(1, 2) for tensor in (query, key, value)), scaling=scaling, packing=packing)
+    kept = getattr(module, "kept_attention", None) if module.training else None
+    turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output = function(*turned, scaling=scaling, packing=packing, kept=kept)
     return output, None
 
 

@@ -21,6 +21,7 @@ from ..errors import BadInputError
 from ..families import implied_numbers
 from . import expert_products
 from .experts import MixtureOfExperts
+from .kept_attention import KeptAttention
 from .loading import load_release
 from .loss import OutputLayer
 from .router import KeepsFloat32Buffers, Router
@@ -53,6 +54,7 @@ def build(
     products: str = "auto",
     device: str = "cpu",
     read_weights: bool = True,
+    keep_attention: bool = False,
 ) -> TrainingModel:
     """Build the model of ``folder`` and fill it, split across all ranks where ZeRO-3 is configured.
 
@@ -64,6 +66,7 @@ def build(
         products: ``auto``, ``grouped`` or ``loop``: how a shard's experts are multiplied.
         device: on which the model will train.
         read_weights: False leaves weights and router biases undefined, for a start from a checkpoint that has them.
+        keep_attention: activation checkpointing does not compute attention's kernel again.
 
     Raises:
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
@@ -84,6 +87,9 @@ def build(
     rotary.original_inv_freq = rotary.inv_freq
     for router in model.routers():
         router.e_score_correction_bias = router.e_score_correction_bias.float()
+    if keep_attention:
+        for layer in model.model.layers:
+            layer.self_attn.kept_attention = KeptAttention()
     model.bytes_read = load_release(model, folder) if read_weights else 0
     check_unchanged(model, published)
     return model

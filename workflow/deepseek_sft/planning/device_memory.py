@@ -67,6 +67,17 @@ def saved_per_token(model: Model, training: Training, moe: bool) -> list[Term]:
     ]
 
 
+def kept_attention_per_token(model: Model, training: Training) -> Term:
+    """Bytes per token and layer of what attention's kernel gave, from the forward pass to the layer's backward pass."""
+    width, heads = training.width, model["num_attention_heads"]
+    size = model["qk_nope_head_dim"] + model["qk_rope_head_dim"]
+    if not training.keeps_attention:
+        return Term("attention outputs kept", 0, "none: recompute is full")
+    return Term(
+        "attention outputs kept", (width * size + 4) * heads, f"({width} × {size} (value padded) + 4) × {heads} heads"
+    )
+
+
 def backward_per_token(model: Model, training: Training, moe: bool) -> Term:
     """Bytes per token of the largest temporaries while a layer's backward pass begins."""
     width, hidden = training.width, model["hidden_size"]
@@ -160,6 +171,7 @@ def _layer(model: Model, training: Training, held: int) -> list[Term]:
         kept_layers = layers
     return [
         checkpoints,
+        *_kept_attention(model, training, held),
         *_held_experts(model, training),
         Term(
             "gradients of one shard",
@@ -176,6 +188,14 @@ def _layer(model: Model, training: Training, held: int) -> list[Term]:
         ),
         Term(f"temporaries: {backward.name}", backward.value * held, f"({backward.formula}) × {held:,} tokens"),
     ]
+
+
+def _kept_attention(model: Model, training: Training, held: int) -> list[Term]:
+    each = kept_attention_per_token(model, training)
+    if not each.value:
+        return []
+    formula = f"({each.formula}) × {model.layers} layers × {held:,} tokens"
+    return [Term(each.name, each.value * model.layers * held, formula)]
 
 
 def _held_experts(model: Model, training: Training) -> list[Term]:
@@ -205,6 +225,7 @@ def _loss(model: Model, training: Training, cluster: Cluster, held: int) -> list
     layers, kept = model.layers, width * hidden
     if not training.activation_checkpointing:
         kept = int(total(saved_per_token(model, training, model.moe_layers > 0)))
+    kept += int(kept_attention_per_token(model, training).value)
     return [
         Term("kept of the layers", kept * layers * held, f"{kept:,} × {layers} layers × {held:,} tokens"),
         *([] if training.activation_checkpointing else _held_experts(model, training)),

@@ -48,6 +48,7 @@ class Training:
     accumulate_by: str = "rows"
     deal_rows: str | None = None
     zero_thresholds: str | None = None
+    recompute: str = "full"
     engine: str = engines.DEFAULT
 
     @property
@@ -76,6 +77,11 @@ class Training:
     def thresholds_by_shard(self) -> bool:
         """Whether ZeRO-3's thresholds follow the experts' shards, as new runs do; stock xtuner's are DeepSpeed's."""
         return not self.stock_experts and self.zero_thresholds != "deepspeed"
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether every layer keeps what attention's kernel gave, and does not compute it again."""
+        return self.activation_checkpointing and self.recompute == "without_attention"
 
     @property
     def offloads_optimizer(self) -> bool:

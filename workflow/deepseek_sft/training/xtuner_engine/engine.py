@@ -93,6 +93,7 @@ def _model(config: EngineConfig, read_weights: bool) -> sft_model.DeepseekSFT:
         expert_products=chosen.expert_products,
         balance_bias_speed=chosen.balance_bias_speed,
         read_weights=read_weights,
+        keep_attention=chosen.recompute == "without_attention",
     )
 
 

@@ -39,6 +39,7 @@ class DeepseekSFT(SupervisedFinetune):
         expert_products: str = "auto",
         balance_bias_speed: float = 0.0,
         read_weights: bool = True,
+        keep_attention: bool = False,
     ):
         config = families.read_config(Path(base))
         sizes = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"])
@@ -52,6 +53,7 @@ class DeepseekSFT(SupervisedFinetune):
             products=expert_products,
             device=accelerator,
             read_weights=read_weights,
+            keep_attention=keep_attention,
         )
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight

@@ -20,7 +20,7 @@ from typing import Any
 from ... import environment_faults, files, json_files, time_limits
 from ...cli import say
 from ...errors import StageError, StoppedError
-from .. import launch, process_memory, run_folder
+from .. import launch, near_cores, process_memory, run_folder
 from ..run_folder import Status
 from ..watchdog import Watchdog
 from .config import Attempt, EngineConfig
@@ -90,17 +90,14 @@ def train(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> None:
 
 
 def _stay_near_the_gpu(rank: int) -> None:
-    """Run this rank on the cores of its GPU's NUMA node, before anything is pinned; elsewhere where that fails.
+    """Run this rank on the cores of its GPU's NUMA node, before anything is pinned; elsewhere where there are none."""
+    import torch
 
-    What ``torchrun --numa-binding node`` does, which would end a rank whose job has no such cores.
-    """
-    from torch.numa import binding
-
-    before = len(os.sched_getaffinity(0))
-    near = binding.NumaOptions(binding.AffinityMode.NODE, should_fall_back_if_binding_fails=True)
-    binding._maybe_apply_numa_binding_to_current_process(gpu_index=int(os.environ["LOCAL_RANK"]), numa_options=near)
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    address = f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0"
+    where = near_cores.bind(near_cores.cores_beside(address))
     if rank == 0:
-        say(f"rank 0 runs on {len(os.sched_getaffinity(0))} of its job's {before} cores, those near its GPU")
+        say(f"rank 0 runs {where}")
 
 
 def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
