@@ -18,6 +18,7 @@ from shapes import SMALL, published
 
 from deepseek_sft.planning import zero_thresholds
 
+WARM_UP, MEASURED = 2, 4  # micro batches
 FULL_SHARD = 8 * 2 * 7168 * 2048  # elements of w1w3 of eight experts
 OFFLOADS = {"offload of both": ("optimizer", "param"), "offload of the optimizer": ("optimizer",)}
 
@@ -83,7 +84,7 @@ def scaled_thresholds(config: dict, by_shard: bool, experts_per_shard: int) -> d
 def measured(
     device: str, base: Path, offloaded: tuple[str, ...], ours: bool = True, experts_per_shard: int = 8
 ) -> dict[str, Any]:
-    """One micro batch of rank 0, the third.
+    """One micro batch of rank 0, the quickest of several after those in which DeepSpeed learns the order of modules.
 
     Args:
         base: of ``scaled_base``.
@@ -142,16 +143,20 @@ def measured(
     built = time.perf_counter() - started
     counts = count_gathers()
     ids = torch.randint(0, 1000, (2, 16), device=device)
-    for _ in range(3):
+    timed = []
+    for number in range(WARM_UP + MEASURED):
         counts.clear()
         forward, backward = micro_batch(device, engine, ids)
+        if number >= WARM_UP:
+            timed.append((forward + backward - counts["seconds"], forward, backward, counts["seconds"]))
+    _, forward, backward, faked = min(timed)
     total = sum(parameter.ds_numel for parameter in model.parameters())
     figures = {
         "ranks": torch.distributed.get_world_size(),
         "layers": config["num_hidden_layers"],
         "forward s": round(forward, 3),
         "backward s": round(backward, 3),
-        "in faked collectives s": round(counts["seconds"], 3),
+        "in faked collectives s": round(faked, 3),
         "gathers": counts["gathers"],
         "scatters": counts["scatters"],
         "gathered, of all parameters": round(counts["gathered"] / total, 3),

@@ -195,7 +195,9 @@ class Step:
     def computing(self, share: float) -> list[float]:
         """Seconds of the costliest group in each micro batch, at a share of the peak."""
         rate = self.training.sequence_parallel_size * self.cluster.gpu_tflops * 1e12 * share
-        return [self.passes * operations / rate for operations in self.turns.operations]
+        kept = 1 if self.training.keeps_attention else 0  # passes through attention's kernel that are left out
+        each = zip(self.turns.operations, self.turns.attention, strict=True)
+        return [(self.passes * operations - kept * attention) / rate for operations, attention in each]
 
     @property
     def link(self) -> tuple[float, float, str]:

@@ -26,11 +26,13 @@ class Turns:
 
     Attributes:
         operations: forward FLOPs of the costliest group in each micro batch, in their order; padding included.
+        attention: of these, what attention's kernel does.
         useful_operations: forward FLOPs of all groups together that tokens of samples need.
         useful_slots: share of token slots that hold a token, the slots of waiting groups counted.
     """
 
     operations: tuple[float, ...]
+    attention: tuple[float, ...]
     useful_operations: float
     useful_slots: float
 
@@ -47,9 +49,10 @@ def turns(model: Model, training: Training, samples: Samples, groups: int) -> Tu
     if samples.spread is None or math.prod(shape) > MOST_ROWS:
         tokens = training.micro_batch_size * samples.mean_length
         one = tokens * total(model.forward_flops(samples.mean_length))
-        return Turns((one,) * shape[0], one * shape[0], 1.0)
+        kernel = tokens * total(model.forward_flops(samples.mean_length)[1:])
+        return Turns((one,) * shape[0], (kernel,) * shape[0], one * shape[0], 1.0)
     random = np.random.Generator(np.random.PCG64(SEED))
-    costliest, useful, share = np.zeros(shape[0]), 0.0, 0.0
+    costliest, kernels, useful, share = np.zeros(shape[0]), np.zeros(shape[0]), 0.0, 0.0
     weight = round(per_token / per_pair)
     for step in range(STEPS):
         rows = samples.spread.of(random.integers(len(samples.spread), size=math.prod(shape)))
@@ -61,7 +64,10 @@ def turns(model: Model, training: Training, samples: Samples, groups: int) -> Tu
         longest = lengths.max(axis=2)
         # Attention of packed rows is computed sample by sample; of others over the padding too.
         seen = pairs.sum(axis=2) if samples.packed else shape[2] * longest * (longest + 1) // 2
-        costliest += (shape[2] * longest * per_token + seen * per_pair).max(axis=1)
+        operations = shape[2] * longest * per_token + seen * per_pair
+        costliest += operations.max(axis=1)
+        kernels += np.take_along_axis(seen * per_pair, operations.argmax(axis=1)[:, None], axis=1)[:, 0]
         useful += float(rows.lengths.sum() * per_token + rows.pairs.sum() * per_pair) / groups
         share += float(rows.lengths.sum()) / dealing.slots(lengths, training.sequence_parallel_size)
-    return Turns(tuple((costliest / STEPS).tolist()), useful / STEPS, share / STEPS)
+    means = (tuple((part / STEPS).tolist()) for part in (costliest, kernels))
+    return Turns(*means, useful / STEPS, share / STEPS)

@@ -70,6 +70,8 @@ def _changes(plan: Plan) -> Iterator[Advice]:
             if place != training.offload:
                 yield _advice(plan, "less over PCIe", offload=place)
         yield _advice(plan, "nothing over PCIe, and the update on the GPUs", strategy="zero3")
+    if training.activation_checkpointing and not training.keeps_attention:
+        yield _advice(plan, "attention is not computed again", recompute="without_attention")
     for factor in (2, 4):
         size = training.experts_per_shard * factor
         if not plan.model["n_routed_experts"] % size:
