@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 from unit.data.helpers import PROJECT, TOKENIZER, answer, read_lines, run_script, user, write_lines
 
-from deepseek_sft import files
+from deepseek_sft import files, receipts
 from deepseek_sft.data.packing import best_fit
 from deepseek_sft.data.samples import Settings
 from deepseek_sft.data.show_samples import show
 from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
 from deepseek_sft.data.tokens import NO_LOSS, TokenDataset, TokenWriter, write_index
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.planning.settings import COUNTED, Samples
 
 BOS_ID, EOS_ID = 0, 1
 
@@ -264,6 +265,18 @@ def test_script_writes_receipt_and_result(source):
     assert set(receipt["result"]) == {"tokens", "rejects", "statistics"}
     assert receipt["inputs"]["data"]["fingerprint"] == files.fingerprint(source)
     assert receipt["figures"]["samples"] == len(TokenDataset(source.parent / "tokens"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_plan_reads_rows_samples_and_lengths_from_the_receipt_that_the_script_writes(source, packed):
+    done = run_script("tokenize_data.py", *arguments(source), *(["--pack"] if packed else []))
+    assert done.returncode == 0, done.stderr
+    receipt = receipts.read(source.parent / "receipts/tokenize_data.json", "tokenize_data", COUNTED)
+    found, rows = Samples.counted(receipt), TokenDataset(source.parent / "tokens").rows()
+    assert (found.rows, found.packed, found.longest_row) == (len(rows), packed, rows.lengths.max())
+    assert found.per_row * found.rows == receipt["figures"]["samples"]
+    assert set(found.spread.lengths.tolist()) == set(rows.lengths.tolist())
+    assert set(found.spread.pairs.tolist()) == set(rows.pairs.tolist())
 
 
 def test_script_show_writes_nothing(source):

@@ -114,7 +114,8 @@ class Training:
 COUNTED = {
     "figures": {
         **dict.fromkeys(("rows", "mean_length", "longest"), float),
-        **{name: Maybe(float) for name in ("samples", "packed")},
+        "samples": Maybe(float),
+        "packed": Maybe(bool),
         "row_quantiles": Maybe(dict),
     }
 }
