@@ -31,6 +31,8 @@ OTHER_READERS = {
         "evaluation/held_out.py",
         "evaluation/api.py",
     ),
+    # Lines between a process and its child, and records that are rendered: no files.
+    *("data/template_child.py", "data/template_process.py", "data/base_rendering.py"),
     *("report/chat_section.py", "strict_yaml.py", "json_files.py"),
     "macros.sbatch.j2",  # slow_nodes.json in the job itself; torn, no node is left out
 }
