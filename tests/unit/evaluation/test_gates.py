@@ -119,7 +119,8 @@ def test_gates_speak_when_their_stage_is_asked_for(tmp_path):
 
 
 def test_prediction_layer_that_the_base_lacks_is_not_promised(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
+    family = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    (tmp_path / "config.json").write_text(json.dumps(family | {"num_hidden_layers": 2}))
     config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
     overlay = {"model": {"base": str(tmp_path)}, "convert": {"mtp": "copy"}}
     experiment = Experiment.from_config(configuration.merge(config, overlay))

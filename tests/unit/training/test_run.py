@@ -44,6 +44,7 @@ def test_operational_settings_keep_the_run():
         "max_hours": 2.0,
         "slow_rank_percent": 25.0,
         "check_base": "never",
+        "recompute": "without_attention",
     }
     assert others.keys() == training_settings.SAME_RUN
     assert run_id(**others) == run_id()
