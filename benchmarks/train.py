@@ -296,7 +296,7 @@ def padding(bench: Bench) -> None:
     loose = bench.rows_of("loose", [[int(length)] for length in lengths])
     rows = best_fit(lengths, LONGEST)
     packed = bench.rows_of("packed", [[int(lengths[number]) for number in row] for row in rows])
-    shape = {"micro_batch_size": 2, "gradient_accumulation_steps": 8}
+    shape = {"micro_batch_size": 2, "gradient_accumulation_steps": 16}
     fewer = dealing.accumulation_for(shape["gradient_accumulation_steps"], len(lengths) / len(rows))
     found = bench.run(
         {
@@ -307,9 +307,10 @@ def padding(bench: Bench) -> None:
             },
         }
     )  # fmt: skip
+    each = f"{len(lengths) / len(rows):.1f} samples a row"
     print(
         f"timed: {RANKS} ranks × 1 thread, samples of {lengths.mean():.0f} tokens on average, up to {LONGEST}, micro "
-        f"batches of 2, {8} of them a step, {fewer} packed ({len(lengths) / len(rows):.1f} samples a row)"
+        f"batches of 2, {shape['gradient_accumulation_steps']} of them a step, {fewer} packed ({each})"
     )
     rates = {name: figures["tokens"] / figures["seconds"] for name, figures in found.items()}
     for name, rate in rates.items():
