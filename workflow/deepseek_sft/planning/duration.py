@@ -19,7 +19,7 @@ PCIE_SHARE = (0.50, 0.85)  # of one direction's rate, all GPUs of a node at once
 LEAST_NETWORK_SHARE = 0.40  # below it preflight calls a network broken
 LIMIT_FLOP_SHARE = 0.40  # of the best that a step could do
 ADAM_BYTES = 28  # per parameter: read gradient, weight and two moments, write weight and two moments, fp32
-HOST_SECONDS = 2.3e-3  # of Python for a parameter and micro batch: 10.4 s for 4,505, `benchmarks/train.py scale`
+HOST_SECONDS = 1.46e-3  # of Python for a parameter and micro batch: 6.56 s for 4,505, `benchmarks/train.py scale`
 HOURS, DAYS = 3600, 86400
 
 
