@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
+QUANTILES = 256  # rows that stand for all where they are counted or estimated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """What is known of rows without reading their tokens.
 
@@ -90,7 +91,7 @@ def accumulation_for(samples_accumulation: int, samples_per_row: float) -> int:
     return max(1, round(samples_accumulation / samples_per_row))
 
 
-def quantiles(rows: Rows, count: int) -> Rows:
+def quantiles(rows: Rows, count: int = QUANTILES) -> Rows:
     """``count`` rows that stand for all: evenly taken from them in the order of their lengths."""
     order = np.lexsort((rows.pairs, rows.lengths))
     return rows.of(order[((np.arange(count) + 0.5) * len(order) / count).astype(np.int64)])

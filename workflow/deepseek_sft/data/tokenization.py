@@ -30,7 +30,6 @@ from .template_check import Verdict, check
 from .tokenizer_files import check_against_library
 from .tokens import TokenDataset, TokenWriter, write_index
 
-QUANTILES = 256  # rows that stand for all in the receipt, from which the plan counts
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 4 << 20  # of a chunk; a larger line is one by itself
 OWN_ID = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*")')  # as prepare_data begins a line
@@ -117,7 +116,7 @@ def tokenize(
     if pack:
         figures["packing_efficiency_share"] = round(info["tokens"] / (info["rows"] * settings.max_length), 4)
     figures["mean_length"] = round(info["tokens"] / info["rows"], 2)
-    shown = dealing.quantiles(rows, QUANTILES)
+    shown = dealing.quantiles(rows)
     figures["row_quantiles"] = {"lengths": shown.lengths.tolist(), "pairs": shown.pairs.tolist()}
     figures["template"] = settings.template
     figures["template_prompts_compared"] = verdict.compared

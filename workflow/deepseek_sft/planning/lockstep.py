@@ -5,6 +5,7 @@ costliest one, padding included. Rows are drawn from those that stand for the da
 seed: the same plan gives the same numbers.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -51,23 +52,38 @@ def turns(model: Model, training: Training, samples: Samples, groups: int) -> Tu
         one = tokens * total(model.forward_flops(samples.mean_length))
         kernel = tokens * total(model.forward_flops(samples.mean_length)[1:])
         return Turns((one,) * shape[0], (kernel,) * shape[0], one * shape[0], 1.0)
+    by_cost = training.deal_rows != "order"
+    return _dealt(samples.spread, samples.packed, per_token, per_pair, shape, by_cost, training.sequence_parallel_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _dealt(
+    spread: dealing.Rows,
+    packed: bool,
+    per_token: float,
+    per_pair: float,
+    shape: tuple[int, int, int],
+    by_cost: bool,
+    multiple: int,
+) -> Turns:
+    """Mean over drawn steps; remembered, since plans that differ elsewhere are made by the hundred (``remedies``)."""
     random = np.random.Generator(np.random.PCG64(SEED))
     costliest, kernels, useful, share = np.zeros(shape[0]), np.zeros(shape[0]), 0.0, 0.0
     weight = round(per_token / per_pair)
     for step in range(STEPS):
-        rows = samples.spread.of(random.integers(len(samples.spread), size=math.prod(shape)))
-        if training.deal_rows == "order":
-            dealt = np.arange(len(rows)).reshape(shape)
+        rows = spread.of(random.integers(len(spread), size=math.prod(shape)))
+        if by_cost:
+            dealt = dealing.deal(rows.costs(weight), shape[2], shape[0], shape[1], SEED, step)
         else:
-            dealt = dealing.deal(rows.costs(weight), shape[2], shape[0], groups, SEED, step)
+            dealt = np.arange(len(rows)).reshape(shape)
         lengths, pairs = rows.lengths[dealt], rows.pairs[dealt]
         longest = lengths.max(axis=2)
         # Attention of packed rows is computed sample by sample; of others over the padding too.
-        seen = pairs.sum(axis=2) if samples.packed else shape[2] * longest * (longest + 1) // 2
+        seen = pairs.sum(axis=2) if packed else shape[2] * longest * (longest + 1) // 2
         operations = shape[2] * longest * per_token + seen * per_pair
         costliest += operations.max(axis=1)
         kernels += np.take_along_axis(seen * per_pair, operations.argmax(axis=1)[:, None], axis=1)[:, 0]
-        useful += float(rows.lengths.sum() * per_token + rows.pairs.sum() * per_pair) / groups
-        share += float(rows.lengths.sum()) / dealing.slots(lengths, training.sequence_parallel_size)
+        useful += float(rows.lengths.sum() * per_token + rows.pairs.sum() * per_pair) / shape[1]
+        share += float(rows.lengths.sum()) / dealing.slots(lengths, multiple)
     means = (tuple((part / STEPS).tolist()) for part in (costliest, kernels))
     return Turns(*means, useful / STEPS, share / STEPS)

@@ -121,7 +121,6 @@ COUNTED = {
 }
 FILLED = 0.97  # of packed rows, where it is not counted: best fit of lengths below half a row leaves less open
 SPREAD = 0.8  # of a log-normal estimate of unpacked rows
-QUANTILES = 256
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Samples:
         if not config["data"].get("pack") or 2 * mean > filled:
             return cls(samples, mean, longest, "estimated", spread=None if mean == longest else estimate(mean, longest))
         rows = max(1, round(samples * mean / filled)) if samples else None
-        one = np.full(QUANTILES, round(filled), np.int64)
+        one = np.full(dealing.QUANTILES, round(filled), np.int64)
         return cls(rows, filled, allowed, "estimated", filled / mean, True, dealing.Rows(one, _pairs(one, mean)))
 
     @classmethod
@@ -185,11 +184,13 @@ def _pairs(lengths: NDArray[np.int64], sample: float) -> NDArray[np.int64]:
 def estimate(mean: float, longest: int) -> dealing.Rows:
     """Quantiles of a log-normal distribution that is cut at ``longest`` and has this mean."""
     normal = NormalDist()
-    shares = [math.exp(SPREAD * normal.inv_cdf((i + 0.5) / QUANTILES)) for i in range(QUANTILES)]
+    shares = [math.exp(SPREAD * normal.inv_cdf((i + 0.5) / dealing.QUANTILES)) for i in range(dealing.QUANTILES)]
     low, high = 0.0, float(longest) * 100
     for _ in range(60):  # by bisection: the mean grows with the scale
         scale = (low + high) / 2
-        low, high = (scale, high) if sum(min(scale * s, longest) for s in shares) / QUANTILES < mean else (low, scale)
+        low, high = (
+            (scale, high) if sum(min(scale * s, longest) for s in shares) / dealing.QUANTILES < mean else (low, scale)
+        )
     lengths = np.array([max(1, round(min(high * share, longest))) for share in shares], np.int64)
     return dealing.Rows(lengths, lengths * (lengths + 1) // 2)
 

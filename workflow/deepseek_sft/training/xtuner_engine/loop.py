@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from xtuner.parallel.sequence import get_sequence_parallel_rank, init_sequence_parallel
 
-from ... import families
 from ...cli import say
-from .. import first_batch, flops
+from .. import first_batch
 from ..health import StepHealth
 from ..watchdog import Watchdog
 from . import base_check, gates, micro_batches, resuming, start_checks
@@ -85,8 +84,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     tools = StepTools(guard, requests, clock, watchdog)
     metrics = Metrics(config, attempt, engine, done, before)
     saved = Checkpoints(config, attempt, engine, watchdog)
-    operations = flops.StepFlops.of(families.read_config(Path(config.base)))
-    rows = micro_batches.StepRows(config.tokens, settings, operations.pairs_per_token)
+    rows = micro_batches.StepRows(config.tokens, settings, metrics.operations.pairs_per_token)
 
     # What is built stays: Python's collector need not walk through it again and again in each step.
     gc.collect()

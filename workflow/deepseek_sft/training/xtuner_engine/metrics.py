@@ -31,12 +31,15 @@ class Metrics:
     Args:
         done: steps that are done: the one resumed from, or 0.
         before: progress up to then, see ``snapshot``.
+
+    Attributes:
+        operations: of the model, for a token and for a pair.
     """
 
     def __init__(self, config: EngineConfig, attempt: Attempt, engine: XtunerEngine, done: int, before: dict[str, Any]):
         self._schedule, self._settings = config.schedule, config.settings
         base = families.read_config(Path(config.base))
-        self._flops = flops.StepFlops.of(base)
+        self.operations = flops.StepFlops.of(base)
         self.progress = {
             "hosts": attempt.hosts,
             "nodes": config.nodes,
@@ -87,7 +90,7 @@ class Metrics:
             self.progress[key] += getattr(result, key)
         self.progress["slots"] += slots
         self.progress["slots_tokens"] += result.tokens  # those of runs that began before slots were counted are in none
-        operations = self._flops.step(result.tokens, result.pairs)
+        operations = self.operations.step(result.tokens, result.pairs)
         self.progress["flops"] += operations
         if len(self._seconds) == MEASURED and step < self._schedule.steps and dist.get_rank() == 0:
             self._tell_end(step)

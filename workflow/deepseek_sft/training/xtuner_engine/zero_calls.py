@@ -81,10 +81,10 @@ def gather(parameters: Sequence[Any], safe_mode: bool = False, quantize: bool = 
         if parameter.ds_status != status.NOT_AVAILABLE:
             raise RuntimeError(parameter.ds_summary())
         parameter.ds_status = status.INFLIGHT
-    small = [parameter for parameter in ordered if parameter.ds_numel < ALONE]
-    together = small if len(small) > 1 else []
-    shared = {parameter.ds_id for parameter in together}
-    alone = [parameter for parameter in ordered if parameter.ds_id not in shared]
+    together = [parameter for parameter in ordered if parameter.ds_numel < ALONE]
+    alone = [parameter for parameter in ordered if parameter.ds_numel >= ALONE]
+    if len(together) == 1:  # it saves the copy, too
+        alone, together = ordered, []
     return Gathering(alone, together, ordered[0].ds_process_group)
 
 
