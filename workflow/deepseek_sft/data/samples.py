@@ -1,6 +1,7 @@
 """One record → samples: which turns each sample trains, and what its history shows."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,12 +181,16 @@ class _Rendering:
 
 @dataclass(frozen=True)
 class Record:
-    """A line of ``train.jsonl`` taken apart; ``made`` holds its rejection, or what is known before it is rendered."""
+    """A line of ``train.jsonl`` taken apart; ``made`` holds its rejection, or what is known before it is rendered.
+
+    ``opening`` is what a template shows of the tools before the conversation; None where it shows nothing.
+    """
 
     id: str
     messages: list[dict[str, Any]]
     tools: list[Any]
     made: Made
+    opening: Any = None
 
 
 def parsed(record: Any, encoder: Encoder, opening: Callable[..., Any] | None = None) -> Record:
@@ -211,7 +216,7 @@ def parsed(record: Any, encoder: Encoder, opening: Callable[..., Any] | None = N
     trained = [text for text, message in zip(typed, messages, strict=True) if message.get("loss")]
     if spellings := [found for text in trained if (found := spelled_token(text, encoder))]:
         made = dataclasses.replace(made, spelled=len(spellings), spelling=spellings[0])
-    return Record(name, messages, tools, made)
+    return Record(name, messages, tools, made, shown)
 
 
 def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> list[Made]:
@@ -223,14 +228,8 @@ def make_samples(records: list[Any], encoder: Encoder, settings: Settings) -> li
     rendering = _Rendering(TEMPLATES[settings.template], settings.history)
     plans: list[tuple[list[tuple[int | None, int, bool]], Made]] = []
     for record in records:
-        openings: list[list[Piece] | None] = []
-
-        def opening(messages: list[dict[str, Any]], tools: list[Any], found: list[Any] = openings) -> Any:
-            found.append(tools_opening(messages, tools, encoder))
-            return found[0]
-
-        own = parsed(record, encoder, opening)
-        plans.append((rendering.conversation(own.messages, openings[0]) if own.messages else [], own.made))
+        own = parsed(record, encoder, functools.partial(tools_opening, encoder=encoder))
+        plans.append((rendering.conversation(own.messages, own.opening) if own.messages else [], own.made))
     encoded = encoder.encode(rendering.pieces, settings.max_length, cut=settings.truncate)
     results = []
     for record, (turns, base) in zip(records, plans, strict=True):
