@@ -95,11 +95,29 @@ def test_a_new_experiment_packs_unless_it_says_otherwise(name, tmp_path, monkeyp
         assert new == before
         return
     assert new["tokenize_data"] == before["tokenize_data"] + " --pack"
-    assert new["train"] == before["train"] | {"accumulate_by": "samples"}
+    assert new["train"] == before["train"] | {"accumulate_by": "samples", "experts_per_shard": "auto"}
     assert new["run_id"] != before["run_id"]
     assert {rule for rule in new if new[rule] != before[rule]} == {
         *("tokenize_data", "plan", "refine_plan", "train", "run_id")
     }
+
+
+@pytest.mark.parametrize(
+    ("kept", "resolved"),
+    [
+        ({"settings": {"experts_per_shard": 4}}, 4),
+        ({"settings": {"experts_per_shard": 16}, "stated": {"experts_per_shard": "auto"}}, "auto"),
+        ({}, "auto"),
+    ],
+)
+def test_a_begun_run_keeps_its_number_of_experts_a_shard(kept, resolved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("results/own/train/runs/abc")
+    run.mkdir(parents=True)
+    (run / "settings.json").write_text(json.dumps(kept))
+    found = experiment_of(OWN)
+    assert json.loads(found.settings("train"))["experts_per_shard"] == resolved
+    assert any("experts_per_shard" in note for note in found.notes) == (resolved != "auto")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import environments, files, place, receipts, rule_settings, secrets_file, shapes, stages
+from . import environments, expert_shards, files, place, receipts, rule_settings, secrets_file, shapes, stages
 from .data.sources import split_argument
 from .data.tokens import made_unpacked
 from .errors import BadInputError
@@ -55,6 +55,13 @@ class Experiment:
             resolved["data"]["pack"] = not made_unpacked(tokens)
             if not resolved["data"]["pack"]:
                 notes.append(f"data.pack: auto leaves {tokens} unpacked, as it was made; `true` packs, and trains anew")
+        if resolved["train"]["experts_per_shard"] == expert_shards.AUTO:
+            begun = expert_shards.begun_with(Path(results, "train/runs"))
+            if begun is None and made_unpacked(Path(results, "data/tokens")):
+                begun = 8  # of the shipped configuration before it packed and said ``auto``
+            if begun:
+                resolved["train"]["experts_per_shard"] = begun
+                notes.append(f"train.experts_per_shard: auto leaves {begun}, with which this experiment began")
         return cls(resolved, results, f"logs/{name}", tuple(notes))
 
     def write_config(self) -> None:

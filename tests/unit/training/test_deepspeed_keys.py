@@ -5,7 +5,9 @@ import json
 
 import pytest
 import training_helpers as helpers
+from planning_models import DEEPSEEK_V3 as V3
 
+from deepseek_sft import expert_shards
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.settings import deepspeed_keys
 from deepseek_sft.training import new_runs, settings
@@ -56,7 +58,7 @@ def test_run_id_changes_only_where_keys_are_set():
 
 
 def test_a_new_run_sums_gradients_in_float32_and_deals_rows_by_cost(tmp_path):
-    found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path / "new", "id")
+    found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path / "new", "id", V3)
     assert (found.gradient_communication_dtype, found.deal_rows, found.zero_thresholds) == ("float32", "cost", "shard")
     told = config.deepspeed(dataclasses.replace(found, zero_thresholds="deepspeed"), "cpu", tmp_path)
     assert told["communication_data_type"] == "fp32"
@@ -72,7 +74,7 @@ def test_a_new_run_sums_gradients_in_float32_and_deals_rows_by_cost(tmp_path):
 )
 def test_a_begun_run_goes_on_as_it_was_begun(tmp_path, kept, dtype, dealt):
     (tmp_path / "settings.json").write_text(json.dumps({"settings": kept}))
-    found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id")
+    found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id", V3)
     assert (found.gradient_communication_dtype, found.deal_rows) == (dtype, dealt)
     assert found.zero_thresholds == "deepspeed"
 
@@ -81,7 +83,34 @@ def test_a_begun_run_goes_on_as_it_was_begun(tmp_path, kept, dtype, dealt):
 def test_a_begun_run_whose_settings_cannot_be_read_is_not_guessed(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(BadInputError, match="is not known"):
-        new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id")
+        new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id", V3)
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [(None, 16), ({"settings": {"experts_per_shard": 32}}, 32), ({"settings": {"dtype": "x"}}, 16)],
+)
+def test_how_many_experts_share_a_parameter_stays_with_a_run(tmp_path, kept, expected):
+    if kept:
+        (tmp_path / "settings.json").write_text(json.dumps(kept))
+    assert new_runs.settle(helpers.settings(experts_per_shard="auto"), tmp_path, "id", V3).experts_per_shard == expected
+    assert new_runs.settle(helpers.settings(experts_per_shard=8), tmp_path, "id", V3).experts_per_shard == 8
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "ffn", "expected"),
+    [
+        (256, 7168, 2048, 16),
+        (384, 7168, 2048, 16),
+        (64, 2048, 1408, 16),
+        (8, 64, 32, 2),
+        (2, 64, 32, 1),
+        (7, 64, 32, 1),
+    ],
+)
+def test_a_shard_has_as_many_experts_as_divide_and_fit(experts, hidden, ffn, expected):
+    config = {"n_routed_experts": experts, "hidden_size": hidden, "moe_intermediate_size": ffn}
+    assert expert_shards.experts_per_shard(config, "auto") == expected
 
 
 def test_what_a_begun_run_did_before_is_left_to_deepspeed(tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from planning_models import DEEPSEEK_V3 as V3
 from training_helpers import settings, write_checkpoint
 
 from deepseek_sft import config, engines, rule_settings
@@ -68,8 +69,8 @@ def other(monkeypatch):
 
 def test_the_plan_adds_up_the_memory_of_the_engine_that_is_chosen(other, resolved):
     train, plan = resolved["train"], resolved["plan"]
-    assert Training.from_config(train, plan).process is engines.XTUNER.memory
-    assert Training.from_config(train | {"engine": "other"}, plan).process is other.memory
+    assert Training.from_config(train, plan, V3).process is engines.XTUNER.memory
+    assert Training.from_config(train | {"engine": "other"}, plan, V3).process is other.memory
 
 
 def test_the_nodes_try_the_imports_of_the_engine_that_is_chosen(other, tmp_path):

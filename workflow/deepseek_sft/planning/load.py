@@ -68,5 +68,6 @@ def from_config(
     """
     samples = Samples.counted(tokens) if tokens else Samples.estimated(config)
     cluster = Cluster.from_config(config, resources, free_bytes(config["results"]), node_mb)
-    training = Training.from_config(config["train"], config["plan"]).for_rows(samples)
-    return planning.make(model_of(config), training, samples, cluster, config["convert"]["dtype"])
+    model = model_of(config)
+    training = Training.from_config(config["train"], config["plan"], model.config).for_rows(samples)
+    return planning.make(model, training, samples, cluster, config["convert"]["dtype"])

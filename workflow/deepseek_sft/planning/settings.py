@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .. import engines
 from ..data import dealing
 from ..errors import BadInputError
+from ..expert_shards import experts_per_shard
 from ..json_files import Maybe
 from .gpu_models import GPUS
 
@@ -57,9 +58,12 @@ class Training:
         return engines.ENGINES[self.engine].memory
 
     @classmethod
-    def from_config(cls, train: dict[str, Any], plan: dict[str, Any]) -> "Training":
+    def from_config(cls, train: dict[str, Any], plan: dict[str, Any], model: dict[str, Any]) -> "Training":
+        """From the configuration's sections and the model's ``config.json``."""
         keys = [*cls.train_keys(), "engine"]
-        return cls(**{key: train[key] for key in keys if key in train}, stock_experts=plan["stock_experts"])
+        values = {key: train[key] for key in keys if key in train}
+        values["experts_per_shard"] = experts_per_shard(model, train["experts_per_shard"])
+        return cls(**values, stock_experts=plan["stock_experts"])
 
     @classmethod
     def train_keys(cls) -> list[str]:

@@ -96,8 +96,9 @@ class Training:
     optimizer: Literal["adamw", "cpu_adam"] = "adamw"
     """AdamW of torch, or DeepSpeed's for states in host memory (compiled at the first start: needs a C++ compiler and,
     on GPUs, the CUDA toolkit of `CUDA_HOME` on the nodes)."""
-    experts_per_shard: Positive = setting(8, topology=True)
-    """Routed experts per fused parameter; divides their number."""
+    experts_per_shard: Positive | Literal["auto"] = setting(8, topology=True)
+    """Routed experts per fused parameter; divides their number. `auto` is as many as 1.5 GB of weights hold, at least
+    four shards a layer (16 of the 671B model): fewer and larger gathers; a begun experiment keeps its number."""
     expert_products: Literal["auto", "grouped", "loop"] = "auto"
     """Matrix products of a shard's experts: one grouped product or one product each; `auto` is grouped in bfloat16 on
     GPUs from Hopper on."""

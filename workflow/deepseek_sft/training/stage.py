@@ -16,6 +16,7 @@ from ..cli import say
 from ..data import loss_rows
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
+from ..expert_shards import AUTO, experts_per_shard
 from ..settings import field_types
 from ..slurm.nodes import NodeEnvironment
 from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, schedule, settings
@@ -33,6 +34,7 @@ class Run:
         base_sums: file with the sums of the base's files; None where prepare_model wrote none.
         inputs: receipt entries of what the run was made from.
         end_after: step after which a rehearsal ends, see ``rehearsal``; None trains to the end.
+        stated: settings as the configuration says them where a run settles their value.
     """
 
     run_id: str
@@ -45,6 +47,7 @@ class Run:
     inputs: dict[str, dict[str, str]]
     base_sums: str | None = None
     end_after: int | None = None
+    stated: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def ends_with(self, checkpoint: checkpoints.Checkpoint) -> bool:
         """Whether nothing is left to train after ``checkpoint``: the last step, or the end of the time."""
@@ -83,10 +86,12 @@ def prepare(
         "settings": receipts.input_entry(settings_file),
     }
     output = output.resolve()
-    chosen = new_runs.settle(chosen, output / "runs" / run_id, run_id)
+    stated = {"experts_per_shard": AUTO} if chosen.experts_per_shard == AUTO else {}
+    chosen = new_runs.settle(chosen, output / "runs" / run_id, run_id, config)
     chosen = schedule.with_accumulation(chosen, statistics["rows"], statistics["samples"])
     steps = schedule.plan(chosen, statistics["rows"], node.world_size)
-    return Run(run_id, output / "runs" / run_id, output, base_folder, tokens_folder, chosen, steps, inputs, _sums(base))
+    folder, sums = output / "runs" / run_id, _sums(base)
+    return Run(run_id, folder, output, base_folder, tokens_folder, chosen, steps, inputs, sums, stated=stated)
 
 
 def planned(plan_receipt: Path | None) -> time_limits.Planned:
@@ -240,6 +245,7 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
         {
             "run_id": run.run_id,
             "settings": dataclasses.asdict(run.settings),
+            "stated": run.stated,
             "topology": sorted(field_types.marked(settings.Settings, "topology")),
             "schedule": dataclasses.asdict(run.schedule),
             "base": str(run.base),
@@ -288,7 +294,7 @@ def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
 
 
 def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any], node: NodeEnvironment) -> None:
-    if config["n_routed_experts"] % chosen.experts_per_shard:
+    if config["n_routed_experts"] % experts_per_shard(config, chosen.experts_per_shard):
         raise BadInputError(
             f"train.experts_per_shard {chosen.experts_per_shard} does not divide the base's "
             f"{config['n_routed_experts']} routed experts"
