@@ -1,7 +1,8 @@
 """Decides between gradient and update: DeepSpeed computes the norm of the gradient and updates the weights in one call.
 
-ZeRO-3's optimizer asks ``_overflow_check_and_loss_scale_update`` first, which is true only in fp16 and then drops the
-gradients without touching weights or moments. The guard answers there, from the gradient's norm. DeepSpeed is pinned.
+ZeRO-3's ``step()`` asks for the norms of its sub-groups (``_get_norm_groups``), and then whether to drop the gradients
+without touching weights or moments (``_loss_scale_update_and_overflow_cleanup``), which by itself is so in fp16 alone,
+or where a norm is no number, and then without a word. The guard answers there, from those norms. DeepSpeed is pinned.
 """
 
 import math
@@ -25,14 +26,19 @@ class StepGuard:
         self.verdict, self.norm = Verdict(), 0.0
         self._optimizer = engine.optimizer
         self._device = engine.device
-        self._drop_if_overflow = self._optimizer._overflow_check_and_loss_scale_update
+        self._norms: list[torch.Tensor] = []
         self._group_norms = self._optimizer._get_norm_groups
-        self._optimizer._overflow_check_and_loss_scale_update = self._check
+        self._conclude = self._optimizer._loss_scale_update_and_overflow_cleanup
+        self._optimizer._get_norm_groups = self._norm_groups
+        self._optimizer._loss_scale_update_and_overflow_cleanup = self._check
+
+    def _norm_groups(self) -> list[torch.Tensor]:
+        self._norms = self._group_norms()
+        return self._norms
 
     def _check(self) -> bool:
         """Whether the update is dropped; called by the optimizer once per step."""
-        norms = self._group_norms()
-        of_groups = torch.stack(norms)
+        of_groups = torch.stack([torch.as_tensor(norm) for norm in self._norms])
         norm = torch.linalg.vector_norm(of_groups)
         # DeepSpeed gives -1 for a group whose norm is not finite.
         norm = norm.masked_fill((of_groups < 0).any(), math.nan).to(self._device)
@@ -40,5 +46,4 @@ class StepGuard:
         self.norm = norm.item()
         self.verdict = self.health.judge(self.step, self.loss, self.norm)
         self._optimizer.overflow = not self.verdict.apply
-        self._optimizer._get_norm_groups = lambda: norms  # the optimizer would compute the same again
-        return self._drop_if_overflow()
+        return self._conclude()
