@@ -37,7 +37,7 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
                     figures["unchanged"] = torch.equal(before, safe_get_full_fp32_param(broken))
                     hook = hook.remove()
                 if step == 0 and case.get("moments"):
-                    figures["moments"] = differences(run.first_moments(), output / "reference.pt")
+                    figures["moments"] = differences(run, output / "reference.pt")
                 if run.model.balance_bias is not None:
                     biases = [router.e_score_correction_bias.tolist() for router in run.model.llm.routers()]
                     figures["biases"].append(biases)
@@ -51,14 +51,39 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
             (output / f"{name}.json").write_text(json.dumps(figures))
 
 
-def differences(moments: dict[str, torch.Tensor], reference: Path) -> dict[str, float]:
-    """Relative difference of each parameter's first moment from (1 - beta1) × the reference's gradient."""
-    wanted = torch.load(reference)
-    assert moments.keys() == wanted.keys()
-    return {
-        name: ((moment.flatten() / 0.1 - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)).item()
-        for name, moment in moments.items()
+def differences(run, reference: Path) -> dict[str, float]:
+    """Relative difference of each parameter's first moment from (1 - beta1) × the reference's gradient.
+
+    Each expert by itself, so that shards of any size compare, of whatever rank holds it.
+    """
+    import torch.distributed as dist
+
+    wanted = of_each_expert(torch.load(reference), training_reference.SHARD)
+    own = {
+        name: ((moment / 0.1 - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)).item()
+        for name, moment in of_each_expert(run.first_moments(), run.settings.experts_per_shard).items()
     }
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    found: dict[str, float] = {}
+    for entry in everyone:
+        found |= {name: max(value, found.get(name, 0.0)) for name, value in entry.items()}
+    assert found.keys() == wanted.keys()
+    return found
+
+
+def of_each_expert(gradients: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """Flat gradients, shards of ``count`` experts cut into shards of one."""
+    found = {}
+    for name, values in gradients.items():
+        head, separator, rest = name.partition(".mlp.experts.")
+        if not separator:
+            found[name] = values.flatten()
+            continue
+        shard, kind = rest.split(".")
+        for place, part in enumerate(values.flatten().chunk(count)):
+            found[f"{head}{separator}{int(shard) * count + place}.{kind}"] = part
+    return found
 
 
 def main(inputs: Path, cases: dict, output: Path) -> None:

@@ -3,6 +3,7 @@
 Fewer and larger shards are fewer gathers: what the host does in a step falls with their number, and their memory rises.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +15,51 @@ FEWEST = 4  # shards of a layer: one is gathered while another is computed
 AUTO: Literal["auto"] = "auto"
 
 
-def experts_per_shard(config: dict[str, Any], stated: int | Literal["auto"]) -> int:
-    """What is stated; for ``auto`` the largest divisor of a layer's experts within ``LARGEST`` and ``FEWEST``.
+def experts_per_shard(config: dict[str, Any], stated: int | Literal["auto"], expert_parallel_size: int = 1) -> int:
+    """What is stated; for ``auto`` the largest divisor of a rank's experts within ``LARGEST`` and ``FEWEST``.
 
     Args:
         config: the model's ``config.json``.
+        expert_parallel_size: ranks over which a layer's experts are spread.
     """
     if stated != AUTO:
         return stated
     experts = config["n_routed_experts"]
+    held = experts // expert_parallel_size
     each = 2 * PRODUCTS * config["hidden_size"] * config["moe_intermediate_size"]
-    most = max(1, min(int(LARGEST / each), experts // FEWEST))
-    return max(size for size in range(1, most + 1) if experts % size == 0)
+    most = max(1, min(int(LARGEST / each), experts // FEWEST, held))
+    return max(size for size in range(1, most + 1) if held % size == 0)
+
+
+def problems(
+    config: dict[str, Any], each: int, parallel: int, ranks: int, ranks_per_node: int
+) -> Iterator[tuple[str, str]]:
+    """Sizes that do not divide what they must: problem and fix.
+
+    Args:
+        each: experts of a shard.
+        parallel: ranks over which a layer's experts are spread.
+    """
+    experts = config["n_routed_experts"]
+    if experts % each:
+        yield (
+            f"train.experts_per_shard {each} does not divide the base's {experts} routed experts",
+            "set it to a divisor, or to auto",
+        )
+    elif experts % (each * parallel):
+        yield (
+            f"train.expert_parallel_size {parallel} does not divide the {experts // each} shards of a layer "
+            f"({experts} routed experts, train.experts_per_shard {each})",
+            "set experts_per_shard: auto, or a size that divides them",
+        )
+    if ranks % parallel:
+        yield f"train.expert_parallel_size {parallel} does not divide the {ranks} ranks", "set it to a divisor"
+    elif ranks_per_node % parallel and parallel % ranks_per_node:
+        yield (
+            f"train.expert_parallel_size {parallel} neither divides the {ranks_per_node} ranks of a node nor is a "
+            "multiple of them: a group would lie across nodes that it fills in part",
+            "set it to a divisor or a multiple of a node's ranks",
+        )
 
 
 def begun_with(runs: Path) -> int | None:

@@ -75,9 +75,7 @@ class ExpertProducts(torch.autograd.Function):
         Args:
             counts: of the shard's experts.
         """
-        gate_up = _times_transposed(rows, w1w3, counts)
-        gate, up = gate_up.chunk(2, dim=-1)
-        outputs = _times_transposed(F.silu(gate) * up, w2, counts)
+        outputs, gate_up = products(rows, w1w3, w2, counts)
         ctx.save_for_backward(rows, gate_up, w1w3, w2)
         ctx.counts = counts
         return outputs
@@ -85,19 +83,40 @@ class ExpertProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         rows, gate_up, w1w3, w2 = ctx.saved_tensors
-        counts = ctx.counts
-        gradient = gradient.contiguous()
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        w2_gradient = _outer(gradient, activated * up, counts)
-        inner = _times(gradient, w2, counts)
-        gate_up_gradient = torch.empty_like(gate_up)
-        gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=-1)
-        torch.mul(inner, activated, out=up_gradient)
-        gate_gradient.copy_(torch.ops.aten.silu_backward(inner.mul_(up), gate))
-        del inner, activated
-        w1w3_gradient = _outer(gate_up_gradient, rows, counts)
-        return _times(gate_up_gradient, w1w3, counts), w1w3_gradient, w2_gradient, None
+        return *products_backward(rows, gate_up, w1w3, w2, gradient.contiguous(), ctx.counts), None
+
+
+def products(
+    rows: torch.Tensor, w1w3: torch.Tensor, w2: torch.Tensor, counts: Counts, outputs: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Outputs [n, hidden] (None unless wanted) and the first product [n, 2·ffn]; sizes as in ``ExpertProducts``."""
+    gate_up = _times_transposed(rows, w1w3, counts)
+    if not outputs:
+        return None, gate_up
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _times_transposed(F.silu(gate) * up, w2, counts), gate_up
+
+
+def products_backward(
+    rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    w1w3: torch.Tensor,
+    w2: torch.Tensor,
+    gradient: torch.Tensor,
+    counts: Counts,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of rows, w1w3 and w2 from the outputs' [n, hidden], contiguous."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = F.silu(gate)
+    w2_gradient = _outer(gradient, activated * up, counts)
+    inner = _times(gradient, w2, counts)
+    gate_up_gradient = torch.empty_like(gate_up)
+    gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=-1)
+    torch.mul(inner, activated, out=up_gradient)
+    gate_gradient.copy_(torch.ops.aten.silu_backward(inner.mul_(up), gate))
+    del inner, activated
+    w1w3_gradient = _outer(gate_up_gradient, rows, counts)
+    return _times(gate_up_gradient, w1w3, counts), w1w3_gradient, w2_gradient
 
 
 def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:

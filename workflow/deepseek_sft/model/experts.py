@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
+from .expert_parallel import Exchange, ExchangedProducts, ExpertParallel
 from .expert_products import Counts, ExpertProducts, counts_of_shards
 from .router import AddGradient, Router
 
@@ -16,15 +17,25 @@ ROWS_AT_ONCE = 2048  # tokens summed in fp32 at once
 class ExpertShard(nn.Module):
     """``count`` experts in two parameters: w1w3 [count, 2·ffn, hidden] (gate, then up) and w2 [count, hidden, ffn]."""
 
-    def __init__(self, config: Any, count: int):
+    def __init__(self, config: Any, count: int, parallel: ExpertParallel | None):
         super().__init__()
         hidden, ffn = config.hidden_size, config.moe_intermediate_size
         self.w1w3 = nn.Parameter(torch.empty(count, 2 * ffn, hidden))
         self.w2 = nn.Parameter(torch.empty(count, hidden, ffn))
+        if parallel is not None:  # before zero.Init, which comes after this constructor, splits them
+            for parameter in (self.w1w3, self.w2):
+                parallel.place(parameter)
 
-    def forward(self, hidden: torch.Tensor, counts: Counts) -> torch.Tensor:
-        """hidden [tokens of this shard sorted by expert, size] → the same shape; ``counts``: tokens per expert."""
-        return ExpertProducts.apply(hidden, self.w1w3, self.w2, counts)
+    def forward(self, hidden: torch.Tensor, work: Counts | Exchange) -> torch.Tensor:
+        """hidden [rows of this shard sorted by expert, size] → the same shape.
+
+        Args:
+            work: rows of each expert; or how they travel to the ranks that hold such a shard, rows of all of which
+                ``hidden`` then has, sorted by (rank, expert).
+        """
+        if isinstance(work, Exchange):
+            return ExchangedProducts.apply(hidden, self.w1w3, self.w2, work)
+        return ExpertProducts.apply(hidden, self.w1w3, self.w2, work)
 
 
 def _token_ranges(tokens: int) -> Iterator[slice]:
@@ -87,17 +98,25 @@ class _Combine(torch.autograd.Function):
 class MixtureOfExperts(nn.Module):
     """Drop-in for transformers' DeepseekV3MoE.
 
-    Every rank runs every shard, also with no token: under ZeRO-3 each shard's weights are gathered by a collective
-    that all ranks must enter. A shard is what is gathered at once (8 experts of the 671B model: 0.7 GB in bf16; the
-    whole layer: 22.5 GB).
+    Every rank runs every shard that it holds, also with no token: under ZeRO-3 each shard's weights are gathered by a
+    collective that all ranks which hold it must enter. A shard is what is gathered at once (8 experts of the 671B
+    model: 0.7 GB in bf16; the whole layer: 22.5 GB). With expert parallelism a rank holds some of the shards, named by
+    their numbers among all, and rows travel to them.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, parallel: ExpertParallel | None = None):
         super().__init__()
+        self.parallel = parallel
         self.experts_per_shard = config.experts_per_shard
         self.routed_experts, self.grouped = config.n_routed_experts, config.grouped_products
-        shards = self.routed_experts // self.experts_per_shard
-        self.experts = nn.ModuleList(ExpertShard(config, self.experts_per_shard) for _ in range(shards))
+        shards = own = range(self.routed_experts // self.experts_per_shard)
+        if parallel is not None:
+            each = len(shards) // parallel.size
+            own = shards[parallel.rank * each : (parallel.rank + 1) * each]
+        self.experts = nn.ModuleDict(
+            {str(shard): ExpertShard(config, self.experts_per_shard, parallel) for shard in own}
+        )
+        self._order: torch.Tensor | None = None
         self.gate = Router(config)
         self.shared_experts = native.DeepseekV3MLP(
             config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts
@@ -106,16 +125,30 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         experts, weights, loss = self.gate(hidden_states)
         tokens = hidden_states.flatten(0, 1)
-        order = experts.flatten().argsort(stable=True)
+        slots = experts.flatten()
+        if self.parallel is not None:
+            slots = self._sorted_by(slots.device)[slots]
+        order = slots.argsort(stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         places = places.view_as(experts)
-        counted = torch.bincount(experts.flatten(), minlength=self.routed_experts)
-        per_shard = counts_of_shards(counted, self.experts_per_shard, self.grouped)
+        counted = torch.bincount(slots, minlength=self.routed_experts)
         rows = _Dispatch.apply(tokens, order // experts.shape[1], places)
-        parts = rows.split([sum(counts.rows) for counts in per_shard])
-        outputs = torch.cat([shard(x, c) for shard, x, c in zip(self.experts, parts, per_shard, strict=True)])
+        if self.parallel is None:
+            per_shard = counts_of_shards(counted, self.experts_per_shard, self.grouped)
+            sizes = [sum(counts.rows) for counts in per_shard]
+        else:
+            per_shard = self.parallel.exchanges(counted, self.experts_per_shard, self.grouped)
+            sizes = [exchange.rows for exchange in per_shard]
+        shards = zip(self.experts.values(), rows.split(sizes), per_shard, strict=True)
+        outputs = torch.cat([shard(part, work) for shard, part, work in shards])
         routed = _Combine.apply(outputs, weights, places).view_as(hidden_states)
         if loss is not None:
             routed = AddGradient.apply(routed, loss)
         return routed + self.shared_experts(hidden_states)
+
+    def _sorted_by(self, device: torch.device) -> torch.Tensor:
+        """Place of each expert in the order in which rows travel; kept on the device."""
+        if self._order is None or self._order.device != device:
+            self._order = self.parallel.sorted_by(self.routed_experts, self.experts_per_shard).to(device)
+        return self._order

@@ -5,7 +5,8 @@ but for ``mlp.experts.*``, which are fused shards.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .. import families
 from ..errors import BadInputError
 from ..families import implied_numbers
 from . import expert_products
+from .expert_parallel import ExpertParallel
 from .experts import MixtureOfExperts
 from .kept_attention import KeptAttention
 from .loading import load_release
@@ -36,8 +38,9 @@ class TrainingModel(native.DeepseekV3ForCausalLM):
 
     bytes_read = 0  # by this rank when the model was filled
 
-    def __init__(self, config: DeepseekV3Config):
-        with _classes(DeepseekV3MoE=MixtureOfExperts, DeepseekV3RotaryEmbedding=RotaryEmbedding):
+    def __init__(self, config: DeepseekV3Config, parallel: ExpertParallel | None = None):
+        experts = functools.partial(MixtureOfExperts, parallel=parallel)
+        with _classes(DeepseekV3MoE=experts, DeepseekV3RotaryEmbedding=RotaryEmbedding):
             super().__init__(config)
         self.lm_head.__class__ = OutputLayer  # same parameter, another forward
 
@@ -55,6 +58,8 @@ def build(
     device: str = "cpu",
     read_weights: bool = True,
     keep_attention: bool = False,
+    expert_parallel_size: int = 1,
+    exchange_rows: int | None = None,
 ) -> TrainingModel:
     """Build the model of ``folder`` and fill it, split across all ranks where ZeRO-3 is configured.
 
@@ -67,6 +72,8 @@ def build(
         device: on which the model will train.
         read_weights: False leaves weights and router biases undefined, for a start from a checkpoint that has them.
         keep_attention: activation checkpointing does not compute attention's kernel again.
+        expert_parallel_size: ranks over which a layer's routed experts are spread; divides all ranks and the shards.
+        exchange_rows: rows that a rank receives at once of others; None derives them.
 
     Raises:
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
@@ -78,8 +85,9 @@ def build(
     config.grouped_products = _grouped(products, torch.device(device), dtype, config)
     config._attn_implementation = attention
     config.use_cache = False
+    parallel = ExpertParallel.of_size(expert_parallel_size, exchange_rows)
     with _default_dtype(dtype), no_init_weights(), _zero3():
-        model = TrainingModel(config)
+        model = TrainingModel(config, parallel)
     rotary = model.model.rotary_emb
     # Computed again: inside zero.Init every new tensor takes the model's dtype, and YaRN's ramp is wrong in bf16.
     frequencies, rotary.attention_scaling = rotary.rope_init_fn(config, torch.device("cpu"))
@@ -152,7 +160,7 @@ def _grouped(products: str, device: torch.device, dtype: torch.dtype, config: De
 
 
 @contextlib.contextmanager
-def _classes(**replacements: type) -> Iterator[None]:
+def _classes(**replacements: Callable[..., torch.nn.Module]) -> Iterator[None]:
     """Have transformers' model build other classes: it looks them up by name in its module."""
     before = {name: getattr(native, name) for name in replacements}
     try:

@@ -10,7 +10,7 @@ from .counting import Model
 from .settings import GIB, Cluster, Samples, Training
 from .terms import Term, total
 
-SUB_GROUP = 1_000_000_000  # elements, DeepSpeed 0.18.9's default
+SUB_GROUP = 1_000_000_000  # elements, DeepSpeed 0.19.8's default
 MAX_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}  # elements, as in model/loss.py
 CONTEXT = 1.0 * GIB  # CUDA context, kernels, cuBLAS and flash-attention workspaces
 NCCL = 2.0 * GIB  # buffers of the world, sequence-parallel and data-parallel communicators over several nodes

@@ -16,7 +16,7 @@ PRODUCTS = 3  # matrices of an expert
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Elements; the defaults are DeepSpeed 0.18.9's (runtime/zero/config.py).
+    """Elements; the defaults are DeepSpeed 0.19.8's (runtime/zero/config.py).
 
     Attributes:
         live: gathered at once at most (`stage3_max_live_parameters`).

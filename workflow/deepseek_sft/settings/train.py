@@ -99,6 +99,12 @@ class Training:
     experts_per_shard: Positive | Literal["auto"] = setting(8, topology=True)
     """Routed experts per fused parameter; divides their number. `auto` is as many as 1.5 GB of weights hold, at least
     four shards a layer (16 of the 671B model): fewer and larger gathers; a begun experiment keeps its number."""
+    expert_parallel_size: Positive = setting(1, later=True, topology=True)
+    """Ranks over which a layer's routed experts are spread, neighbours first; rows travel to them (docs/training.md). 1
+    spreads none. Divides the ranks of all nodes and the shards of a layer; divides a node's ranks or is a multiple."""
+    exchange_rows: Positive | None = setting(None, operational=True, later=True)
+    """Rows of other ranks that a rank receives and multiplies at once with expert parallelism; null is twice what each
+    would get were experts used evenly. Less takes less memory and more collectives."""
     expert_products: Literal["auto", "grouped", "loop"] = "auto"
     """Matrix products of a shard's experts: one grouped product or one product each; `auto` is grouped in bfloat16 on
     GPUs from Hopper on."""

@@ -22,31 +22,31 @@ class Default:
     """What an open key means.
 
     Attributes:
-        new: for new runs, from the model's ``config.json``.
-        before: for runs that are older than the key, from their settings and the model's ``config.json``.
+        new: for new runs, from their settings and the model's ``config.json``.
+        before: likewise for runs that are older than the key.
         what: it decides, for an error.
         open: the value under which it is open.
     """
 
-    new: Callable[[dict[str, Any]], Any]
+    new: Callable[[Settings, dict[str, Any]], Any]
     before: Callable[[Settings, dict[str, Any]], Any]
     what: str
     open: str | None = None
 
 
+def _of_size(chosen: Settings, config: dict[str, Any]) -> int:
+    """No run is older than the word ``auto``, which is in its id."""
+    return experts_per_shard(config, AUTO, chosen.expert_parallel_size)
+
+
 DEFAULTS = {
     # DeepSpeed's own choice was the model's dtype.
     "gradient_communication_dtype": Default(
-        lambda _: "float32", lambda chosen, _: chosen.dtype, "in what dtype it sums gradients over its ranks"
+        lambda *_: "float32", lambda chosen, _: chosen.dtype, "in what dtype it sums gradients over its ranks"
     ),
-    "deal_rows": Default(lambda _: "cost", lambda *_: "order", "how it deals the rows of a step"),
-    "zero_thresholds": Default(lambda _: "shard", lambda *_: "deepspeed", "how much it gathers ahead"),
-    "experts_per_shard": Default(
-        lambda config: experts_per_shard(config, AUTO),
-        lambda _, config: experts_per_shard(config, AUTO),  # no run is older than this word, which is in its id
-        "how many experts share a parameter",
-        AUTO,
-    ),
+    "deal_rows": Default(lambda *_: "cost", lambda *_: "order", "how it deals the rows of a step"),
+    "zero_thresholds": Default(lambda *_: "shard", lambda *_: "deepspeed", "how much it gathers ahead"),
+    "experts_per_shard": Default(_of_size, _of_size, "how many experts share a parameter", AUTO),
 }
 
 
@@ -71,7 +71,7 @@ def settle(chosen: Settings, run: Path, run_id: str, config: dict[str, Any]) -> 
                 values[key] = reading.value(field_types.keys(Settings)[key].hint, kept[key])
     except FileNotFoundError:
         if checkpoints.newest(run, run_id) is None:
-            values = {key: default.new(config) for key, default in open_keys.items()}
+            values = {key: default.new(chosen, config) for key, default in open_keys.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         unknown = " and ".join(default.what for default in open_keys.values())
         names = " and ".join(f"train.{key}" for key in open_keys)

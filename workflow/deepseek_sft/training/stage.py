@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import engines, families, files, json_files, leftovers, receipts, time_limits
+from .. import engines, expert_shards, families, files, json_files, leftovers, receipts, time_limits
 from ..cli import say
 from ..data import loss_rows
 from ..data import tokens as token_files
@@ -294,11 +294,10 @@ def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
 
 
 def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any], node: NodeEnvironment) -> None:
-    if config["n_routed_experts"] % experts_per_shard(config, chosen.experts_per_shard):
-        raise BadInputError(
-            f"train.experts_per_shard {chosen.experts_per_shard} does not divide the base's "
-            f"{config['n_routed_experts']} routed experts"
-        )
+    parallel = chosen.expert_parallel_size
+    each = experts_per_shard(config, chosen.experts_per_shard, parallel)
+    for problem, fix in expert_shards.problems(config, each, parallel, node.world_size, node.ranks_per_node):
+        raise BadInputError(problem, fix)
     if config["num_attention_heads"] % chosen.sequence_parallel_size:
         raise BadInputError(
             f"train.sequence_parallel_size {chosen.sequence_parallel_size} does not divide the base's "

@@ -1,4 +1,4 @@
-"""Import-time shims that let the unmodified xtuner 0.2.0 and DeepSpeed 0.18 run text training anywhere.
+"""Import-time shims that let the unmodified xtuner 0.2.0 and DeepSpeed 0.19 run text training anywhere.
 
 Each applies only where the real thing is missing; docs/training.md lists them with their reasons. Import this module's
 ``install`` before anything of xtuner.
@@ -18,6 +18,8 @@ VISION_DATASETS = {
         ("InvRefCOCOJsonDataset", "RefCOCOJsonDataset", "RefCOCOJsonEvalDataset"),
     ),
 }
+# mmengine enters them into its registry whether or not they are used; DeepSpeed 0.19 has them no more.
+ONEBIT, ONEBIT_OPTIMIZERS = "deepspeed.runtime.fp16.onebit", ("OnebitAdam", "OnebitLamb", "ZeroOneAdam")
 
 
 def install(accelerator: str) -> list[str]:
@@ -29,6 +31,11 @@ def install(accelerator: str) -> list[str]:
             stub.__dict__.update(dict.fromkeys(names))
             sys.modules[module] = stub
             applied.append(module)
+    if not _imports(ONEBIT) and ONEBIT not in sys.modules:
+        stub = types.ModuleType(ONEBIT)
+        stub.__dict__.update({name: type(name, (), {"__module__": ONEBIT}) for name in ONEBIT_OPTIMIZERS})
+        sys.modules[ONEBIT] = stub
+        applied.append(ONEBIT)
     if accelerator == "cpu":
         import deepspeed.ops
 
@@ -60,7 +67,7 @@ def _imports(package: str) -> bool:
     try:
         importlib.import_module(package)
     except Exception:  # ImportError, or RuntimeError of a torchvision built for another torch
-        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
             del sys.modules[name]
         return False
     return True

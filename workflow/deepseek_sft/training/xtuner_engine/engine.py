@@ -94,6 +94,8 @@ def _model(config: EngineConfig, read_weights: bool) -> sft_model.DeepseekSFT:
         balance_bias_speed=chosen.balance_bias_speed,
         read_weights=read_weights,
         keep_attention=chosen.recompute == "without_attention",
+        expert_parallel_size=chosen.expert_parallel_size,
+        exchange_rows=chosen.exchange_rows,
     )
 
 

@@ -40,6 +40,8 @@ class DeepseekSFT(SupervisedFinetune):
         balance_bias_speed: float = 0.0,
         read_weights: bool = True,
         keep_attention: bool = False,
+        expert_parallel_size: int = 1,
+        exchange_rows: int | None = None,
     ):
         config = families.read_config(Path(base))
         sizes = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"])
@@ -54,6 +56,8 @@ class DeepseekSFT(SupervisedFinetune):
             device=accelerator,
             read_weights=read_weights,
             keep_attention=keep_attention,
+            expert_parallel_size=expert_parallel_size,
+            exchange_rows=exchange_rows,
         )
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight

@@ -187,7 +187,7 @@ def compare_weights(model: TrainingModel, base: Path, rank: int) -> tuple[list[s
         names = chosen.sample(names, PARAMETERS)
     problems, compared, checksum = [], 0, 0
     for name in names:
-        values, first = _own_part(parameters[name], rank)
+        values, first = _own_part(parameters[name])
         count = min(ELEMENTS, values.numel())
         if not count:
             continue  # the parameter is smaller than the number of ranks
@@ -211,12 +211,12 @@ def compare_weights(model: TrainingModel, base: Path, rank: int) -> tuple[list[s
     return problems, compared, checksum
 
 
-def _own_part(parameter: torch.nn.Parameter, rank: int) -> tuple[torch.Tensor, int]:
+def _own_part(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int]:
     """This rank's elements of a parameter, padding left out, and the index of the first."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter.reshape(-1), 0
     size = parameter.ds_tensor.ds_numel
-    first = rank * size
+    first = dist.get_rank(parameter.ds_process_group) * size
     return parameter.ds_tensor[: max(0, min(size, parameter.ds_numel - first))], first
 
 

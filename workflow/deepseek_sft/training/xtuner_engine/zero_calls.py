@@ -1,6 +1,6 @@
 """ZeRO-3's gathers and reduce-scatters with little Python: the same values as DeepSpeed's own, bit for bit.
 
-DeepSpeed 0.18 cuts every gathered and every reduced tensor into one slice a rank, in Python: on 256 ranks that is most
+DeepSpeed 0.19 cuts every gathered and every reduced tensor into one slice a rank, in Python: on 256 ranks that is most
 of what the host does in a step (docs/training.md has figures). Here a whole parameter is one strided copy.
 """
 
@@ -29,12 +29,11 @@ def install(model: torch.nn.Module) -> bool:
         "ignore", message=r".*is deprecated. Please use `torch\.distributed\.", category=FutureWarning
     )
     parameters = list(model.parameters())
-    group = parameters[0].ds_process_group
     plain = all(
         parameter.ds_secondary_tensor is None and not hasattr(parameter.ds_tensor, "ds_quant_scale")
         for parameter in parameters
     )
-    if dist.get_world_size(group) == 1 or not plain:
+    if dist.get_world_size() == 1 or not plain:
         return False
     stage3.reduce_scatter_coalesced = reduce_scatter
     for parameter in parameters:
@@ -43,34 +42,41 @@ def install(model: torch.nn.Module) -> bool:
 
 
 class Gathering:
-    """Parameters on their way; DeepSpeed waits for it once for each of them, and only the first time counts."""
+    """Parameters on their way; DeepSpeed waits for it once for each of them, and only the first time counts.
 
-    def __init__(self, alone: Sequence[Any], together: Sequence[Any], group: Any):
-        self._parameters = [*alone, *together]
-        self._together = together
-        self._handles = [_gather_alone(parameter, group) for parameter in alone]
-        self._gathered: torch.Tensor | None = None
-        if together:
-            handle, self._gathered = _gather_together(together, group)
+    Args:
+        alone: gathered each by itself, over the ranks that it is split over.
+        together: gathered at once, each entry parameters that are split over the same ranks.
+    """
+
+    def __init__(self, alone: Sequence[Any], together: Sequence[Sequence[Any]]):
+        self._parameters = [*alone, *(parameter for entry in together for parameter in entry)]
+        self._handles = [_gather_alone(parameter) for parameter in alone]
+        self._together: list[tuple[Sequence[Any], torch.Tensor]] = []
+        for entry in together:
+            handle, gathered = _gather_together(entry)
             self._handles.append(handle)
+            self._together.append((entry, gathered))
 
     def wait(self, handle_dependency: bool = True) -> None:
         """Have the parameters whole in what follows on the stream."""
         if not self._parameters:
             return
         for handle in self._handles:
-            handle.wait()
-        start = 0
-        for parameter in self._together:
-            size = parameter.ds_tensor.ds_numel
-            whole = self._gathered[:, start : start + size].reshape(-1)
-            parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
-            start += size
-        if self._gathered is not None and not get_accelerator().is_synchronized_device():
-            self._gathered.record_stream(get_accelerator().current_stream())
+            if handle is not None:
+                handle.wait()
+        for entry, gathered in self._together:
+            start = 0
+            for parameter in entry:
+                size = parameter.ds_tensor.ds_numel
+                whole = gathered[:, start : start + size].reshape(-1)
+                parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+                start += size
+            if not get_accelerator().is_synchronized_device():
+                gathered.record_stream(get_accelerator().current_stream())
         for parameter in self._parameters:
             parameter.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
-        self._parameters, self._together, self._handles, self._gathered = [], [], [], None
+        self._parameters, self._together, self._handles = [], [], []
 
 
 def gather(parameters: Sequence[Any], safe_mode: bool = False, quantize: bool = False) -> Gathering:
@@ -81,11 +87,14 @@ def gather(parameters: Sequence[Any], safe_mode: bool = False, quantize: bool = 
         if parameter.ds_status != status.NOT_AVAILABLE:
             raise RuntimeError(parameter.ds_summary())
         parameter.ds_status = status.INFLIGHT
-    together = [parameter for parameter in ordered if parameter.ds_numel < ALONE]
-    alone = [parameter for parameter in ordered if parameter.ds_numel >= ALONE]
-    if len(together) == 1:  # it saves the copy, too
-        alone, together = ordered, []
-    return Gathering(alone, together, ordered[0].ds_process_group)
+    alone, together = [], {}
+    for parameter in ordered:
+        if parameter.ds_numel >= ALONE or parameter.ds_zero_partition_world_size == 1:
+            alone.append(parameter)
+        else:
+            together.setdefault(id(parameter.ds_process_group), []).append(parameter)
+    alone += [entry[0] for entry in together.values() if len(entry) == 1]  # it saves the copy, too
+    return Gathering(alone, [entry for entry in together.values() if len(entry) > 1])
 
 
 def _own_part(parameter: Any) -> torch.Tensor:
@@ -93,17 +102,21 @@ def _own_part(parameter: Any) -> torch.Tensor:
     return parameter.ds_tensor.to(get_accelerator().current_device_name(), non_blocking=True)
 
 
-def _gather_alone(parameter: Any, group: Any) -> Any:
-    """Into memory of its own, which becomes the parameter's."""
-    part = _own_part(parameter)
-    whole = part.new_empty(part.numel() * dist.get_world_size(group))
-    handle = partition_parameters._dist_allgather_fn(part, whole, group)
+def _gather_alone(parameter: Any) -> Any:
+    """Into memory of its own, which becomes the parameter's; None where this rank has it all."""
+    part, ranks = _own_part(parameter), parameter.ds_zero_partition_world_size
+    if ranks == 1:
+        parameter.data = part.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+        return None
+    whole = part.new_empty(part.numel() * ranks)
+    handle = partition_parameters._dist_allgather_fn(part, whole, parameter.ds_process_group)
     parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
     return handle
 
 
-def _gather_together(parameters: Sequence[Any], group: Any) -> tuple[Any, torch.Tensor]:
+def _gather_together(parameters: Sequence[Any]) -> tuple[Any, torch.Tensor]:
     """Into one tensor, [ranks, elements]: every rank's part of each parameter, one after the other."""
+    group = parameters[0].ds_process_group
     parts = [_own_part(parameter) for parameter in parameters]
     gathered = parts[0].new_empty(dist.get_world_size(group), sum(part.numel() for part in parts))
     own = gathered[dist.get_rank(group)]

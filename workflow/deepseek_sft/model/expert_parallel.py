@@ -1,0 +1,212 @@
+"""Expert parallelism: each rank of a group holds other experts, and rows travel to the ranks of their experts.
+
+Groups are DeepSpeed's: consecutive ranks are one expert-parallel group, inside a node first; ranks of all groups that
+hold the same experts share their parameters' partitions, which ZeRO-3 (DeepSpeed 0.19) takes from the parameter itself.
+
+Which experts get how many rows decides how much a rank receives, and no row is dropped: so rows travel and are
+multiplied in chunks of bounded size. All ranks of a group know all counts, so that each computes all cuts; chunks run
+inside one call of a shard, and the calls of modules, which DeepSpeed traces, never depend on the data.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from .expert_products import Counts, products, products_backward
+
+EVEN_SHARES = 2.0  # of a chunk, at most, in rows that each rank would receive for a shard, were experts used evenly
+LEAST_ROWS = 256  # of a chunk: below, cutting saves no memory worth a collective
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """An expert-parallel group as one of its ranks sees it.
+
+    Attributes:
+        size: ranks of the group; each holds ``experts / size`` experts, the first rank the first ones.
+        rank: of this process in it.
+        group: the ranks among which rows travel.
+        sharing: the ranks, one of each group, that hold the same experts, over which ZeRO-3 splits them.
+        name: of both kinds of groups in DeepSpeed.
+        chunk_rows: rows that a rank receives at once; None derives them from the counts.
+    """
+
+    size: int
+    rank: int
+    group: Any
+    sharing: Any
+    name: str
+    chunk_rows: int | None = None
+
+    @classmethod
+    def of_size(cls, size: int, chunk_rows: int | None = None) -> "ExpertParallel | None":
+        """Make the groups of all ranks, or find those of an earlier call; None for a size of 1. A collective."""
+        if size == 1:
+            return None
+        from deepspeed.utils import groups
+
+        name = f"ep_size_{size}"
+        if name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(size)
+        return cls(
+            size,
+            groups._get_expert_parallel_rank(name),
+            groups._get_expert_parallel_group(name),
+            groups._get_expert_data_parallel_group(name),
+            name,
+            chunk_rows,
+        )
+
+    def place(self, parameter: torch.nn.Parameter) -> None:
+        """Have ZeRO-3 split a parameter over the ranks that hold the same experts, and average it over all."""
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = self.name  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_process_group = self.sharing  # type: ignore[attr-defined]
+
+    def sorted_by(self, experts: int, experts_per_shard: int) -> torch.Tensor:
+        """int64 [experts]: place of each expert in the order (shard on its rank, rank, expert in the shard)."""
+        of_expert = torch.arange(experts).view(self.size, -1, experts_per_shard)
+        order = of_expert.transpose(0, 1).flatten()
+        return torch.empty_like(order).scatter_(0, order, torch.arange(experts))
+
+    def exchanges(self, counted: torch.Tensor, experts_per_shard: int, grouped: bool) -> list["Exchange"]:
+        """How the rows of each shard travel; the host waits for the device this once. A collective of the group.
+
+        Args:
+            counted: int64 [experts], this rank's rows of each expert, in the order of ``sorted_by``.
+        """
+        gathered = counted.new_empty(self.size, counted.numel())
+        dist.all_gather_into_tensor(gathered.view(-1), counted.contiguous(), group=self.group)
+        counts = gathered.cpu().numpy().reshape(self.size, -1, self.size, experts_per_shard)
+        shards = counts.shape[1]
+        most = self.chunk_rows or max(LEAST_ROWS, int(EVEN_SHARES * counts.sum() / (self.size * shards)))
+        return [Exchange(self, counts[:, shard], most, counted.device, grouped) for shard in range(shards)]
+
+
+class Exchange:
+    """One shard's rows on their way to the ranks of its experts, chunk by chunk, and back.
+
+    A receiving rank's rows stand in the order (expert, source); a chunk is a run of them, and so of each source's rows,
+    which are sorted by (rank, expert).
+
+    Args:
+        counts: int64 [source, rank, expert of the shard], rows.
+        most: that a rank receives in a chunk.
+    """
+
+    def __init__(
+        self, parallel: ExpertParallel, counts: NDArray[np.int64], most: int, device: torch.device, grouped: bool
+    ):
+        self.group, self.device, self.grouped = parallel.group, device, grouped
+        own = parallel.rank
+        queues = counts.transpose(1, 2, 0)  # [rank, expert, source]
+        flat = queues.reshape(len(queues), -1)
+        before = (flat.cumsum(1) - flat).reshape(queues.shape)
+        longest = int(flat.sum(1).max())
+        self.chunks = max(1, -(-longest // most))
+        cuts = -(-longest // self.chunks) * np.arange(self.chunks + 1)
+        taken = np.minimum(np.maximum(cuts[:, None, None, None] - before, 0), queues)  # [cut, rank, expert, source]
+        moved = np.diff(taken, axis=0)
+        sends = taken[:, :, :, own].sum(2)  # [cut, rank], of this rank's rows to each
+        starts = counts[own].sum(1).cumsum() - counts[own].sum(1)
+        self.rows = int(counts[own].sum())
+        self.sent: list[list[int]] = np.diff(sends, axis=0).tolist()
+        self._starts: list[list[int]] = (starts + sends).tolist()
+        self._arrivals = moved[:, own]  # [chunk, expert, source]
+        self.received: list[list[int]] = self._arrivals.sum(1).tolist()
+
+    def counts(self, chunk: int) -> Counts:
+        """Rows of each expert that arrive in a chunk."""
+        of_experts = self._arrivals[chunk].sum(1)
+        ends = None
+        if self.grouped:
+            ends = torch.from_numpy(of_experts.cumsum().astype(np.int32)).to(self.device, non_blocking=True)
+        return Counts(of_experts.tolist(), ends)
+
+    def start(self, rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, Any]:
+        """Begin to send a chunk of this rank's rows [rows, size] and to receive others'; a collective of the group."""
+        there = rows.new_empty(sum(self.received[chunk]), rows.shape[1])
+        sent = rows
+        if self.chunks > 1:
+            places = zip(self._starts[chunk], self.sent[chunk], strict=True)
+            sent = torch.cat([rows[start : start + count] for start, count in places])
+        handle = dist.all_to_all_single(
+            there, sent, self.received[chunk], self.sent[chunk], group=self.group, async_op=True
+        )
+        return there, handle
+
+    def give_back(self, rows: torch.Tensor, chunk: int, target: torch.Tensor) -> None:
+        """Send what came of a chunk's rows to where they came from, and put it into ``target`` [rows, size]."""
+        whole = self.chunks == 1
+        here = target if whole else rows.new_empty(sum(self.sent[chunk]), rows.shape[1])
+        dist.all_to_all_single(here, rows, self.sent[chunk], self.received[chunk], group=self.group)
+        if whole:
+            return
+        first = 0
+        for start, count in zip(self._starts[chunk], self.sent[chunk], strict=True):
+            target[start : start + count] = here[first : first + count]
+            first += count
+
+    def order(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64: which arrived row, in the order (source, expert), stands where in (expert, source), and back."""
+        sizes = np.ascontiguousarray(self._arrivals[chunk].T).reshape(-1)  # [source, expert]
+        experts = np.tile(np.arange(self._arrivals.shape[1]), self._arrivals.shape[2])
+        of_row, repeats = (torch.from_numpy(each).to(self.device, non_blocking=True) for each in (experts, sizes))
+        order = torch.repeat_interleave(of_row, repeats, output_size=int(sizes.sum())).argsort(stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        return order, places
+
+
+class ExchangedProducts(torch.autograd.Function):
+    """``ExpertProducts`` of rows that travel to the ranks of their experts; a collective of the group, both ways.
+
+    Kept for the backward pass are this rank's own rows and the parameters themselves: rows travel again there, and what
+    a chunk needs is computed again, so that what is kept does not grow with what others send.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, w1w3: torch.Tensor, w2: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        """rows [n, hidden] sorted by (rank, expert), w1w3 [experts, 2·ffn, hidden], w2 [experts, hidden, ffn]."""
+        ctx.save_for_backward(rows, w1w3, w2)
+        ctx.exchange = exchange
+        outputs = torch.empty_like(rows)
+        underway = exchange.start(rows, 0)
+        for chunk in range(exchange.chunks):
+            (arrived, handle), last = underway, chunk + 1 == exchange.chunks
+            handle.wait()
+            if not last:  # the next chunk travels while this one is computed
+                underway = exchange.start(rows, chunk + 1)
+            order, places = exchange.order(chunk)
+            done, _ = products(arrived[order], w1w3, w2, exchange.counts(chunk))
+            exchange.give_back(done[places], chunk, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        rows, w1w3, w2 = ctx.saved_tensors
+        exchange, gradient = ctx.exchange, gradient.contiguous()
+        rows_gradient, sums = torch.empty_like(rows), []
+        for chunk in range(exchange.chunks):
+            arrived, first = exchange.start(rows, chunk)
+            arrived_gradient, second = exchange.start(gradient, chunk)
+            order, places = exchange.order(chunk)
+            counts = exchange.counts(chunk)
+            first.wait()
+            arrived = arrived[order]
+            _, gate_up = products(arrived, w1w3, w2, counts, outputs=False)
+            second.wait()
+            found, *of_weights = products_backward(arrived, gate_up, w1w3, w2, arrived_gradient[order], counts)
+            del arrived, arrived_gradient, gate_up
+            exchange.give_back(found[places], chunk, rows_gradient)
+            if exchange.chunks == 1:
+                return rows_gradient, *of_weights, None
+            if not sums:
+                sums = [torch.zeros_like(each, dtype=torch.float32) for each in of_weights]
+            for total, part in zip(sums, of_weights, strict=True):
+                total += part
+        return rows_gradient, sums[0].to(w1w3.dtype), sums[1].to(w2.dtype), None
