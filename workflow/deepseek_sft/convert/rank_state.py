@@ -133,7 +133,7 @@ def read(folder: Path, rank: int, marker: Mapping[str, Any]) -> RankState:
         raise BadInputError(
             f"{optimizer} is of stage {master.stage} with {master.world_size} ranks, not 3 with {world_size}"
         )
-    zero_stage_3.check_groups(optimizer, master.groups, state.shapes, world_size)
+    zero_stage_3.check_groups(optimizer, master.groups, state.shapes, master.sharing)
     moments, steps, tensors, groups = _optimizer(optimizer, content, len(master.groups))
     for number, (flat, kept) in enumerate(zip(master.groups, moments, strict=True)):
         for name, tensor in kept.items():

@@ -50,9 +50,10 @@ class Checkpoint:
 
 
 def _read_model_states(paths: list[Path], world_size: int, load: Loader) -> list[ModelState]:
-    """The model states of all files, of which only the first keeps shapes and tensors: each takes a megabyte or more.
+    """The model states of all files, of which only the first keeps tensors, and shapes only what differs.
 
-    Most ranks write the same pickle, byte for byte; it is read once.
+    Most ranks write the same pickle, byte for byte; it is read once. With expert parallelism ranks that hold other
+    experts name other parameters, in as many sub-groups.
 
     Raises:
         BadInputError: naming the file that contradicts the first.
@@ -67,17 +68,28 @@ def _read_model_states(paths: list[Path], world_size: int, load: Loader) -> list
             continue
         state = read_model_state(archive)
         first = states[0] if states else state
-        if (state.shapes, state.frozen_shapes) != (first.shapes, first.frozen_shapes):
+        if not _alike(state, first):
             raise BadInputError(f"{path} describes other parameters than {paths[0].name}")
         if state.world_size not in (None, world_size):
             raise BadInputError(f"{path} is of a run with {state.world_size} ranks, not {world_size}")
         if state.step != first.step:
             raise BadInputError(f"{path} is of step {state.step}, {paths[0].name} of step {first.step}")
-        bare = dataclasses.replace(state, shapes=[], frozen_shapes={}, tensors={}, buffers={})
+        shapes = first.shapes if state.shapes == first.shapes else state.shapes
+        bare = dataclasses.replace(state, shapes=shapes, frozen_shapes={}, tensors={}, buffers={})
         states.append(bare if states else state)
         if not first.frozen_shapes:  # every rank's file has its own part of those
             read[same] = bare
     return states
+
+
+def _alike(state: ModelState, first: ModelState) -> bool:
+    """Whether two ranks' files can be of one checkpoint: the same parameters, or others in sub-groups of their own."""
+    if state.frozen_shapes != first.frozen_shapes or len(state.shapes) != len(first.shapes):
+        return False
+    return all(
+        here == there or (not here.keys() & there.keys() and [*here.values()] == [*there.values()])
+        for here, there in zip(state.shapes, first.shapes, strict=True)
+    )
 
 
 def _check_steps(path: Path, steps: set[int], state: ModelState) -> None:
@@ -117,6 +129,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     states = _read_model_states(model_paths, world_size, load)
     shapes = states[0].shapes
     ranks: list[tuple[Path, list[StoredTensor]]] = []
+    parts: list[zero_stage_3.RankPart] = []
     for rank in range(world_size):
         path = found.optimizer[rank]
         state = read_optimizer(path, load)
@@ -125,13 +138,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{path} is of stage {state.stage} with {state.world_size} ranks, not {stage} with {world_size}"
             )
         if stage == 3:
-            zero_stage_3.check_groups(path, state.groups, shapes, world_size)
+            own = states[rank].shapes
+            zero_stage_3.check_groups(path, state.groups, own, state.sharing)
+            parts.append(zero_stage_3.RankPart(path, state.groups, state.sharing, own))
         if state.steps != first.steps:
             raise BadInputError(f"{path} is of step {sorted(state.steps)}, rank {start} of step {sorted(first.steps)}")
         ranks.append((path, state.groups))
     _check_steps(ranks[0][0], first.steps, states[0])
     if stage == 3:
-        parameters = zero_stage_3.trained(ranks, shapes) | zero_stage_3.frozen(states, model_paths)
+        parameters = zero_stage_3.trained(parts) | zero_stage_3.frozen(states, model_paths)
     else:
         parameters = zero_stages_1_2.trained(ranks, shapes) | zero_stages_1_2.frozen(states[0])
     step = marker.step if marker else states[0].step if states[0].step is not None else max(first.steps or {0})

@@ -16,6 +16,7 @@ from ..tensors.safetensors_files import StoredTensor
 
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt")
 WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"  # stages 1 and 2: one for all ranks
+PARTITION_GROUPS = "ds_zero_partition_groups"
 FLAT_GROUPS = {3: "fp32_flat_groups", 2: "single_partition_of_fp32_groups", 1: "single_partition_of_fp32_groups"}
 
 
@@ -146,12 +147,15 @@ class OptimizerState:
         world_size: ranks that share the parameters.
         groups: the rank's flat master weights, one tensor per parameter group (stage 3: per sub-group).
         steps: optimizer steps recorded in it.
+        sharing: of each of ``groups``, the ranks that its parameters are split over, in the order of their parts: with
+            expert parallelism (DeepSpeed 0.19) those that hold the same experts, else all.
     """
 
     stage: int
     world_size: int
     groups: list[StoredTensor]
     steps: set[int] = field(default_factory=set)
+    sharing: list[list[int]] = field(default_factory=list)
 
 
 def read_optimizer(path: Path, load: Callable[[Path], Any]) -> OptimizerState:
@@ -179,7 +183,27 @@ def read_optimizer(path: Path, load: Callable[[Path], Any]) -> OptimizerState:
     dtypes = {group.spec.dtype for group in groups}
     if len(dtypes) > 1 or not dtypes <= {"F32", "BF16"}:
         raise BadInputError(f"{path}: its master weights are {', '.join(sorted(dtypes))}; needed is F32 or BF16")
-    return OptimizerState(stage, counts[0], groups, _steps(state.get("optimizer_state_dict")))
+    sharing = _sharing(path, state.get(PARTITION_GROUPS), len(groups), counts[0])
+    return OptimizerState(stage, counts[0], groups, _steps(state.get("optimizer_state_dict")), sharing)
+
+
+def _sharing(path: Path, told: Any, groups: int, world_size: int) -> list[list[int]]:
+    """Ranks over which each flat tensor's parameters are split; all of them where nothing is told (before 0.19)."""
+    everyone = list(range(world_size))
+    if told is None:
+        return [everyone] * groups
+    found = [entry.get("partition_ranks") if isinstance(entry, dict) else None for entry in told]
+    numbered = [entry.get("sub_group") if isinstance(entry, dict) else None for entry in told]
+    if numbered != list(range(groups)) or not all(
+        isinstance(ranks, list) and ranks and set(ranks) <= set(everyone) and len(set(ranks)) == len(ranks)
+        for ranks in found
+    ):
+        raise BadInputError(
+            f"{path}: {PARTITION_GROUPS} does not say over which of {world_size} ranks each of {groups} flat tensors "
+            "is split",
+            "restore this file, or use an older checkpoint",
+        )
+    return found
 
 
 def _steps(inner: Any) -> set[int]:

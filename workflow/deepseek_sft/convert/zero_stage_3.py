@@ -1,11 +1,13 @@
-"""Stage 3: every parameter is split over all ranks.
+"""Stage 3: every parameter is split over all ranks, or with expert parallelism over those that hold the same experts.
 
-In the order of ``param_shapes[g]`` a parameter of n elements takes ceil(n / W) elements of the flat tensor of sub-group
-g in every rank: element i lies in rank i // ceil(n / W). What is left at the end is padding
-(deepspeed/runtime/zero/stage3.py).
+In the order of ``param_shapes[g]`` a parameter of n elements takes ceil(n / P) elements of the flat tensor of sub-group
+g in each of the P ranks that share it: element i lies in the one at place i // ceil(n / P) of them. What is left at the
+end is padding (deepspeed/runtime/zero/stage3.py). Ranks that hold other experts name other parameters in the same
+sub-group.
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +22,38 @@ def _partition(shape: tuple[int, ...], world_size: int) -> int:
     return -(-math.prod(shape) // world_size)
 
 
-def check_groups(path: Path, groups: list[StoredTensor], shapes: Shapes, world_size: int) -> None:
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank has of the trained parameters.
+
+    Attributes:
+        path: its optimizer file.
+        groups: its flat tensors.
+        sharing: of each, the ranks that its parameters are split over.
+        shapes: of each, names and shapes of these parameters.
     """
+
+    path: Path
+    groups: list[StoredTensor]
+    sharing: list[list[int]]
+    shapes: Shapes
+
+
+def check_groups(path: Path, groups: list[StoredTensor], shapes: Shapes, sharing: list[list[int]]) -> None:
+    """
+    Args:
+        sharing: of each flat tensor, the ranks that its parameters are split over.
+
     Raises:
         BadInputError: a rank's flat tensors are not as long as the parameters' shapes ask for.
     """
     found = [group.spec.elements for group in groups]
-    expected = [sum(_partition(shape, world_size) for shape in group.values()) for group in shapes]
+    expected = [
+        sum(_partition(shape, len(ranks)) for shape in group.values())
+        for group, ranks in zip(shapes, sharing, strict=False)
+    ]
+    if len(shapes) != len(sharing):
+        expected = []
     if found != expected:
         raise BadInputError(
             f"{path}: its flat tensors have {found} elements, the parameters' shapes ask for {expected}",
@@ -34,23 +61,46 @@ def check_groups(path: Path, groups: list[StoredTensor], shapes: Shapes, world_s
         )
 
 
-def trained(ranks: list[tuple[Path, list[StoredTensor]]], shapes: Shapes) -> dict[str, Partitioned]:
+def trained(parts: list[RankPart]) -> dict[str, Partitioned]:
     """The trained parameters by name.
 
     Args:
-        ranks: each rank's file and its flat tensors.
-        shapes: names and shapes of the parameters in each flat tensor.
+        parts: of all ranks, by rank.
+
+    Raises:
+        BadInputError: ranks contradict each other on what they share, or two sets of ranks hold the same parameter.
     """
+    parameters: dict[str, Partitioned] = {}
+    for index in range(len(parts[0].groups)):
+        for rank, part in enumerate(parts):
+            ranks = part.sharing[index]
+            first = parts[ranks[0]]
+            if rank not in ranks or first.sharing[index] != ranks or first.shapes[index] != part.shapes[index]:
+                raise BadInputError(
+                    f"{part.path} and {first.path.name} contradict each other on the parameters that they share "
+                    f"(sub-group {index} of ranks {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''})",
+                    "the folder holds files of two checkpoints: restore those of one",
+                )
+            if rank != ranks[0]:
+                continue
+            found = _of_sub_group(index, [parts[other] for other in ranks])
+            if twice := sorted(found.keys() & parameters.keys()):
+                raise BadInputError(f"{part.path} holds {twice[0]}, which other ranks hold, too")
+            parameters |= found
+    return parameters
+
+
+def _of_sub_group(index: int, sharing: list[RankPart]) -> dict[str, Partitioned]:
+    """Parameters of one sub-group, of the ranks that share it."""
     parameters = {}
-    paths = [path for path, _ in ranks]
-    for index, group in enumerate(shapes):
-        starts = np.array([groups[index].offset for _, groups in ranks], np.int64)
-        dtype = ranks[0][1][index].spec.dtype
-        skip = 0
-        for name, shape in group.items():
-            partition = _partition(shape, len(ranks))
-            parameters[name] = Partitioned(shape, dtype, partition, paths, starts, skip=skip * ITEM_SIZES[dtype])
-            skip += partition
+    paths = [part.path for part in sharing]
+    starts = np.array([part.groups[index].offset for part in sharing], np.int64)
+    dtype = sharing[0].groups[index].spec.dtype
+    skip = 0
+    for name, shape in sharing[0].shapes[index].items():
+        partition = _partition(shape, len(sharing))
+        parameters[name] = Partitioned(shape, dtype, partition, paths, starts, skip=skip * ITEM_SIZES[dtype])
+        skip += partition
     return parameters
 
 
