@@ -82,7 +82,12 @@ def scaled_thresholds(config: dict, by_shard: bool, experts_per_shard: int) -> d
 
 
 def measured(
-    device: str, base: Path, offloaded: tuple[str, ...], ours: bool = True, experts_per_shard: int = 8
+    device: str,
+    base: Path,
+    offloaded: tuple[str, ...],
+    ours: bool = True,
+    experts_per_shard: int = 8,
+    expert_parallel_size: int = 1,
 ) -> dict[str, Any]:
     """One micro batch of rank 0, the quickest of several after those in which DeepSpeed learns the order of modules.
 
@@ -124,6 +129,8 @@ def measured(
         products="auto",
         device=device,
         read_weights=False,
+        expert_parallel_size=expert_parallel_size,
+        exchange_rows=1 << 30,  # at once: the counts of a few tokens are more uneven than those of many
     )
     for parameter in model.parameters():
         parameter.ds_tensor.data.normal_(0, 0.02)
@@ -142,6 +149,7 @@ def measured(
     engine.train()
     built = time.perf_counter() - started
     counts = count_gathers()
+    count_exchanges(counts)
     ids = torch.randint(0, 1000, (2, 16), device=device)
     timed = []
     for number in range(WARM_UP + MEASURED):
@@ -159,6 +167,7 @@ def measured(
         "in faked collectives s": round(faked, 3),
         "gathers": counts["gathers"],
         "scatters": counts["scatters"],
+        "exchanges": counts["exchanges"],
         "gathered, of all parameters": round(counts["gathered"] / total, 3),
         "of it not prefetched": round(counts["exposed"] / total, 3),
         "build s": round(built, 1),
@@ -166,6 +175,32 @@ def measured(
     engine.destroy()
     del keep
     return figures
+
+
+class Arrived:
+    """Stands for what ``all_to_all_single`` returns."""
+
+    def wait(self) -> None:
+        """Nothing was sent."""
+
+
+def count_exchanges(counts: collections.Counter) -> None:
+    """Count rows that expert parallelism sends; the fake group refuses to receive where this rank sends none."""
+    from deepseek_sft.model import expert_parallel
+
+    if hasattr(expert_parallel.dist, "counted"):
+        return
+    send = torch.distributed.all_to_all_single
+
+    def counted(output, rows, received, sent, group=None, async_op=False):
+        counts["exchanges"] += 1
+        counts["sent rows"] += sum(sent)
+        if not len(rows):
+            return Arrived()
+        return send(output, rows, received, sent, group=group, async_op=async_op)
+
+    torch.distributed.all_to_all_single = counted
+    torch.distributed.counted = True
 
 
 def clock(device: str) -> float:

@@ -81,10 +81,12 @@ class ExpertParallel:
         """
         gathered = counted.new_empty(self.size, counted.numel())
         dist.all_gather_into_tensor(gathered.view(-1), counted.contiguous(), group=self.group)
-        counts = gathered.cpu().numpy().reshape(self.size, -1, self.size, experts_per_shard)
+        there = gathered.view(self.size, -1, self.size, experts_per_shard)
+        counts = there.cpu().numpy()
         shards = counts.shape[1]
         most = self.chunk_rows or max(LEAST_ROWS, int(EVEN_SHARES * counts.sum() / (self.size * shards)))
-        return [Exchange(self, counts[:, shard], most, counted.device, grouped) for shard in range(shards)]
+        arriving = there[:, :, self.rank]
+        return [Exchange(self, counts[:, shard], arriving[:, shard], most, grouped) for shard in range(shards)]
 
 
 class Exchange:
@@ -95,37 +97,47 @@ class Exchange:
 
     Args:
         counts: int64 [source, rank, expert of the shard], rows.
+        arriving: int64 [source, expert] on the rows' device, those for this rank.
         most: that a rank receives in a chunk.
+        grouped: experts' products are one product of all.
     """
 
     def __init__(
-        self, parallel: ExpertParallel, counts: NDArray[np.int64], most: int, device: torch.device, grouped: bool
+        self, parallel: ExpertParallel, counts: NDArray[np.int64], arriving: torch.Tensor, most: int, grouped: bool
     ):
-        self.group, self.device, self.grouped = parallel.group, device, grouped
+        self.group, self.grouped, self._arriving = parallel.group, grouped, arriving
         own = parallel.rank
+        of_ranks = counts.sum(2)  # [source, rank]
+        longest = int(of_ranks.sum(0).max())
+        self.chunks = max(1, -(-longest // most))
+        self.rows = int(of_ranks[own].sum())
+        self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        if self.chunks == 1:
+            self.sent: list[list[int]] = [of_ranks[own].tolist()]
+            self.received: list[list[int]] = [of_ranks[:, own].tolist()]
+            self._arrivals = counts[None, :, own]  # [chunk, source, expert]
+            return
         queues = counts.transpose(1, 2, 0)  # [rank, expert, source]
         flat = queues.reshape(len(queues), -1)
         before = (flat.cumsum(1) - flat).reshape(queues.shape)
-        longest = int(flat.sum(1).max())
-        self.chunks = max(1, -(-longest // most))
         cuts = -(-longest // self.chunks) * np.arange(self.chunks + 1)
         taken = np.minimum(np.maximum(cuts[:, None, None, None] - before, 0), queues)  # [cut, rank, expert, source]
-        moved = np.diff(taken, axis=0)
         sends = taken[:, :, :, own].sum(2)  # [cut, rank], of this rank's rows to each
-        starts = counts[own].sum(1).cumsum() - counts[own].sum(1)
-        self.rows = int(counts[own].sum())
-        self.sent: list[list[int]] = np.diff(sends, axis=0).tolist()
-        self._starts: list[list[int]] = (starts + sends).tolist()
-        self._arrivals = moved[:, own]  # [chunk, expert, source]
-        self.received: list[list[int]] = self._arrivals.sum(1).tolist()
+        self.sent = np.diff(sends, axis=0).tolist()
+        self._starts: list[list[int]] = (of_ranks[own].cumsum() - of_ranks[own] + sends).tolist()
+        self._arrivals = np.diff(taken[:, own], axis=0).transpose(0, 2, 1)
+        self.received = self._arrivals.sum(2).tolist()
+
+    def _arriving_in(self, chunk: int) -> torch.Tensor:
+        """int64 [source, expert] on the device."""
+        if self.chunks == 1:
+            return self._arriving
+        return torch.from_numpy(np.ascontiguousarray(self._arrivals[chunk])).to(self._arriving.device)
 
     def counts(self, chunk: int) -> Counts:
         """Rows of each expert that arrive in a chunk."""
-        of_experts = self._arrivals[chunk].sum(1)
-        ends = None
-        if self.grouped:
-            ends = torch.from_numpy(of_experts.cumsum().astype(np.int32)).to(self.device, non_blocking=True)
-        return Counts(of_experts.tolist(), ends)
+        ends = self._arriving_in(chunk).sum(0).cumsum(0, dtype=torch.int32) if self.grouped else None
+        return Counts(self._arrivals[chunk].sum(0).tolist(), ends)
 
     def start(self, rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, Any]:
         """Begin to send a chunk of this rank's rows [rows, size] and to receive others'; a collective of the group."""
@@ -153,13 +165,15 @@ class Exchange:
 
     def order(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """int64: which arrived row, in the order (source, expert), stands where in (expert, source), and back."""
-        sizes = np.ascontiguousarray(self._arrivals[chunk].T).reshape(-1)  # [source, expert]
-        experts = np.tile(np.arange(self._arrivals.shape[1]), self._arrivals.shape[2])
-        of_row, repeats = (torch.from_numpy(each).to(self.device, non_blocking=True) for each in (experts, sizes))
-        order = torch.repeat_interleave(of_row, repeats, output_size=int(sizes.sum())).argsort(stable=True)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        return order, places
+        if chunk not in self._orders:
+            sizes = self._arriving_in(chunk)
+            experts = torch.arange(sizes.shape[1], device=sizes.device).repeat(len(sizes))
+            rows = sum(self.received[chunk])
+            order = torch.repeat_interleave(experts, sizes.flatten(), output_size=rows).argsort(stable=True)
+            places = torch.empty_like(order)
+            places[order] = torch.arange(rows, device=order.device)
+            self._orders[chunk] = order, places
+        return self._orders[chunk]
 
 
 class ExchangedProducts(torch.autograd.Function):
