@@ -3,6 +3,7 @@
 For programs run by the train environment's Python under torchrun; they install the engine's shims first.
 """
 
+import dataclasses
 import gc
 import tempfile
 import time
@@ -18,7 +19,7 @@ from training_helpers import settings as make_settings
 from xtuner.parallel.sequence import setup_distributed
 
 from deepseek_sft.data.tokens import TokenDataset
-from deepseek_sft.slurm import nodes
+from deepseek_sft.slurm import nodes as slurm_nodes
 from deepseek_sft.training import schedule, stage
 from deepseek_sft.training.health import StepHealth
 from deepseek_sft.training.xtuner_engine import config, loop, micro_batches, phases, step_guard
@@ -31,15 +32,16 @@ class Engine:
     Args:
         base, tokens: model folder and token dataset.
         zero: changes to DeepSpeed's ``zero_optimization``.
+        nodes: as which the ranks count.
         changes: settings that differ from ``training_helpers.SETTINGS``.
     """
 
-    def __init__(self, base: Path, tokens: Path, zero: dict[str, Any] | None = None, **changes: Any):
+    def __init__(self, base: Path, tokens: Path, zero: dict[str, Any] | None = None, nodes: int = 1, **changes: Any):
         self.settings = make_settings(**({"deal_rows": "cost"} | changes))
         world = torch.distributed.get_world_size()
         plan = schedule.plan(self.settings, len(TokenDataset(tokens)), world)
         run = stage.Run("probe", tokens, tokens, base, tokens, self.settings, plan, {})
-        told = config.of(run, nodes.detect("cpu", world, {}), "cpu")
+        told = dataclasses.replace(config.of(run, slurm_nodes.detect("cpu", world, {}), "cpu"), nodes=nodes)
         told.deepspeed["zero_optimization"].update(zero or {})
         self.rows = micro_batches.StepRows(tokens, self.settings, pairs_per_token=100)
         _split_sequences(self.settings.sequence_parallel_size)

@@ -83,7 +83,8 @@ class ExpertProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         rows, gate_up, w1w3, w2 = ctx.saved_tensors
-        return *products_backward(rows, gate_up, w1w3, w2, gradient.contiguous(), ctx.counts), None
+        found = products_backward(rows, gate_up, w1w3, w2, gradient.contiguous(), ctx.counts)
+        return found.rows, found.w1w3, found.w2, None
 
 
 def products(
@@ -97,6 +98,16 @@ def products(
     return _times_transposed(F.silu(gate) * up, w2, counts), gate_up
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Of ``products``; ``of_rows`` fp32 [n] of the rows' weights, None without weights."""
+
+    rows: torch.Tensor
+    w1w3: torch.Tensor
+    w2: torch.Tensor
+    of_rows: torch.Tensor | None = None
+
+
 def products_backward(
     rows: torch.Tensor,
     gate_up: torch.Tensor,
@@ -104,19 +115,29 @@ def products_backward(
     w2: torch.Tensor,
     gradient: torch.Tensor,
     counts: Counts,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of rows, w1w3 and w2 from the outputs' [n, hidden], contiguous."""
+    weights: torch.Tensor | None = None,
+) -> Gradients:
+    """Gradients from the outputs' [n, hidden], contiguous.
+
+    Args:
+        weights: fp32 [n]; ``gradient`` is then that of the weighted outputs, whatever these were summed with.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     activated = F.silu(gate)
-    w2_gradient = _outer(gradient, activated * up, counts)
-    inner = _times(gradient, w2, counts)
+    inner, product, of_rows = _times(gradient, w2, counts), activated * up, None
+    if weights is not None:
+        of_rows = torch.linalg.vecdot(inner.float(), product.float())
+        inner = (inner.float() * weights[:, None]).to(inner.dtype)
+        gradient = (gradient.float() * weights[:, None]).to(gradient.dtype)
+    w2_gradient = _outer(gradient, product, counts)
+    del product
     gate_up_gradient = torch.empty_like(gate_up)
     gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=-1)
     torch.mul(inner, activated, out=up_gradient)
     gate_gradient.copy_(torch.ops.aten.silu_backward(inner.mul_(up), gate))
     del inner, activated
     w1w3_gradient = _outer(gate_up_gradient, rows, counts)
-    return _times(gate_up_gradient, w1w3, counts), w1w3_gradient, w2_gradient
+    return Gradients(_times(gate_up_gradient, w1w3, counts), w1w3_gradient, w2_gradient, of_rows)
 
 
 def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer for training under ZeRO-3: experts fused into a few large parameters, sums in fp32."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from .expert_parallel import Exchange, ExchangedProducts, ExpertParallel
 from .expert_products import Counts, ExpertProducts, counts_of_shards
+from .node_exchange import ProductsOverNodes, TokenExchange
 from .router import AddGradient, Router
 
 ROWS_AT_ONCE = 2048  # tokens summed in fp32 at once
@@ -26,13 +28,18 @@ class ExpertShard(nn.Module):
             for parameter in (self.w1w3, self.w2):
                 parallel.place(parameter)
 
-    def forward(self, hidden: torch.Tensor, work: Counts | Exchange) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, work: Counts | Exchange | TokenExchange, *more: Any) -> torch.Tensor:
         """hidden [rows of this shard sorted by expert, size] → the same shape.
 
         Args:
             work: rows of each expert; or how they travel to the ranks that hold such a shard, rows of all of which
-                ``hidden`` then has, sorted by (rank, expert).
+                ``hidden`` then has, sorted by (rank, expert); or how tokens do over nodes: ``hidden`` are all tokens
+                then, and the result their experts' sums.
+            more: over nodes, fp32 weights [tokens, top_k], and the result where it is known.
         """
+        if isinstance(work, TokenExchange):
+            weights, known = more
+            return ProductsOverNodes.apply(hidden, weights, self.w1w3, self.w2, work, known)
         if isinstance(work, Exchange):
             return ExchangedProducts.apply(hidden, self.w1w3, self.w2, work)
         return ExpertProducts.apply(hidden, self.w1w3, self.w2, work)
@@ -95,6 +102,32 @@ class _Combine(torch.autograd.Function):
         return outputs_gradient, weights_gradient, None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a layer's forward pass found: how its tokens travel, and what came of it."""
+
+    exchange: TokenExchange
+    result: torch.Tensor | None
+
+
+class KeptExperts:
+    """Of one layer: what its newest forward pass without gradient found, until it is recomputed."""
+
+    def __init__(self) -> None:
+        self._kept: Kept | None = None
+
+    def put(self, found: Kept) -> None:
+        if not torch.is_grad_enabled():
+            self._kept = found
+
+    def take(self) -> Kept | None:
+        """In a pass with gradients what was kept, which is then gone; None in others."""
+        if not torch.is_grad_enabled():
+            return None
+        kept, self._kept = self._kept, None
+        return kept
+
+
 class MixtureOfExperts(nn.Module):
     """Drop-in for transformers' DeepseekV3MoE.
 
@@ -117,14 +150,41 @@ class MixtureOfExperts(nn.Module):
             {str(shard): ExpertShard(config, self.experts_per_shard, parallel) for shard in own}
         )
         self._order: torch.Tensor | None = None
+        self.kept: KeptExperts | None = None  # set where a recomputed layer takes over what its experts gave
         self.gate = Router(config)
         self.shared_experts = native.DeepseekV3MLP(
             config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        experts, weights, loss = self.gate(hidden_states)
+        kept = self.kept.take() if self.kept is not None else None
+        experts, weights, loss = self.gate(hidden_states, kept.exchange.experts if kept else None)
         tokens = hidden_states.flatten(0, 1)
+        if self.parallel is not None and self.parallel.nodes is not None:
+            routed = self._over_nodes(tokens, experts, weights, kept)
+        else:
+            routed = self._by_rows(tokens, experts, weights)
+        routed = routed.view_as(hidden_states)
+        if loss is not None:
+            routed = AddGradient.apply(routed, loss)
+        return routed + self.shared_experts(hidden_states)
+
+    def _over_nodes(
+        self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, kept: "Kept | None"
+    ) -> torch.Tensor:
+        """Each token once to each node of its experts."""
+        if kept is None:
+            kept = Kept(
+                TokenExchange(self.parallel, experts, self.routed_experts, self.parallel.chunk_rows, self.grouped), None
+            )
+        (shard,) = self.experts.values()
+        routed = shard(tokens, kept.exchange, weights, kept.result)
+        if self.kept is not None:
+            self.kept.put(Kept(kept.exchange, routed))
+        return routed
+
+    def _by_rows(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """A row for each token and expert: to the experts of this rank, or of this group of ranks."""
         slots = experts.flatten()
         if self.parallel is not None:
             slots = self._sorted_by(slots.device)[slots]
@@ -142,10 +202,7 @@ class MixtureOfExperts(nn.Module):
             sizes = [exchange.rows for exchange in per_shard]
         shards = zip(self.experts.values(), rows.split(sizes), per_shard, strict=True)
         outputs = torch.cat([shard(part, work) for shard, part, work in shards])
-        routed = _Combine.apply(outputs, weights, places).view_as(hidden_states)
-        if loss is not None:
-            routed = AddGradient.apply(routed, loss)
-        return routed + self.shared_experts(hidden_states)
+        return _Combine.apply(outputs, weights, places)
 
     def _sorted_by(self, device: torch.device) -> torch.Tensor:
         """Place of each expert in the order in which rows travel; kept on the device."""

@@ -69,12 +69,18 @@ class Router(KeepsFloat32Buffers, native.DeepseekV3TopkRouter):
         limited = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
         return limited.topk(self.top_k, dim=-1, sorted=False).indices
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """hidden [rows, length, size] → experts and fp32 weights, both [tokens, top_k], and the balance loss."""
+    def forward(
+        self, hidden: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """hidden [rows, length, size] → experts and fp32 weights, both [tokens, top_k], and the balance loss.
+
+        Args:
+            chosen: the experts, where an earlier pass over the same tokens chose them.
+        """
         rows, length, size = hidden.shape
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             scores = F.linear(hidden.reshape(-1, size).float(), self.weight.float()).sigmoid()
-        experts = self.choose(scores)
+        experts = self.choose(scores) if chosen is None else chosen
         if self.training and self.counted is not None:
             # Set anew, not added to: activation checkpointing runs this twice for a micro batch.
             self.load = torch.bincount(experts[self.counted.flatten()].flatten(), minlength=self.n_routed_experts)

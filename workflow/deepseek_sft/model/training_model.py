@@ -22,7 +22,7 @@ from ..errors import BadInputError
 from ..families import implied_numbers
 from . import expert_products
 from .expert_parallel import ExpertParallel
-from .experts import MixtureOfExperts
+from .experts import KeptExperts, MixtureOfExperts
 from .kept_attention import KeptAttention
 from .loading import load_release
 from .loss import OutputLayer
@@ -60,6 +60,8 @@ def build(
     keep_attention: bool = False,
     expert_parallel_size: int = 1,
     exchange_rows: int | None = None,
+    ranks_per_node: int = 1 << 30,
+    keep_experts: bool = False,
 ) -> TrainingModel:
     """Build the model of ``folder`` and fill it, split across all ranks where ZeRO-3 is configured.
 
@@ -73,7 +75,11 @@ def build(
         read_weights: False leaves weights and router biases undefined, for a start from a checkpoint that has them.
         keep_attention: activation checkpointing does not compute attention's kernel again.
         expert_parallel_size: ranks over which a layer's routed experts are spread; divides all ranks and the shards.
-        exchange_rows: rows that a rank receives at once of others; None derives them.
+        exchange_rows: rows that a rank receives at once of others; None for ``expert_parallel.CHUNK_ROWS``.
+        ranks_per_node: neighbouring ranks on one node: expert parallelism of more of them sends a token once to each
+            node.
+        keep_experts: with it, activation checkpointing takes over what a layer's experts gave, and exchanges no rows
+            to compute it again.
 
     Raises:
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
@@ -85,7 +91,7 @@ def build(
     config.grouped_products = _grouped(products, torch.device(device), dtype, config)
     config._attn_implementation = attention
     config.use_cache = False
-    parallel = ExpertParallel.of_size(expert_parallel_size, exchange_rows)
+    parallel = ExpertParallel.of_size(expert_parallel_size, ranks_per_node, exchange_rows)
     with _default_dtype(dtype), no_init_weights(), _zero3():
         model = TrainingModel(config, parallel)
     rotary = model.model.rotary_emb
@@ -98,6 +104,10 @@ def build(
     if keep_attention:
         for layer in model.model.layers:
             layer.self_attn.kept_attention = KeptAttention()
+    if keep_experts and parallel is not None and parallel.nodes is not None:
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.kept = KeptExperts()
     model.bytes_read = load_release(model, folder) if read_weights else 0
     check_unchanged(model, published)
     return model

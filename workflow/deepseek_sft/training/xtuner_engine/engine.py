@@ -96,6 +96,8 @@ def _model(config: EngineConfig, read_weights: bool) -> sft_model.DeepseekSFT:
         keep_attention=chosen.recompute == "without_attention",
         expert_parallel_size=chosen.expert_parallel_size,
         exchange_rows=chosen.exchange_rows,
+        ranks_per_node=torch.distributed.get_world_size() // config.nodes,
+        keep_experts=chosen.activation_checkpointing and chosen.recompute == "without_experts",
     )
 
 

@@ -42,6 +42,8 @@ class DeepseekSFT(SupervisedFinetune):
         keep_attention: bool = False,
         expert_parallel_size: int = 1,
         exchange_rows: int | None = None,
+        ranks_per_node: int = 1 << 30,
+        keep_experts: bool = False,
     ):
         config = families.read_config(Path(base))
         sizes = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"])
@@ -58,6 +60,8 @@ class DeepseekSFT(SupervisedFinetune):
             keep_attention=keep_attention,
             expert_parallel_size=expert_parallel_size,
             exchange_rows=exchange_rows,
+            ranks_per_node=ranks_per_node,
+            keep_experts=keep_experts,
         )
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight
