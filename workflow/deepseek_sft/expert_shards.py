@@ -12,6 +12,7 @@ from . import json_files
 PRODUCTS = 3  # matrices of an expert
 LARGEST = 1.5e9  # bytes of a shard in bf16: 16 experts of the 671B model have 1.41 GB
 FEWEST = 4  # shards of a layer: one is gathered while another is computed
+ONE_SHARD = 16  # ranks: more than nodes have
 AUTO: Literal["auto"] = "auto"
 
 
@@ -20,12 +21,15 @@ def experts_per_shard(config: dict[str, Any], stated: int | Literal["auto"], exp
 
     Args:
         config: the model's ``config.json``.
-        expert_parallel_size: ranks over which a layer's experts are spread.
+        expert_parallel_size: ranks over which a layer's experts are spread; of ``ONE_SHARD`` or more each rank's are
+            one shard, as they must be where the ranks lie on several nodes.
     """
     if stated != AUTO:
         return stated
     experts = config["n_routed_experts"]
     held = experts // expert_parallel_size
+    if expert_parallel_size >= ONE_SHARD:
+        return max(1, held)
     each = 2 * PRODUCTS * config["hidden_size"] * config["moe_intermediate_size"]
     most = max(1, min(int(LARGEST / each), experts // FEWEST, held))
     return max(size for size in range(1, most + 1) if held % size == 0)
@@ -51,6 +55,12 @@ def problems(
             f"train.expert_parallel_size {parallel} does not divide the {experts // each} shards of a layer "
             f"({experts} routed experts, train.experts_per_shard {each})",
             "set experts_per_shard: auto, or a size that divides them",
+        )
+    if parallel > ranks_per_node and experts != each * parallel:
+        yield (
+            f"train.expert_parallel_size {parallel} lies over several nodes, where each rank holds its "
+            f"{experts // parallel} experts in one shard, and train.experts_per_shard is {each}",
+            f"set experts_per_shard: {max(1, experts // parallel)}",
         )
     if ranks % parallel:
         yield f"train.expert_parallel_size {parallel} does not divide the {ranks} ranks", "set it to a divisor"

@@ -17,12 +17,14 @@ KEYS = {
     "accumulation": int,
     "longest_row": int,
     "strategy": str,
+    "expert_parallel": int,
 }
 FIELDS = {
     "sequence_parallel": "sequence_parallel_size",
     "micro_batch": "micro_batch_size",
     "accumulation": "gradient_accumulation_steps",
     "strategy": "strategy",
+    "expert_parallel": "expert_parallel_size",
 }
 STRATEGIES = ("zero3", "zero3_offload")
 

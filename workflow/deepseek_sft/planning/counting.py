@@ -110,12 +110,13 @@ class Model:
         chosen = self.moe_layers * self["num_experts_per_tok"] * self.expert_parameters
         return self.total - self.parameters["routed experts"] + chosen
 
-    def partition(self, ranks: int, experts_per_shard: int) -> int:
-        """Elements in each rank's flat partition: the sum over parameters of ceil(elements / ranks)."""
+    def partition(self, ranks: int, experts_per_shard: int, expert_parallel_size: int = 1) -> int:
+        """Elements in each rank's flat partition: the sum over parameters of ceil(elements / ranks that share it)."""
         whole = sum(count * math.ceil(size / ranks) for size, count in self.shapes.items())
-        shards = self.moe_layers * self["n_routed_experts"] // experts_per_shard
+        shards = self.moe_layers * self["n_routed_experts"] // experts_per_shard // expert_parallel_size
+        sharing = max(1, ranks // expert_parallel_size)
         matrix = experts_per_shard * self["hidden_size"] * self["moe_intermediate_size"]
-        return whole + shards * (math.ceil(2 * matrix / ranks) + math.ceil(matrix / ranks))
+        return whole + shards * (math.ceil(2 * matrix / sharing) + math.ceil(matrix / sharing))
 
     def forward_flops(self, length: float) -> list[Term]:
         """FLOPs of one token's forward pass in a sequence of ``length`` tokens, mean over its positions.

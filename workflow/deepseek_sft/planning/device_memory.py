@@ -7,6 +7,7 @@ from .. import families
 from ..engines import ProcessMemory
 from . import zero_thresholds
 from .counting import Model
+from .expert_exchange import Exchange
 from .settings import GIB, Cluster, Samples, Training
 from .terms import Term, total
 
@@ -98,11 +99,11 @@ def peaks(model: Model, training: Training, samples: Samples, cluster: Cluster) 
     held = tokens_per_rank(training, samples)
     always = _always(model, training, cluster)
     moments = [
-        ("backward pass of a layer", always + _layer(model, training, held)),
+        ("backward pass of a layer", always + _layer(model, training, held, Exchange(model, training, cluster))),
         ("loss", always + _loss(model, training, cluster, held)),
     ]
     if not training.offloads_optimizer or cluster.cpu:
-        partition = model.partition(cluster.ranks, training.experts_per_shard)
+        partition = model.partition(cluster.ranks, training.experts_per_shard, training.expert_parallel_size)
         size = min(SUB_GROUP, partition)
         step = Term("fp32 gradients of a sub-group", 4 * size, f"4 × min({SUB_GROUP:,}, {partition:,}) elements")
         moments.append(("optimizer step", [*always, step]))
@@ -116,7 +117,7 @@ def peaks(model: Model, training: Training, samples: Samples, cluster: Cluster) 
 
 def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
     width = training.width
-    partition = model.partition(cluster.ranks, training.experts_per_shard)
+    partition = model.partition(cluster.ranks, training.experts_per_shard, training.expert_parallel_size)
     split = f"{partition:,} elements of {model.trained:,} on {cluster.ranks} ranks"
     states = []
     if cluster.cpu or not training.offloads_parameters:
@@ -151,7 +152,7 @@ def _always(model: Model, training: Training, cluster: Cluster) -> list[Term]:
     return states + buffers
 
 
-def _layer(model: Model, training: Training, held: int) -> list[Term]:
+def _layer(model: Model, training: Training, held: int, exchange: Exchange) -> list[Term]:
     """Checkpointed inputs of all layers, and everything of the layer whose backward pass runs."""
     width, hidden, layers = training.width, model["hidden_size"], model.layers
     shard = training.experts_per_shard * model.expert_parameters
@@ -173,6 +174,8 @@ def _layer(model: Model, training: Training, held: int) -> list[Term]:
         checkpoints,
         *_kept_attention(model, training, held),
         *_held_experts(model, training),
+        *exchange.kept(held),
+        *exchange.buffers(),
         Term(
             "gradients of one shard",
             width * (shard * 2 // 3 * stacked + shard // 3),

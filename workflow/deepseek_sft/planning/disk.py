@@ -11,7 +11,7 @@ RANK_STATE = (
 
 def checkpoint_bytes(model: Model, training: Training, cluster: Cluster) -> float:
     """One checkpoint: every rank writes its partition's master weights and moments, padding included."""
-    partition = model.partition(cluster.ranks, training.experts_per_shard)
+    partition = model.partition(cluster.ranks, training.experts_per_shard, training.expert_parallel_size)
     return cluster.ranks * (CHECKPOINT_BYTES * partition + RANK_STATE)
 
 
@@ -29,7 +29,7 @@ def disk(model: Model, training: Training, cluster: Cluster, served_dtype: str) 
             "checkpoints",
             count * each,
             f"({training.keep_checkpoints} kept + 1 being written) × {cluster.ranks} ranks × {CHECKPOINT_BYTES} × "
-            f"{model.partition(cluster.ranks, training.experts_per_shard):,} elements",
+            f"{model.partition(cluster.ranks, training.experts_per_shard, training.expert_parallel_size):,} elements",
         ),
         Term("converted model", output, f"{model.total:,} parameters in {served_dtype}"),
     ]

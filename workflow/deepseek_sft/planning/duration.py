@@ -7,6 +7,7 @@ from typing import Any
 from .. import time_limits
 from . import lockstep
 from .counting import Model
+from .expert_exchange import Exchange
 from .lockstep import Turns
 from .settings import Cluster, Samples, Training
 from .terms import Term
@@ -102,7 +103,8 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
     parts: list[Range] = []
     step = least = None
     if not cluster.cpu:
-        timed = Step(model, training, cluster, dealt, traffic)
+        slots = training.micro_batch_size * samples.mean_length / training.sequence_parallel_size / dealt.useful_slots
+        timed = Step(model, training, cluster, dealt, traffic, slots)
         parts, step, least = timed.parts(), timed.whole(), timed.limit()
     saved = checkpoint / (cluster.storage_gb_per_second * 1e9)
     loading = model.bf16_bytes / (cluster.storage_gb_per_second * 1e9)
@@ -178,7 +180,11 @@ class Step:
     """The time of one step on GPUs, micro batch by micro batch.
 
     Gathers and scatters travel while layers compute, and the host runs ahead of the GPU: of the three the slowest
-    decides a micro batch. In the slowest case what passes PCIe is not hidden at all.
+    decides a micro batch. In the slowest case what passes PCIe is not hidden at all; rows that travel to experts never
+    are.
+
+    Attributes:
+        tokens: slots of a rank in a micro batch, padding included.
     """
 
     model: Model
@@ -186,6 +192,7 @@ class Step:
     cluster: Cluster
     turns: Turns
     traffic: Term
+    tokens: float = 0.0
 
     @property
     def passes(self) -> int:
@@ -209,22 +216,41 @@ class Step:
         speed = cluster.nvlink_gb_per_second
         return speed, (cluster.ranks - 1) / cluster.ranks, f"NVLink {speed:g} GB/s"
 
+    @property
+    def exchange(self) -> Exchange:
+        return Exchange(self.model, self.training, self.cluster)
+
+    @property
+    def into_node(self) -> float:
+        """Bytes of weights and gradients that a node gets of others in a micro batch."""
+        each = self.traffic.value / self.model.trained
+        return each * (self.exchange.experts_into_node() + self.exchange.others_into_node())
+
     def moving(self, share: float) -> float:
         """Seconds that the gathers and scatters of a micro batch take on the deciding link."""
         speed, crossing, _ = self.link
-        return self.traffic.value * crossing / (speed * 1e9 * share)
+        moved = self.into_node if self.cluster.nodes > 1 else self.traffic.value / self.training.expert_parallel_size
+        return moved * (1 if self.cluster.nodes > 1 else crossing) / (speed * 1e9 * share)
+
+    def exchanging(self, share: float) -> float:
+        """Seconds that a micro batch's rows take to their experts and back, which nothing hides."""
+        tokens = self.tokens
+        inside = self.exchange.rows_inside(tokens) / (self.cluster.nvlink_gb_per_second * 1e9 * share)
+        return inside + self.exchange.rows_into_node(tokens) / (self.cluster.node_gb_per_second * 1e9 * share)
 
     @property
     def hosting(self) -> float:
         """Seconds of Python a micro batch."""
         shapes = sum(self.model.shapes.values())
         shards = self.model.moe_layers * self.model["n_routed_experts"] // self.training.experts_per_shard
-        return HOST_SECONDS * (shapes + 2 * shards)
+        own = shards // self.training.expert_parallel_size
+        return HOST_SECONDS * (shapes + 2 * own) + self.exchange.hosting()
 
     @property
     def pcie_bytes(self) -> tuple[float, str]:
         """Bytes of a rank and micro batch between host and GPU: gathered parameters, gradients and their sums."""
-        training, partition = self.training, self.model.partition(self.cluster.ranks, self.training.experts_per_shard)
+        training = self.training
+        partition = self.model.partition(self.cluster.ranks, training.experts_per_shard, training.expert_parallel_size)
         terms = []
         if training.offloads_parameters:
             gathers = 3 if training.activation_checkpointing and not training.keep_layer_gathered else 2
@@ -248,8 +274,9 @@ class Step:
     def whole(self) -> Range:
         host = self.hosting
         network = [self.moving(share) for share in NETWORK_SHARE]
-        fastest = sum(max(seconds, network[1], host) for seconds in self.computing(FLOP_SHARE[1]))
-        slowest = sum(max(seconds, network[0], host) for seconds in self.computing(FLOP_SHARE[0]))
+        rows = [self.exchanging(share) for share in NETWORK_SHARE]
+        fastest = sum(max(seconds, network[1], host) + rows[1] for seconds in self.computing(FLOP_SHARE[1]))
+        slowest = sum(max(seconds, network[0], host) + rows[0] for seconds in self.computing(FLOP_SHARE[0]))
         slowest += len(self.turns.operations) * self.copying(PCIE_SHARE[0])
         return Range(
             "one step",
@@ -264,7 +291,7 @@ class Step:
         rate = self.training.sequence_parallel_size * self.cluster.gpu_tflops * 1e12 * LIMIT_FLOP_SHARE
         found = {
             f"compute at {LIMIT_FLOP_SHARE:.0%}": self.passes * self.turns.useful_operations / rate,
-            "network at its line rate": count * self.moving(1.0),
+            "network at its line rate": count * (self.moving(1.0) + self.exchanging(1.0)),
             "host": count * self.hosting,
             "PCIe at its rate": count * self.copying(1.0),
         }
@@ -288,9 +315,9 @@ class Step:
                 "network",
                 count * self.moving(NETWORK_SHARE[1]),
                 count * self.moving(NETWORK_SHARE[0]),
-                f"{count} micro batches × {self.traffic.value / 1e12:.3f} TB × {self.link[1]:.4f} / ({self.link[2]} × "
-                f"{NETWORK_SHARE[1]:.0%} to {NETWORK_SHARE[0]:.0%})",
+                self._network_formula(count),
             ),
+            *self._rows(count),
             Range("host", count * self.hosting, count * self.hosting, f"{count} micro batches × {self.hosting:.2f} s"),
         ]
         moved, words = self.pcie_bytes
@@ -309,6 +336,27 @@ class Step:
                 )
             )
         return found
+
+    def _network_formula(self, count: int) -> str:
+        per = f"({self.link[2]} × {NETWORK_SHARE[1]:.0%} to {NETWORK_SHARE[0]:.0%})"
+        if self.training.expert_parallel_size > 1 and self.cluster.nodes > 1:
+            return f"{count} micro batches × {self.into_node / 1e12:.3f} TB into a node / {per}"
+        return f"{count} micro batches × {self.traffic.value / 1e12:.3f} TB × {self.link[1]:.4f} / {per}"
+
+    def _rows(self, count: int) -> list[Range]:
+        if self.training.expert_parallel_size == 1:
+            return []
+        exchange, tokens = self.exchange, self.tokens
+        return [
+            Range(
+                "rows to experts",
+                count * self.exchanging(NETWORK_SHARE[1]),
+                count * self.exchanging(NETWORK_SHARE[0]),
+                f"{count} micro batches × {exchange.passes} passes of {tokens:,.0f} tokens a rank: "
+                f"{exchange.rows_into_node(tokens) / 1e12:.3f} TB into a node, "
+                f"{exchange.rows_inside(tokens) / 1e9:.0f} GB of a rank inside it",
+            )
+        ]
 
 
 def figures(found: Duration, cluster: Cluster) -> dict[str, Any]:

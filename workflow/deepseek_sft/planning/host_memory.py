@@ -44,7 +44,7 @@ def host_memory(model: Model, training: Training, cluster: Cluster, device: Peak
         Term("processes", ranks * process, f"{ranks} ranks × {process / GIB:.0f} GiB"),
         Term("node", NODE, "launchers and kernel memory"),
     ]
-    partition = model.partition(cluster.ranks, training.experts_per_shard)
+    partition = model.partition(cluster.ranks, training.experts_per_shard, training.expert_parallel_size)
     groups = sub_groups(partition)
     each = f"{ranks} ranks × {{}} × {partition:,} elements"
     cut = f"{each}, {len(groups)} sub-groups"

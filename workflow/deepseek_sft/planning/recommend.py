@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .. import expert_shards
 from . import plan as planning
 from .plan import TIGHT_SHARE, Plan
 from .terms import show
@@ -74,8 +75,25 @@ def _changes(plan: Plan) -> Iterator[Advice]:
         yield _advice(plan, "attention is not computed again", recompute="without_attention")
     for factor in (2, 4):
         size = training.experts_per_shard * factor
-        if not plan.model["n_routed_experts"] % size:
+        if not plan.model["n_routed_experts"] % (size * training.expert_parallel_size):
             yield _advice(plan, "fewer and larger parameters", experts_per_shard=size)
+    yield from _spread_experts(plan)
+
+
+def _spread_experts(plan: Plan) -> Iterator[Advice]:
+    """Expert parallelism inside a node, which saves gathers, and over nodes, which saves what is gathered."""
+    cluster, experts = plan.cluster, plan.model["n_routed_experts"]
+    for size in (2**power for power in range(1, 10)):
+        over_nodes = size > cluster.ranks_per_node
+        shard = experts // size if over_nodes else min(plan.training.experts_per_shard, max(1, experts // size))
+        values = {"expert_parallel_size": size, "experts_per_shard": max(1, shard)}
+        if any(expert_shards.problems(plan.model.config, max(1, shard), size, cluster.ranks, cluster.ranks_per_node)):
+            continue
+        if size != plan.training.expert_parallel_size:
+            yield _advice(plan, "experts spread over ranks, rows travel to them", **values)
+            if over_nodes and plan.training.activation_checkpointing:
+                why = "experts spread over nodes, their results kept"
+                yield _advice(plan, why, **values, recompute="without_experts")
 
 
 def _advice(plan: Plan, why: str, **settings: Any) -> Advice:

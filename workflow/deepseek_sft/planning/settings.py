@@ -50,6 +50,8 @@ class Training:
     deal_rows: str | None = None
     zero_thresholds: str | None = None
     recompute: str = "full"
+    expert_parallel_size: int = 1
+    exchange_rows: int | None = None
     engine: str = engines.DEFAULT
 
     @property
@@ -62,7 +64,9 @@ class Training:
         """From the configuration's sections and the model's ``config.json``."""
         keys = [*cls.train_keys(), "engine"]
         values = {key: train[key] for key in keys if key in train}
-        values["experts_per_shard"] = experts_per_shard(model, train["experts_per_shard"])
+        values["experts_per_shard"] = experts_per_shard(
+            model, train["experts_per_shard"], train["expert_parallel_size"]
+        )
         return cls(**values, stock_experts=plan["stock_experts"])
 
     @classmethod
@@ -86,6 +90,11 @@ class Training:
     def keeps_attention(self) -> bool:
         """Whether every layer keeps what attention's kernel gave, and does not compute it again."""
         return self.activation_checkpointing and self.recompute == "without_attention"
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether every layer keeps what its experts gave, and exchanges no rows to compute it again."""
+        return self.activation_checkpointing and self.recompute == "without_experts"
 
     @property
     def offloads_optimizer(self) -> bool:
