@@ -31,11 +31,54 @@ MIXED = {
     "offload-both": {"strategy": "zero3_offload"},
     "offload-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "sequence_parallel_size": 2},
     "offload-parameters": {"strategy": "zero3_offload", "offload": "parameters"},
+    "experts-on-two-ranks": {"strategy": "zero3_offload", "expert_parallel_size": 2},
 }
 COMPILED = {  # DeepSpeed's optimizer is compiled by each start
     "cpu-adam-both": {"strategy": "zero3_offload", "optimizer": "cpu_adam"},
     "cpu-adam-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "optimizer": "cpu_adam"},
 }
+# Experts spread over ranks: world size → name → settings. Of one node, or of several, where tokens travel in two stages.
+EXACT = {"max_grad_norm": 1e6}
+EXPERTS: dict[int, dict[str, dict]] = {
+    2: {
+        "experts-2": {"expert_parallel_size": 2, "micro_batch_size": 8},
+        "experts-2-chunks": {
+            "expert_parallel_size": 2,
+            "exchange_rows": 37,
+            "sequence_parallel_size": 2,
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 4,
+        },
+    },
+    4: {
+        "experts-4": {"expert_parallel_size": 4, "experts_per_shard": 2, "micro_batch_size": 4},
+        "experts-2-of-4": {
+            "expert_parallel_size": 2,
+            "experts_per_shard": 2,
+            "strategy": "zero3_offload",
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+        },
+        "experts-4-two-nodes": {
+            "expert_parallel_size": 4,
+            "experts_per_shard": 2,
+            "nodes": 2,
+            "micro_batch_size": 4,
+            "exchange_rows": 23,
+        },
+    },
+    8: {
+        "experts-8-four-nodes": {
+            "expert_parallel_size": 8,
+            "experts_per_shard": 1,
+            "nodes": 4,
+            "recompute": "without_experts",
+            "micro_batch_size": 4,
+            "sequence_parallel_size": 2,
+        },
+    },
+}
+EXPERT_NAMES = [name for cases_of in EXPERTS.values() for name in cases_of]
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 COMPILES = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler (Debian: g++)")
 BROKEN = ("zero3", "zero3_offload")
@@ -60,6 +103,9 @@ def cases(world_size: int) -> dict:
             }
             steps = STEPS if spread in LONG else 1
             found[spread_name(spread)] = {"settings": settings, "steps": steps, "moments": True}
+    for name, settings in EXPERTS.get(world_size, {}).items():
+        steps = STEPS if name == "experts-2" else 1
+        found[name] = {"settings": EXACT | settings, "steps": steps, "moments": True, "visits": "nodes" in settings}
     if world_size == 2:
         for name, settings in (MIXED | COMPILED if HAS_COMPILER else MIXED).items():
             micro = 4 if settings.get("sequence_parallel_size") == 2 else 2
@@ -71,6 +117,9 @@ def cases(world_size: int) -> dict:
         found["kept-gathered"] = {"settings": gathered, "steps": 1, "moments": True}
         kept = {"recompute": "without_attention", "sequence_parallel_size": 2, "micro_batch_size": 16}
         found["kept-attention"] = {"settings": kept | {"max_grad_norm": 1e6}, "steps": 1, "moments": True}
+        found["balance-experts"] = {
+            "settings": BALANCE | {"micro_batch_size": 2, "expert_parallel_size": 2}, "steps": 3
+        }  # fmt: skip
         found["balance"] = {"settings": BALANCE | {"micro_batch_size": 4, "sequence_parallel_size": 2}, "steps": 3}
     if world_size == 1:
         accumulated = {"micro_batch_size": 1, "gradient_accumulation_steps": 4, "activation_checkpointing": False}
@@ -151,6 +200,20 @@ def test_bf16_with_fp32_masters_follows_a_plain_loop_for_fifty_steps(figures, wa
     assert found[-10:].mean() < found[0] - 1
 
 
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_experts_spread_over_ranks_give_the_loss_and_every_gradient_of_a_plain_loop(figures, name):
+    wanted, found = figures["reference-float32"]["losses"], figures[name]
+    assert found["losses"] == pytest.approx(wanted[: len(found["losses"])], rel=5e-5)
+    assert found["losses"][0] == pytest.approx(wanted[0], rel=1e-5)
+    assert max(found["moments"].values()) < 1e-5, max(found["moments"].items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", ["experts-4-two-nodes", "experts-8-four-nodes"])
+def test_a_token_travels_once_to_each_other_node_that_holds_experts_of_it(figures, name):
+    found, needed = figures[name]["visits"]
+    assert found == needed > 0
+
+
 def test_keys_for_deepspeed_reach_its_engine(figures):
     assert figures["zero3"]["deepspeed"] == [1000, 200_000]
     assert figures["offload-both"]["deepspeed"][0] > 10**9, "else it says nothing of its progress"
@@ -167,7 +230,9 @@ def test_gradients_are_the_same_when_attention_is_not_computed_again(figures):
 
 
 def test_balance_biases_move_by_the_whole_batch_and_stay_equal_on_all_ranks(figures):
-    shared, alone = figures["balance"], figures["balance-alone"]
+    shared, alone, spread = (figures[name] for name in ("balance", "balance-alone", "balance-experts"))
+    assert spread["biases_equal"]
+    assert spread["biases"] == alone["biases"]
     assert shared["biases_equal"]
     assert shared["biases"] == alone["biases"]
     assert shared["biases"][0] == figures["reference-float32"]["biases"]

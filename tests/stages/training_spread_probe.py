@@ -1,9 +1,10 @@
 """Run by the train environment's Python: the same steps, spread over ranks in different ways, beside a plain loop.
 
 Usage: training_spread_probe.py INPUTS CASES OUTPUT, with ``tests`` in PYTHONPATH
-CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool, "broken": bool}. Writes
-OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
-parameter's gradient is not a number.
+CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool, "broken": bool, "visits": bool}.
+Writes OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
+parameter's gradient is not a number. ``visits``: rows that arrived from other nodes in the newest layer's exchange, of
+all ranks, and how many the tokens' experts ask for.
 """
 
 import json
@@ -23,6 +24,16 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
     from training_engine import engine
 
+    from deepseek_sft.model import node_exchange
+
+    newest: list = []  # exchange of the last layer that ran
+    make = node_exchange.TokenExchange.__init__
+
+    def remembered(self, *arguments) -> None:
+        make(self, *arguments)
+        newest[:] = [self]
+
+    node_exchange.TokenExchange.__init__ = remembered
     for name, case in cases.items():
         begin = time.monotonic()
         with engine(inputs / "base", inputs / "tokens", **case["settings"]) as run:
@@ -41,6 +52,8 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
                 if run.model.balance_bias is not None:
                     biases = [router.e_score_correction_bias.tolist() for router in run.model.llm.routers()]
                     figures["biases"].append(biases)
+            if case.get("visits"):
+                figures["visits"] = visits(newest[0])
             figures["deepspeed"] = [run.engine.steps_per_print(), run.engine.zero_sub_group_size()]
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, (run.model.llm.bytes_read, figures["biases"]))
@@ -49,6 +62,17 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
         figures["seconds"] = round(time.monotonic() - begin, 2)
         if dist.get_rank() == 0:
             (output / f"{name}.json").write_text(json.dumps(figures))
+
+
+def visits(exchange) -> list[int]:
+    """Rows from other nodes, counted by the exchange and from the chosen experts alone; of all ranks."""
+    import torch.distributed as dist
+
+    of_node = exchange.held * exchange.nodes.ranks
+    needed = sum(len({e // of_node for e in chosen} - {exchange.nodes.node}) for chosen in exchange.experts.tolist())
+    both = torch.tensor([exchange.from_other_nodes, needed])
+    dist.all_reduce(both)
+    return both.tolist()
 
 
 def differences(run, reference: Path) -> dict[str, float]:
