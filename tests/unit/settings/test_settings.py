@@ -20,6 +20,7 @@ NEEDED = {"sources": ["x"], "base": "b"}  # without which a section says nothing
 TOPOLOGY = {
     *("strategy", "offload", "sequence_parallel_size", "micro_batch_size", "gradient_accumulation_steps"),
     *("experts_per_shard", "ranks_per_node", "accumulate_by", "deal_rows", "zero_thresholds"),
+    "expert_parallel_size",
 }
 
 

@@ -45,6 +45,7 @@ def test_operational_settings_keep_the_run():
         "slow_rank_percent": 25.0,
         "check_base": "never",
         "recompute": "without_attention",
+        "exchange_rows": 1000,
     }
     assert others.keys() == training_settings.SAME_RUN
     assert run_id(**others) == run_id()

@@ -65,7 +65,7 @@ class Training:
         keys = [*cls.train_keys(), "engine"]
         values = {key: train[key] for key in keys if key in train}
         values["experts_per_shard"] = experts_per_shard(
-            model, train["experts_per_shard"], train["expert_parallel_size"]
+            model, train["experts_per_shard"], train.get("expert_parallel_size", 1)
         )
         return cls(**values, stock_experts=plan["stock_experts"])
 
