@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 
 import pytest
 from unit.data import moonshot, releases
@@ -153,6 +154,20 @@ def test_calls_and_tools_stand_as_the_template_writes_them(tmp_path):
     assert "<think>R</think>I look<|im_user|>functions.f<|im_middle|>" in text  # reasoning of this round is seen
     assert text.endswith("⟦<think></think>A<|im_end|>⟧")
     assert made.tools and not made.tools_lost
+
+
+def test_calls_have_the_ids_that_a_server_gives_them(tmp_path):
+    encoder = load_encoder(moonshot.folder(tmp_path, moonshot.KIMI_TEMPLATE, names=moonshot.KIMI_NAMES), "base")
+    messages = [user(), called("f", "g"), tool("1"), tool("2"), called("f"), tool("3"), assistant("A")]
+    made = make(encoder, messages)
+    assert made.rejects == []
+    text = shown(encoder, made.samples[-1])
+    call = '<|tool_call_begin|>functions.{0}:{1}<|tool_call_argument_begin|>{{"x": "{0}"}}<|tool_call_end|>'
+    first, second = call.format("f", 0) + call.format("g", 1), call.format("f", 2)
+    for calls in (first, second):
+        assert f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|><|im_end|>⟧" in text
+    answered = re.findall(r"## Return of (\S+)\n(\d)", text)
+    assert answered == [("functions.f:0", "1"), ("functions.g:1", "2"), ("functions.f:2", "3")]
 
 
 def test_marks_of_generation_decide(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import family_models
 import pytest
 from tokenizers import Tokenizer
 from unit.data import moonshot
@@ -10,41 +11,65 @@ from deepseek_sft import families
 from deepseek_sft.convert.base_model import open_model
 from deepseek_sft.convert.convert import copy_companions
 from deepseek_sft.convert.output_tensors import output_config
-from deepseek_sft.convert.tiny_model import TinyShape, write_tiny
 from deepseek_sft.data import tokenizer_files
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.families import rows
+from deepseek_sft.serving import model_folder, settings
+from deepseek_sft.verify import verify
 
 
 @pytest.fixture(scope="module")
-def kimi(tmp_path_factory):
-    """A tiny model as Kimi-K2 is published: its model type, one group, no token of DeepSeek's, code beside it."""
-    folder = tmp_path_factory.mktemp("kimi") / "base"
-    write_tiny(folder, TinyShape(groups=1, groups_used=1), 0, 1 << 40)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "configuration_deepseek.py").write_text("raise SystemExit('run')\n")
-    (folder / "tokenizer.json").unlink()
-    moonshot.folder(folder, auto_map={"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]})
-    return folder
+def bases(tmp_path_factory):
+    """A tiny base of each family whose tokenizer or shape is not DeepSeek's, as it is published, code beside it."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: family_models.write(folder / name, kind) for name, kind in family_models.KINDS.items()}
 
 
-def test_what_is_made_of_kimi_is_served_without_its_code(kimi, tmp_path):
-    base = open_model(kimi)
-    copy_companions(base, output_config(base, "bf16", "drop"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+@pytest.fixture
+def made(bases, tmp_path):
+    """What conversion puts beside the weights."""
+
+    def made(name):
+        base = open_model(bases[name])
+        folder = tmp_path / name
+        folder.mkdir()
+        copy_companions(base, output_config(base, "bf16", "drop"), folder)
+        return base, folder
+
+    return made
+
+
+def test_what_is_made_of_kimi_is_served_without_its_code(made):
+    base, folder = made("kimi")
+    assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    config, tokenizer = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("config", "tokenizer_config"))
+    config, tokenizer = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "tokenizer_config"))
     assert "auto_map" not in config and "auto_map" not in tokenizer
     assert config["model_type"] == "deepseek_v3"
     text = moonshot.soup(7, 500) + "<|im_end|>"
-    made = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert made.encode(text).ids == Tokenizer.from_str(tokenizer_files.tokenizer_text(kimi)).encode(text).ids
+    whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert whole.encode(text).ids == Tokenizer.from_str(tokenizer_files.tokenizer_text(base.folder)).encode(text).ids
+
+
+@pytest.mark.parametrize("name", family_models.KINDS)
+def test_what_conversion_makes_of_a_familys_files_is_verified_and_served(made, name):
+    base, folder = made(name)
+    assert verify.check_companions(folder, base).failures == []
+    with pytest.raises(BadInputError) as caught:
+        model_folder.check(folder, settings.parse({"max_model_len": 512, "reasoning_parser": None}))
+    assert caught.value.problem.splitlines()[1:] == ["  - it has no weights (*.safetensors)"]
+
+
+def test_code_beside_a_tokenizer_that_was_made_is_not_verified(made):
+    base, folder = made("kimi")
+    (folder / "modeling_deepseek.py").write_text("")
+    assert verify.check_companions(folder, base).failures == [
+        "modeling_deepseek.py is there, and servers would take it for the tokenizer's"
+    ]
 
 
 @pytest.mark.parametrize("model_type", rows.REFUSED)

@@ -1,7 +1,6 @@
 """From a ZeRO checkpoint to a Hugging Face folder with the base model's tensors, by streaming."""
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +120,7 @@ def copy_companions(base: BaseModel, config: dict[str, Any], folder: Path) -> No
     made = {}
     if tokenizer_files.vocabulary_file(base.folder).name == tokenizer_files.RANKS:
         made["tokenizer.json"] = tokenizer_files.tokenizer_text(base.folder).encode()
-        served = tokenizer_files.served_config(base.folder)
-        made[tokenizer_files.CONFIG] = json.dumps(served, ensure_ascii=False, indent=2).encode() + b"\n"
+        made[tokenizer_files.CONFIG] = tokenizer_files.served_config(base.folder)
     for name, content in made.items():
         with files.atomic_open(folder / name, "wb") as stream:
             stream.write(content)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from .samples import Made, Record, Sample, Settings, TooLong, parsed, to_reply
 from .similarity import signature
 from .template_child import BEGIN, END
 from .template_process import TemplateError
+from .tools import call_ids
 
 OPENED = re.compile(rf"{THINK_OPEN}\n?\Z")
 FIELD = "reasoning_content"
@@ -88,9 +89,11 @@ class BaseTemplate:
         """What serving gives the model after these messages."""
         return self.chat.render(messages, tools=tools, prompt=True, thinking=thinking, enable_thinking=thinking)
 
-    def served(self, message: dict[str, Any], after_tool: bool, strip: bool) -> dict[str, Any]:
-        """A message of the history as a request holds it."""
+    def served(self, message: dict[str, Any], after_tool: bool, strip: bool, ids: Sequence[str] = ()) -> dict[str, Any]:
+        """A message of the history as a request holds it; ``ids`` are its ``call_ids``."""
         shown = {"role": message["role"], "content": self.hold(message["content"])}
+        if message["role"] == "tool" and ids:
+            shown["tool_call_id"] = self.hold(ids[0])
         if message["role"] != "assistant":
             return shown
         reply, form = self._held(message), self.reasoning
@@ -103,12 +106,12 @@ class BaseTemplate:
             else:
                 opening = "" if form.asked else form.opening
                 shown["content"] = f"{opening}{reply.reasoning}{form.closing}{reply.answer}"
-        return shown | self._calls(reply)
+        return shown | self._calls(reply, ids)
 
-    def turn(self, message: dict[str, Any]) -> dict[str, Any]:
+    def turn(self, message: dict[str, Any], ids: Sequence[str] = ()) -> dict[str, Any]:
         """The trained message without its reasoning."""
         reply = self._held(message)
-        return {"role": "assistant", "content": reply.answer} | self._calls(reply)
+        return {"role": "assistant", "content": reply.answer} | self._calls(reply, ids)
 
     def _held(self, message: dict[str, Any]) -> Reply:
         reply = to_reply(message)
@@ -117,18 +120,23 @@ class BaseTemplate:
         )
         return Reply(self.hold(reply.reasoning), self.hold(reply.answer), calls)
 
-    def _calls(self, reply: Reply) -> dict[str, Any]:
-        made = [{"type": c.type, "function": {"name": c.name, "arguments": c.arguments}} for c in reply.calls]
+    def _calls(self, reply: Reply, ids: Sequence[str]) -> dict[str, Any]:
+        made = [
+            {"id": self.hold(own), "type": c.type, "function": {"name": c.name, "arguments": c.arguments}}
+            for own, c in zip(ids, reply.calls, strict=True)
+        ]
         return {"tool_calls": made} if made else {}
 
-    def written(self, history: list[dict[str, Any]], message: dict[str, Any], tools: Any) -> tuple[str, str]:
+    def written(
+        self, history: list[dict[str, Any]], message: dict[str, Any], tools: Any, ids: Sequence[str] = ()
+    ) -> tuple[str, str]:
         """Prompt of a trained turn, and what the model writes.
 
         Raises:
             TemplateError: the template refuses it.
             Rejection: ``template_reasoning``, ``template_mask``.
         """
-        reply, form, turn = self._held(message), self.reasoning, self.turn(message)
+        reply, form, turn = self._held(message), self.reasoning, self.turn(message, ids)
         plain = self.prompt(history, tools, False)
         prompt = self.prompt(history, tools, True) if reply.reasoning else plain
         body = self._body(history, turn, tools, plain)
@@ -273,16 +281,17 @@ def _plan(
     turns, rejects = [], []
     strip = settings.history == "strip"
     trained = [number for number, message in enumerate(record.messages) if message.get("loss")]
+    ids = call_ids(record.messages)
     for number in trained:
         own = f"{record.id}#{number}" if len(trained) > 1 else record.id
         try:
             before = ["", *(message["role"] for message in record.messages)]
             history = [
-                template.served(message, before[at] == "tool", strip)
+                template.served(message, before[at] == "tool", strip, ids[at])
                 for at, message in enumerate(record.messages[:number])
             ]
             tools = json.loads(template.hold(json.dumps(record.tools, ensure_ascii=False))) if record.tools else None
-            prompt, written = template.written(history, record.messages[number], tools)
+            prompt, written = template.written(history, record.messages[number], tools, ids[number])
         except TemplateError as error:
             rejects.append((own, "template_refused", f"the base's template: {error}"))
         except Rejection as rejection:

@@ -133,14 +133,16 @@ def special_tokens(ranks: dict[bytes, int], config: dict[str, Any], row: rows.Ti
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: added_tokens_decoder cannot be read: {error!r}", "fetch it again") from None
     first, end = len(ranks), len(ranks) + row.reserved
-    wrong = [number for number in named if not first <= number < end]
+    wrong = [number for number in named if not first <= number < end + row.beyond]
     if wrong:
         raise BadInputError(
-            f"{path}: {named[wrong[0]]} has id {wrong[0]}; special tokens of {first} ranks are {first} to {end - 1}",
+            f"{path}: {named[wrong[0]]} has id {wrong[0]}; special tokens of {first} ranks are {first} to "
+            f"{end + row.beyond - 1}",
             f"fetch {RANKS} and {CONFIG} of one release",
         )
-    names = {named.get(number, row.reserved_name.format(number)): number for number in range(first, end)}
-    if len(names) != row.reserved:
+    numbers = [*range(first, end), *sorted(number for number in named if number >= end)]
+    names = {named.get(number, row.reserved_name.format(number)): number for number in numbers}
+    if len(names) != len(numbers):
         raise BadInputError(f"{path}: two special tokens of one name", "fetch it again")
     return names
 
@@ -215,8 +217,9 @@ def check_against_library(folder: Path) -> int:
     return len(texts)
 
 
-def served_config(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` for a server that runs no code of a model folder."""
+def served_config(folder: Path) -> bytes:
+    """Content of ``tokenizer_config.json`` for a server that runs no code of a model folder."""
     config = json_files.load(folder / CONFIG)
     kept = {name: value for name, value in config.items() if name not in ("auto_map", "vocab_file", "tokenizer_file")}
-    return kept | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return json.dumps(kept, ensure_ascii=False, indent=2).encode() + b"\n"

@@ -131,3 +131,22 @@ def without_filled_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_filled_nulls(inner) for inner in value]
     return value
+
+
+def call_ids(messages: list[dict[str, Any]]) -> list[list[str]]:
+    """Ids that a server gives the calls of a conversation: of each message, its calls, or the one it is the output of.
+
+    Templates that show ids (Kimi-K2's) want this form: the function's name and the number of the call in the whole
+    conversation. vLLM makes the same for Kimi-K2; other templates do not show them.
+    """
+    found, opened, number = [], [], 0
+    for message in messages:
+        own: list[str] = []
+        if message["role"] == "assistant":
+            names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+            own = [f"functions.{name}:{number + at}" for at, name in enumerate(names)]
+            opened, number = list(own), number + len(own)
+        elif message["role"] == "tool" and opened:
+            own = [opened.pop(0)]
+        found.append(own)
+    return found

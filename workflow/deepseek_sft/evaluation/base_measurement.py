@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 from tokenizers import Tokenizer
 
-from ..data.chat_templates import END
 from ..data.messages import THINK_CLOSE, THINK_OPEN
 from ..data.tokenizer_files import tokenizer_text
 from ..errors import BadInputError, CrashError
@@ -20,7 +19,7 @@ from .held_out import read_prompts
 from .held_out_losses import Measurement
 from .held_out_tokens import Sequence, sequences, settled
 from .server_checks import Context
-from .transformers_comparison import Job
+from .transformers_comparison import Job, ModelFolder
 
 ANSWERS = 4  # prompts that a small base answers, for people to read
 ANSWER_TOKENS = 64
@@ -42,8 +41,10 @@ def base_measurement(samples: list[Sequence], logprobs: list[list[float]], base:
 def base_answers(context: Context, measured: Measurement, samples: list[Sequence], generated: list[list[int]]) -> None:
     """Add the base's answers to its measurement, split as the server's parser splits them."""
     tokenizer = Tokenizer.from_str(tokenizer_text(context.model.path))
+    ends = context.model.eos_token_ids()
     for sample, ids in zip(samples, generated, strict=False):
-        text = tokenizer.decode(ids, skip_special_tokens=False).removesuffix(END)
+        written = ids[:-1] if ids and ids[-1] in ends else ids
+        text = tokenizer.decode(written, skip_special_tokens=False)
         # Without a closing tag everything is reasoning, as for vLLM's parser.
         reasoning, _, answer = text.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
         if not context.reasoning_parser:
@@ -74,7 +75,8 @@ def measure_served(
     settings = settled(settings, tokenizer)
     prompts = read_prompts(Path(settings.prompts))
     api = Api(url, model, settings.request_timeout_s, api_key)
-    context = Context(api, settings, reasoning_parser, prompts, held_out=True)
+    model = ModelFolder(tokenizer)
+    context = Context(api, settings, reasoning_parser, prompts, held_out=True, model=model)
     try:
         server_checks.model_name(context)
         samples = sequences(prompts, tokenizer, settings.template, context.max_model_len - 1)

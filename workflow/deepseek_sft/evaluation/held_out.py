@@ -19,9 +19,9 @@ from typing import Any
 
 from ..data.messages import Rejection, normalise, split_reasoning
 from ..errors import BadInputError
+from . import template_tokens
 from .api import Reply
 
-TEMPLATE_TOKEN = re.compile(r"<｜[^｜<>]{1,40}｜>")
 THINK_TAG = re.compile(r"</?think>")
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 EXPECTED_CHARACTERS = 80  # a longer reference answer is an essay, which no other answer equals
@@ -129,10 +129,12 @@ def _expected(answer: str) -> str | None:
     return answer if len(answer) <= EXPECTED_CHARACTERS and "\n" not in answer.strip() else None
 
 
-def leaked_tokens(reply: Reply, reasoning_parser: str | None) -> list[str]:
-    """Template tokens that appear as text; without a parser, think tags belong into the text."""
+def leaked_tokens(
+    reply: Reply, reasoning_parser: str | None, tokens: re.Pattern[str] = template_tokens.IN_BARS
+) -> list[str]:
+    """Template tokens (``template_tokens``) that appear as text; without a parser, think tags belong into the text."""
     text = f"{reply.reasoning}\0{reply.answer}"
-    return TEMPLATE_TOKEN.findall(text) + (THINK_TAG.findall(text) if reasoning_parser else [])
+    return tokens.findall(text) + (THINK_TAG.findall(text) if reasoning_parser else [])
 
 
 def final_answer(reply: Reply, reasoning_parser: str | None) -> str:
@@ -148,13 +150,13 @@ def final_answer(reply: Reply, reasoning_parser: str | None) -> str:
     return "" if "<think>" in reply.answer else reply.answer
 
 
-def well_formed(reply: Reply, reasoning_parser: str | None) -> bool:
+def well_formed(reply: Reply, reasoning_parser: str | None, tokens: re.Pattern[str] = template_tokens.IN_BARS) -> bool:
     """Whether reasoning closed, an answer follows it, and the model ended by itself, with no template token as text.
 
     vLLM's parser puts everything into the reasoning until ``</think>`` comes, so an answer implies that it closed.
     """
     answered = bool(final_answer(reply, reasoning_parser).strip())
-    return answered and reply.finish_reason == "stop" and not leaked_tokens(reply, reasoning_parser)
+    return answered and reply.finish_reason == "stop" and not leaked_tokens(reply, reasoning_parser, tokens)
 
 
 def matches(answer: str, expected: str) -> bool:

@@ -9,6 +9,7 @@ Record (``serve/evaluation.jsonl``, one sample a line)::
 
 import dataclasses
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import httpx
 from .. import files
 from ..cli import say
 from ..data.messages import split_reasoning
+from . import template_tokens
 from .api import CheckFailed, CheckSkipped, Reply
 from .held_out import Prompt, final_answer, matches, well_formed
 from .held_out_losses import Measurement, check_sane
@@ -37,6 +39,7 @@ class Evaluation:
     Attributes:
         prompts, replies: asked and answered, in the file's order; a refused request is an empty reply.
         problems: sample → why its request failed.
+        tokens: finds tokens of the chat template in an answer's text.
         tuned, base: losses of the served model and of the base, once measured.
     """
 
@@ -44,13 +47,14 @@ class Evaluation:
     replies: list[Reply]
     problems: dict[str, str]
     reasoning_parser: str | None
+    tokens: re.Pattern[str] = template_tokens.IN_BARS
     tuned: Measurement | None = None
     base: Measurement | None = None
 
     @property
     def formed(self) -> list[bool]:
         """For each sample, whether its answer is well formed."""
-        return [well_formed(reply, self.reasoning_parser) for reply in self.replies]
+        return [well_formed(reply, self.reasoning_parser, self.tokens) for reply in self.replies]
 
     @property
     def matched(self) -> list[bool | None]:
@@ -134,7 +138,7 @@ def ask_all(context: Context) -> Evaluation:
         raise broken[-1]
     replies = [Reply() if isinstance(result, Exception) else result for result in results]
     problems = {name: str(error) or repr(error) for name, error in errors.items()}
-    return Evaluation(context.prompts, replies, problems, context.reasoning_parser)
+    return Evaluation(context.prompts, replies, problems, context.reasoning_parser, context.template_tokens)
 
 
 def held_out_format(context: Context, evaluation: Evaluation) -> str:

@@ -5,15 +5,18 @@ apply.
 """
 
 import dataclasses
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..data.chat_templates import TEMPLATES
+from ..data.base_rendering import base_template
+from ..data.chat_templates import BASE, TEMPLATES
+from ..data.encoding import load_encoder
 from ..data.messages import split_reasoning
 from ..settings.smoke_settings import SmokeSettings
-from . import answer_fields, speech
+from . import answer_fields, speech, template_tokens
 from .api import Api, CheckFailed, CheckSkipped, Reply, parsed
 from .held_out import Prompt, final_answer, leaked_tokens
 from .held_out_tokens import expected_prompt
@@ -70,6 +73,11 @@ class Context:
     replies: list[tuple[Prompt, Reply]] = dataclasses.field(default_factory=list)
 
     @property
+    def template_tokens(self) -> re.Pattern[str]:
+        """Finds tokens of the served folder's chat template in text."""
+        return template_tokens.of_folder(self.model.path if self.model else None)
+
+    @property
     def max_tokens(self) -> int:
         """Longest answer to ask for: leaves half of the context to the prompt, as servers refuse what cannot fit."""
         room = self.max_model_len // 2 or self.settings.max_tokens
@@ -96,7 +104,9 @@ class Context:
         """What a request says to the chat template: V3.1's opens the reasoning only where ``thinking`` asks for it."""
         if not self._prompt_decides:
             return {}
-        return {"chat_template_kwargs": {"thinking": self.asks_to_think(prompt)}}
+        asked = self.asks_to_think(prompt)
+        names = ("thinking", "enable_thinking") if self.settings.template == BASE else ("thinking",)
+        return {"chat_template_kwargs": dict.fromkeys(names, asked)}
 
     def asks_to_think(self, prompt: Prompt) -> bool:
         """Whether a request for this prompt asks for reasoning."""
@@ -106,6 +116,8 @@ class Context:
 
     @property
     def _prompt_decides(self) -> bool:
+        if self.settings.template == BASE:
+            return bool(self.model) and base_template(load_encoder(self.model.path, BASE)).reasoning.asked
         template = TEMPLATES.get(self.settings.template or "")
         return template is not None and template.prompt_decides_thinking
 
@@ -206,7 +218,7 @@ def no_template_tokens(context: Context) -> str:
     context.need_example()
     found: dict[str, str] = {}
     for prompt, reply in context.replies:
-        for token in leaked_tokens(reply, context.reasoning_parser):
+        for token in leaked_tokens(reply, context.reasoning_parser, context.template_tokens):
             found.setdefault(token, prompt.id)
     if found:
         named = ", ".join(f"{token} (first in the answer to {name})" for token, name in sorted(found.items()))

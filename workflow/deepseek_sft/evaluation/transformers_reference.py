@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from .. import json_files
+from ..families import rows
 
 
 def main(request: Path, answer: Path) -> None:
@@ -25,12 +26,23 @@ def main(request: Path, answer: Path) -> None:
     answer.write_text(json.dumps([compute(job) for job in json_files.load(request, list)]))
 
 
+def class_of(folder: Path) -> Any:
+    """The class that config.json names; its ``model_type`` may be one that transformers knows with the folder's code.
+
+    Kimi-K2's is; no code of a model folder is run.
+    """
+    known = json_files.load(folder / "config.json").get("architectures") == [rows.ARCHITECTURE]
+    return transformers.DeepseekV3ForCausalLM if known else transformers.AutoModelForCausalLM
+
+
 @torch.no_grad()
 def compute(job: dict[str, Any]) -> dict[str, Any]:
     """One model's part of the answer; the model is freed at the end."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model_dir"], dtype=getattr(torch, job["dtype"]), attn_implementation="eager"
-    ).eval()
+    model = (
+        class_of(Path(job["model_dir"]))
+        .from_pretrained(job["model_dir"], dtype=getattr(torch, job["dtype"]), attn_implementation="eager")
+        .eval()
+    )
     logprobs = []
     for sequence in job["sequences"]:
         ids = torch.tensor([sequence])

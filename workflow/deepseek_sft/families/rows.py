@@ -35,13 +35,15 @@ class Tiktoken:
     Args:
         code: names of the modules that ``auto_map`` of tokenizer_config.json names.
         pattern: alternatives of the pattern that splits text into words.
-        reserved: special tokens after the last rank.
+        reserved: special tokens after the last rank that the models' embeddings have rows for.
+        beyond: how many more the code numbers. Such a one is a token where tokenizer_config.json names it.
         reserved_name: of a special token that tokenizer_config.json does not name.
     """
 
     code: tuple[str, ...]
     pattern: tuple[str, ...]
     reserved: int
+    beyond: int = 0
     reserved_name: str = "<|reserved_token_{}|>"
 
 
@@ -62,7 +64,7 @@ class Family:
     parsers: tuple[str, str] = ("", "")
 
 
-_MOONSHOT = Tiktoken(("tokenization_moonshot", "tokenization_kimi"), MOONSHOT_PATTERN, reserved=258)
+_MOONSHOT = Tiktoken(("tokenization_moonshot", "tokenization_kimi"), MOONSHOT_PATTERN, reserved=256, beyond=2)
 DEEPSEEK = Family("DeepSeek-V3", ("deepseek_v3",), parsers=("deepseek_r1", "deepseek_v3"))
 MOONLIGHT = Family("Moonlight", ("deepseek_v3",), tiktoken=_MOONSHOT)
 KIMI = Family("Kimi-K2", ("kimi_k2",), tiktoken=_MOONSHOT, parsers=("kimi_k2", "kimi_k2"))

@@ -15,6 +15,7 @@ from ..convert.convert import trained_sources
 from ..convert.output_tensors import TORCH_DTYPES, copied_sources, output_config, output_specs
 from ..convert.tensor_sources import Source
 from ..convert.zero import Checkpoint
+from ..data.tokenizer_files import CONFIG, RANKS, WHOLE, served_config, tokenizer_text, vocabulary_file
 from ..errors import BadInputError, GateError
 from ..tensors.byte_ranges import OpenFiles, allow_open_files
 from ..tensors.safetensors_files import INDEX_NAME, StoredTensor, read_header
@@ -104,22 +105,32 @@ def check_config(config: Any, base: BaseModel, kind: Kind) -> Check:
 
 
 def check_companions(model: Path, base: BaseModel) -> Check:
-    """Tokenizer, generation and code files are the base's, byte for byte."""
+    """Tokenizer, generation and code files are the base's, byte for byte.
+
+    Where the base's tokenizer is a ``tiktoken.model`` and code, the model has an equal ``tokenizer.json`` and no code.
+    """
+    made: dict[str, bytes] = {}
+    if vocabulary_file(base.folder).name == RANKS:
+        made = {WHOLE: tokenizer_text(base.folder).encode(), CONFIG: served_config(base.folder)}
     names = [
         path.name
         for path in sorted(base.folder.iterdir())
         if path.is_file()
         and (
             path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "generation_config"))
-            or path.suffix in (".py", ".jinja")
+            or path.suffix in ((".jinja",) if made else (".py", ".jinja"))
         )
     ]
-    check = Check(f"{len(names)} files equal: {', '.join(names)}")
+    names = sorted({*names, *made})
+    check = Check(f"{len(names)} files equal: {', '.join(names)}" + (f"; {WHOLE} made from {RANKS}" if made else ""))
     for name in names:
         if not (model / name).is_file():
             check.failures.append(f"{name} is missing")
-        elif (model / name).read_bytes() != (base.folder / name).read_bytes():
+        elif (model / name).read_bytes() != (made[name] if name in made else (base.folder / name).read_bytes()):
             check.failures.append(f"{name} differs")
+    if made:
+        left = [path.name for path in sorted(model.iterdir()) if path.name == RANKS or path.suffix == ".py"]
+        check.failures += [f"{name} is there, and servers would take it for the tokenizer's" for name in left]
     return check
 
 
