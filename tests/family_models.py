@@ -28,6 +28,7 @@ class Kind:
         changes: to the configuration of a tiny DeepSeek-R1.
         tokenizer: writes the tokenizer's files into a folder, with a vocabulary of the texts given.
         end: the token that ends a turn; that of config.json is the tokenizer's, as in the releases.
+        serve: settings of serving besides ``reasoning_parser: auto``.
     """
 
     row: rows.Family
@@ -49,8 +50,14 @@ def _kimi(folder: Path, texts: tuple[str, ...]) -> Path:
 
 KINDS = {
     "moonlight": Kind(rows.MOONLIGHT, family_shapes.MOONLIGHT, _moonlight, "<|im_end|>"),
-    "kimi": Kind(rows.KIMI, family_shapes.KIMI, _kimi, "<|im_end|>"),
-    "gigachat": Kind(rows.GIGACHAT, family_shapes.GIGACHAT | MTP, gigachat.folder, "<|message_sep|>"),
+    "kimi": Kind(rows.KIMI, family_shapes.KIMI, _kimi, "<|im_end|>", {"tool_call_parser": "auto"}),
+    "gigachat": Kind(
+        rows.GIGACHAT,
+        family_shapes.GIGACHAT | MTP,
+        gigachat.folder,
+        "<|message_sep|>",
+        {"tool_call_parser": "auto"},
+    ),
 }
 
 

@@ -36,7 +36,7 @@ def experiment(name: str, base: Path, serve: dict) -> dict:
         "data": {"template": "base"},
         "model": {"tiny": None, "base": str(base)},
         "train": {"sequence_parallel_size": 1, "max_steps": 120, "save_every_steps": 60, "micro_batch_size": 8},
-        "serve": {"pipeline_parallel_size": 1, "served_model_name": name, "reasoning_parser": None, **serve},
+        "serve": {"pipeline_parallel_size": 1, "served_model_name": name, "reasoning_parser": "auto", **serve},
         "smoke_test": {"min_exact_match_rate": None, "max_loss": 2, "min_loss_drop": 3},
     }
 

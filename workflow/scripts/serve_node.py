@@ -17,8 +17,8 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, receipts
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.serving import parsers, versions
 from deepseek_sft.serving import settings as settings_file
-from deepseek_sft.serving import versions
 from deepseek_sft.serving.command_listing import listing
 from deepseek_sft.serving.node import Node
 from deepseek_sft.serving.vllm_commands import Programs
@@ -46,6 +46,7 @@ def main() -> int:
     model = receipts.read(arguments.model_receipt, "verify_model")["result"].get("model")
     if not model or not Path(model, "config.json").is_file():
         raise BadInputError(f"{arguments.model_receipt} names no model folder with a config.json under `model`")
+    settings = parsers.settled(settings, Path(model))
     if arguments.show_commands:
         print(listing(settings, arguments.show_commands, model, versions.installed()), end="")
         return 0

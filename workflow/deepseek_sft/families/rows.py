@@ -1,12 +1,13 @@
 """Model families of the class ``DeepseekV3ForCausalLM``, one row of data each.
 
 What is computed follows from the numbers in ``config.json``; a row says what cannot be read there: under which
-``model_type`` the family comes, how its tokenizer splits text, which parsers a server needs.
+``model_type`` the family comes, how its tokenizer splits text, which parsers of vLLM read what it writes.
 
 Sources: ``config.json``, ``tokenizer_config.json`` and ``tokenization_*.py`` of the releases; vLLM's registry.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,28 +49,49 @@ class Tiktoken:
 
 
 @dataclass(frozen=True)
+class Parsers:
+    """vLLM's parsers of a release.
+
+    Args:
+        reasoning, tools: their names; empty where it has none.
+        variable: of the chat template, by which releases of one family are told apart; empty: all others.
+    """
+
+    reasoning: str = ""
+    tools: str = ""
+    variable: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """One row.
 
     Args:
         name: as messages name it.
         model_types: what ``config.json`` may say.
+        token: a control token of its tokenizers, by which a served folder is known.
         tiktoken: where its releases ship ``tiktoken.model``; None where they ship ``tokenizer.json``.
-        parsers: (reasoning, tool calls) of vLLM's parsers; empty where a server needs none.
+        parsers: by release, the first that fits; none where vLLM has none.
     """
 
     name: str
     model_types: tuple[str, ...]
+    token: str
     tiktoken: Tiktoken | None = None
-    parsers: tuple[str, str] = ("", "")
+    parsers: tuple[Parsers, ...] = ()
 
 
 _MOONSHOT = Tiktoken(("tokenization_moonshot", "tokenization_kimi"), MOONSHOT_PATTERN, reserved=256, beyond=2)
-DEEPSEEK = Family("DeepSeek-V3", ("deepseek_v3",), parsers=("deepseek_r1", "deepseek_v3"))
-MOONLIGHT = Family("Moonlight", ("deepseek_v3",), tiktoken=_MOONSHOT)
-KIMI = Family("Kimi-K2", ("kimi_k2",), tiktoken=_MOONSHOT, parsers=("kimi_k2", "kimi_k2"))
-GIGACHAT = Family("GigaChat3", ("deepseek_v3",))
-FAMILIES = (DEEPSEEK, MOONLIGHT, KIMI, GIGACHAT)
+_V31 = Parsers("deepseek_v3", "deepseek_v31", variable="thinking")  # a request decides whether it thinks
+DEEPSEEK = Family(
+    "DeepSeek-V3", ("deepseek_v3",), "<｜tool▁calls▁begin｜>", parsers=(_V31, Parsers("deepseek_r1", "deepseek_v3"))
+)
+KIMI = Family(
+    "Kimi-K2", ("kimi_k2",), "<|tool_calls_section_begin|>", _MOONSHOT, parsers=(Parsers("kimi_k2", "kimi_k2"),)
+)
+MOONLIGHT = Family("Moonlight", ("deepseek_v3",), "<|im_middle|>", _MOONSHOT)  # Kimi-K2 has this token as well
+GIGACHAT = Family("GigaChat3", ("deepseek_v3",), "<|role_sep|>", parsers=(Parsers(tools="gigachat3"),))
+FAMILIES = (DEEPSEEK, KIMI, MOONLIGHT, GIGACHAT)
 
 # Families that share much with this class and are not trained, and what is missing.
 REFUSED = {
@@ -89,6 +111,17 @@ def why_refused(published: Mapping[str, Any]) -> str:
     """What is missing for a model that is known and not trained; empty for others."""
     kind = published.get("model_type")
     return REFUSED.get(kind, "") if isinstance(kind, str) else ""
+
+
+def parsers_of(tokens: Collection[str], template: str) -> Parsers:
+    """vLLM's parsers of a folder with these control tokens and this chat template; of none where no row has them."""
+    family = next((family for family in FAMILIES if family.token in tokens), None)
+    rows = family.parsers if family else ()
+    return next((one for one in rows if not one.variable or one.variable in _words(template)), Parsers())
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
 
 
 def tiktoken_of(tokenizer_config: Mapping[str, Any]) -> Tiktoken | None:

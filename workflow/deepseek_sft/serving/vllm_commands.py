@@ -84,6 +84,8 @@ def serve_command(
         "pipeline-parallel-size": settings.pipeline_parallel_size,
         "dtype": settings.dtype,
         "reasoning-parser": settings.reasoning_parser,
+        "tool-call-parser": settings.tool_call_parser,
+        "enable-auto-tool-choice": True if settings.tool_call_parser else None,
         "trust-remote-code": True if settings.trust_remote_code else None,
     }
     if settings.backend == "ray":

@@ -27,6 +27,9 @@ DECIDED_FLAGS = {
     "trust-remote-code": "serve.trust_remote_code",
     "uds": "serve.host",
 }
+AUTO = "auto"
+# Where serve.tool_call_parser is set.
+DECIDED_BY_TOOLS = ("tool-call-parser", "enable-auto-tool-choice")
 # The server is watched over plain HTTP; encryption belongs to a proxy in front of it, or to a tunnel.
 UNSUPPORTED_FLAGS = ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "root-path")
 
@@ -44,7 +47,11 @@ class Serve:
     served_model_name: Text = "deepseek-r1-sft"
     """Model name of the API."""
     reasoning_parser: Text | None = "deepseek_r1"
-    """vLLM's parser that splits reasoning from answer."""
+    """vLLM's parser that splits reasoning from answer; `auto` is that of the model's family, none where its chat
+    template writes no tags of thinking."""
+    tool_call_parser: Text | None = setting(None, later=True)
+    """vLLM's parser that takes tool calls out of answers, with `--enable-auto-tool-choice`; `auto` is that of the
+    model's family. null leaves calls in the text."""
     dtype: Text = "auto"
     """Dtype of the served weights in vLLM's words."""
     trust_remote_code: Truth = False
@@ -84,6 +91,8 @@ class Serve:
                 yield f"engine_args.{flag}: is not supported; serve plain HTTP and put a proxy or a tunnel before it"
             elif flag in DECIDED_FLAGS:
                 yield f"engine_args.{flag}: is decided by {DECIDED_FLAGS[flag]}; remove {flag} from engine_args"
+            elif self.tool_call_parser and flag in DECIDED_BY_TOOLS:
+                yield f"engine_args.{flag}: is decided by serve.tool_call_parser; remove {flag} from engine_args"
 
     @property
     def variables(self) -> dict[str, str]:
