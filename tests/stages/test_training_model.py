@@ -15,7 +15,7 @@ pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
 
 
-KINDS = ["r1", "beyond the original context", "moonlight", "kimi", "weights not normalised"]
+KINDS = ["r1", "beyond the original context", "moonlight", "kimi", "gigachat", "weights not normalised"]
 WAYS = ["fused experts", "one expert a shard", "grouped products", "checkpointing", "attention kept"]
 
 

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import family_shapes
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,29 +23,13 @@ from deepseek_sft.model import attention, expert_products
 from deepseek_sft.training.xtuner_engine import compat
 
 SHAPE = tiny_model.TinyShape(vocab_size=512, kv_lora_rank=64, layers=2, heads=2)
-YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 # Changes to config.json: other releases, and one that trains beyond the context of the first pre-training.
 KINDS = {
     "r1": {},
-    "beyond the original context": {"rope_scaling": YARN | {"original_max_position_embeddings": 64}},
-    "moonlight": {
-        "q_lora_rank": None,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 2,
-        "rope_scaling": None,
-        "rope_theta": 50000.0,
-        "routed_scaling_factor": 2.446,
-    },
-    "kimi": {
-        "model_type": "kimi_k2",
-        "n_group": 1,
-        "topk_group": 1,
-        "n_routed_experts": 24,
-        "rope_scaling": YARN | {"factor": 32, "original_max_position_embeddings": 4096},
-        "rope_theta": 50000.0,
-        "routed_scaling_factor": 2.827,
-    },
+    "beyond the original context": {"rope_scaling": family_shapes.YARN | {"original_max_position_embeddings": 64}},
+    "moonlight": family_shapes.MOONLIGHT,
+    "kimi": family_shapes.KIMI,
+    "gigachat": family_shapes.GIGACHAT,
     "weights not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 16.0},
 }
 WAYS = {

@@ -59,5 +59,5 @@ def test_a_parser_of_calls_comes_with_the_flag_that_uses_it():
 
 def test_the_same_by_hand_as_well_is_refused():
     given = {"tool_call_parser": "kimi_k2", "engine_args": {"tool_call_parser": "hermes"}}
-    with pytest.raises(BadInputError, match="is decided by serve.tool_call_parser"):
+    with pytest.raises(BadInputError, match=r"is decided by serve\.tool_call_parser"):
         settings.parse(given)
