@@ -1,4 +1,4 @@
-# make demo · make status · make check · make test · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
+# make demo · make status · make check · make test · make families · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
 PYTHON ?= python3
 # Test files run side by side: most of them wait for clusters and trainers more than they compute.
 WORKERS ?= 2
@@ -7,13 +7,14 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap drills drills-without soak soak-slurm mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status envs test test-swap families drills drills-without soak soak-slurm mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
 	@echo "make status how far a run is; RESULTS=results/<experiment> for one that was not active last"
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
+	@echo "make families   a tiny base of each family (Moonlight, Kimi-K2, GigaChat3) through the whole chain; about 25 minutes"
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
@@ -50,6 +51,14 @@ test: envs
 test-swap:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python -m pytest tests/swap_real.py
+
+families:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@$(PYTHON) workflow/scripts/build_env.py serve-cpu
+	@rm -f families.jsonl
+	@$(DEV)/python -m pytest -s tests/drills/family_drills.py
 
 drills:
 	@cluster/install --accounting

@@ -28,3 +28,4 @@ GIGACHAT = ONE_GROUP | {  # values are as wide as queries and keys, wider than t
     "rope_theta": 100000,
     "routed_scaling_factor": 1.0,
 }
+FAMILIES = {"moonlight": MOONLIGHT, "kimi": KIMI, "gigachat": GIGACHAT}

@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import family_shapes
 import numpy as np
 import pytest
 import small_models
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
 
 
-KINDS = ["r1", "beyond the original context", "moonlight", "kimi", "gigachat", "weights not normalised"]
+KINDS = ["r1", "beyond the original context", *family_shapes.FAMILIES, "weights not normalised"]
 WAYS = ["fused experts", "one expert a shard", "grouped products", "checkpointing", "attention kept"]
 
 

@@ -27,9 +27,7 @@ SHAPE = tiny_model.TinyShape(vocab_size=512, kv_lora_rank=64, layers=2, heads=2)
 KINDS = {
     "r1": {},
     "beyond the original context": {"rope_scaling": family_shapes.YARN | {"original_max_position_embeddings": 64}},
-    "moonlight": family_shapes.MOONLIGHT,
-    "kimi": family_shapes.KIMI,
-    "gigachat": family_shapes.GIGACHAT,
+    **family_shapes.FAMILIES,
     "weights not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 16.0},
 }
 WAYS = {

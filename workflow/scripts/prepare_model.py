@@ -10,6 +10,8 @@ The multi-token-prediction layer is not trained: it is recognised, and dropped w
 --mtp copy (or keep: if there is one) is given, for convert_checkpoint --mtp copy.
 With --layers N the first N layers become a model of their own in --output: real vocabulary, widths and experts, on one
 node. At least one of them has experts.
+With --servable DIR a folder of links that servers read without code of the base is made, to measure the base
+(measure_held_out.py): tiktoken.model is there as an equal tokenizer.json.
 The tiny model has the release's config keys and tensor names and the real tokenizer, and needs no GPU and no torch.
 The receipt's result.base is the folder to train from, result.sums the file with the sums of its files, which training
 compares.
@@ -22,7 +24,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli, families, files, receipts
-from deepseek_sft.convert import base_model, base_sums, cut_base, dequantize, tiny_model
+from deepseek_sft.convert import base_model, base_sums, cut_base, dequantize, servable, tiny_model
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.families import config_file
 from deepseek_sft.settings import options
@@ -50,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=int, help="decoder layers; of a base, the first so many (default: all of them)"
     )
+    parser.add_argument("--servable", type=Path, help="folder to make for serving the base itself")
     streaming = parser.add_argument_group("dequantising and cutting")
     options.add(streaming, Convert, "memory", "workers")
     streaming.add_argument(
@@ -131,6 +134,8 @@ def main() -> None:
     }
     if dequantized:
         figures["non_finite"] = 0  # others are refused; of a BF16 base no value is read here
+    if args.servable:
+        servable.link(prepared, args.servable)
     sums = base_sums.place(args.receipt)
     base_sums.write(sums, source, prepared.files, max(0, args.workers))
     result = {"base": str(source), "sums": str(sums)}

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from unit.data import moonshot
 
 from deepseek_sft import families
+from deepseek_sft.convert import servable
 from deepseek_sft.convert.base_model import open_model
 from deepseek_sft.convert.convert import copy_companions
 from deepseek_sft.convert.output_tensors import output_config
@@ -62,6 +63,16 @@ def test_what_conversion_makes_of_a_familys_files_is_verified_and_served(made, n
     with pytest.raises(BadInputError) as caught:
         model_folder.check(folder, settings.parse({"max_model_len": 512, "reasoning_parser": None}))
     assert caught.value.problem.splitlines()[1:] == ["  - it has no weights (*.safetensors)"]
+
+
+@pytest.mark.parametrize("name", family_models.KINDS)
+def test_a_base_of_the_family_itself_is_served_without_its_code(bases, tmp_path, name):
+    servable.link(open_model(bases[name]), tmp_path / "served")
+    model_folder.check(tmp_path / "served", settings.parse({"max_model_len": 512, "reasoning_parser": None}))
+    names = {path.name for path in (tmp_path / "served").iterdir()}
+    assert "tiktoken.model" not in names and not any(name.endswith(".py") for name in names)
+    with pytest.raises(BadInputError, match="is there already"):
+        servable.link(open_model(bases[name]), tmp_path / "served")
 
 
 def test_code_beside_a_tokenizer_that_was_made_is_not_verified(made):
