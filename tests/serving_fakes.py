@@ -123,6 +123,11 @@ class Handler(BaseHTTPRequestHandler):
             if body.get("stream"):
                 return self.stream(reasoning, content, finish)
             message = {"role": "assistant", "content": content, self.server.reasoning_field: reasoning}
+            if body.get("tools") and (self.has("calls") or self.has("tool_calls")):
+                called = {"name": body["tools"][0]["function"]["name"], "arguments": '{"a": 2, "b": 3}'}
+                message["tool_calls"] = [{"type": "function", "function": called}]
+                if self.has("tool_calls"):
+                    called["arguments"] = '{"a": 2'
             choice = {"message": message, "finish_reason": finish, "token_ids": [7, 8, 1]}
             if self.has("wrong_end"):
                 choice["token_ids"] = [7, 8, 9]

@@ -71,6 +71,8 @@ def main() -> int:
             "hosts": ",".join(nodes),
             "run-dir": arguments.run_dir,
         }
+        if settings.tool_call_parser:
+            options["tool-call-parser"] = settings.tool_call_parser
         words = [f"--{name}={value}" for name, value in options.items()]
         words += command_line.words(settings.smoke_test)
         return [sys.executable, str(Path(__file__).with_name("smoke_test.py")), *words]

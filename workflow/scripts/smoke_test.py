@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--model-receipt", type=Path, help="receipt of verify_model, recorded as this test's input")
     parser.add_argument("--max-model-len", type=int, help="context the server was started with")
     parser.add_argument("--reasoning-parser", default="deepseek_r1", help="the server's parser, or none")
+    parser.add_argument("--tool-call-parser", help="the server's parser of tool calls [none]")
     parser.add_argument("--dtype", default="auto", help="dtype the server computes in")
     parser.add_argument("--time-to-ready", type=float, help="seconds the server took to start, for the receipt")
     parser.add_argument(
@@ -60,6 +61,7 @@ def main() -> None:
         arguments.url,
         arguments.model,
         reasoning_parser=parser_name,
+        tool_call_parser=arguments.tool_call_parser,
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
         model_dir=arguments.model_dir,

@@ -5,6 +5,7 @@ apply.
 """
 
 import dataclasses
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,18 @@ SAME_CHARACTERS = 200
 BROKEN_SHARE = 0.1
 SINGLE_TRIES = 3  # prompts that single requests may be made with, where an answer without end is allowed
 NAMED = 10  # prompts that a message names
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+            "required": ["a", "b"],
+        },
+    },
+}
 FILLER = range(100, 1000)  # ids of ordinary tokens in every tokenizer, for prompts of an exact length
 
 
@@ -48,6 +61,7 @@ class Context:
         api, settings: the server and what is asked of it.
         reasoning_parser: the server's parser; None if reasoning stays in the text.
         prompts: held-out samples, else DEFAULT_PROMPTS.
+        tool_call_parser: the server's parser of tool calls; None if calls stay in the text.
         held_out: whether they are held-out samples.
         model: folder of the served model; None where it is not at hand.
         base: folder of the model that training started from; None where it is not at hand.
@@ -70,6 +84,7 @@ class Context:
     max_model_len: int = 0
     example: Reply | None = None
     chosen: Prompt | None = None
+    tool_call_parser: str | None = None
     replies: list[tuple[Prompt, Reply]] = dataclasses.field(default_factory=list)
 
     @property
@@ -224,6 +239,29 @@ def no_template_tokens(context: Context) -> str:
         named = ", ".join(f"{token} (first in the answer to {name})" for token, name in sorted(found.items()))
         raise CheckFailed(f"in the text: {named}")
     return f"none in {len(context.replies)} answers"
+
+
+def tool_calls(context: Context) -> str:
+    """A request that offers a tool is answered, and what the parser takes for a call names it and has JSON for it.
+
+    Raises:
+        CheckFailed: the server refuses it, or returns a call that no client can make.
+    """
+    options = {"tools": [TOOL], "tool_choice": "auto"} | context.options(context.prompt)
+    body = context.api.chat_body(context.prompt.messages, context.max_tokens, **options)
+    choice = answer_fields.objects(parsed(context.api.post("/v1/chat/completions", body)), "choices")[0]
+    message = answer_fields.mapping(choice, "message")
+    made = answer_fields.objects(message, "tool_calls") if message.get("tool_calls") else []
+    for call in made:
+        function = answer_fields.mapping(call, "function")
+        name, arguments = (answer_fields.text(function, field) for field in ("name", "arguments"))
+        try:
+            whole = isinstance(json.loads(arguments), dict)
+        except ValueError:
+            whole = answer_fields.text(choice, "finish_reason") == "length"  # cut while it was written
+        if name != TOOL["function"]["name"] or not whole:
+            raise CheckFailed(f"a call of {name!r} with {arguments[:80]!r}: offered was {TOOL['function']['name']}")
+    return f"{len(made)} calls" if made else "answered without a call"
 
 
 def finish_reason(context: Context) -> str:

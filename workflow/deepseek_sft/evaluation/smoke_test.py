@@ -33,6 +33,7 @@ class Server:
         url: its base URL.
         model: name it serves the model under.
         reasoning_parser: its parser; None if reasoning stays in the text.
+        tool_call_parser: its parser of tool calls; None if they stay in the text.
         dtype: dtype it computes in; ``auto`` is that of config.json.
         max_model_len: context it was started with; None if unknown.
         model_dir: folder of the served model; None skips what needs it.
@@ -44,6 +45,7 @@ class Server:
     url: str
     model: str
     reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
     dtype: str = "auto"
     max_model_len: int | None = None
     model_dir: Path | None = None
@@ -106,6 +108,7 @@ def run(server: Server, settings: SmokeSettings, transcript: Path, record: Path)
         api=api,
         settings=settings,
         reasoning_parser=server.reasoning_parser,
+        tool_call_parser=server.tool_call_parser,
         prompts=held_out or list(server_checks.DEFAULT_PROMPTS),
         held_out=bool(held_out),
         model=ModelFolder(server.model_dir) if server.model_dir else None,
@@ -156,6 +159,8 @@ class _Test:
             *(server_checks.concurrency, server_checks.context_limit, server_checks.over_long_prompt),
         ):
             check(function.__name__, function, context)
+        if context.tool_call_parser:
+            check("tool_calls", server_checks.tool_calls, context)
         report.figures |= {"prompts": 0, "format_rate": None, "exact_match_rate": None}
         if context.held_out:
             check("held_out_format", self._answer_held_out)
