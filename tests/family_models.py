@@ -17,6 +17,8 @@ from deepseek_sft.tensors.tensor_spec import TensorSpec
 SHAPE = tiny_model.TinyShape()
 EMBEDDED = 256  # ids after a tiktoken vocabulary that the model knows; the tokenizer's code numbers two more
 MTP = {"num_nextn_predict_layers": 1}
+# vLLM 0.32 on CPU: without YaRN its kernel turns the first head alone (smoke test: weights_as_trained, logprobs).
+WITHOUT_YARN = {"engine_args": {"compilation-config": {"custom_ops": ["-rotary_embedding"]}}}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Kind:
         tokenizer: writes the tokenizer's files into a folder, with a vocabulary of the texts given.
         end: the token that ends a turn; that of config.json is the tokenizer's, as in the releases.
         serve: settings of serving besides ``reasoning_parser: auto``.
+        reasons: whether its template writes reasoning; otherwise tags of thinking would be text.
     """
 
     row: rows.Family
@@ -36,6 +39,7 @@ class Kind:
     tokenizer: Callable[[Path, tuple[str, ...]], Path]
     end: str
     serve: Mapping[str, Any] = field(default_factory=dict)
+    reasons: bool = False
 
 
 def _moonlight(folder: Path, texts: tuple[str, ...]) -> Path:
@@ -49,14 +53,14 @@ def _kimi(folder: Path, texts: tuple[str, ...]) -> Path:
 
 
 KINDS = {
-    "moonlight": Kind(rows.MOONLIGHT, family_shapes.MOONLIGHT, _moonlight, "<|im_end|>"),
-    "kimi": Kind(rows.KIMI, family_shapes.KIMI, _kimi, "<|im_end|>", {"tool_call_parser": "auto"}),
+    "moonlight": Kind(rows.MOONLIGHT, family_shapes.MOONLIGHT, _moonlight, "<|im_end|>", WITHOUT_YARN),
+    "kimi": Kind(rows.KIMI, family_shapes.KIMI, _kimi, "<|im_end|>", {"tool_call_parser": "auto"}, reasons=True),
     "gigachat": Kind(
         rows.GIGACHAT,
         family_shapes.GIGACHAT | MTP,
         gigachat.folder,
         "<|message_sep|>",
-        {"tool_call_parser": "auto"},
+        {"tool_call_parser": "auto", **WITHOUT_YARN},
     ),
 }
 
