@@ -18,7 +18,7 @@ SHAPE = tiny_model.TinyShape()
 EMBEDDED = 256  # ids after a tiktoken vocabulary that the model knows; the tokenizer's code numbers two more
 MTP = {"num_nextn_predict_layers": 1}
 # vLLM 0.32 on CPU: without YaRN its kernel turns the first head alone (smoke test: weights_as_trained, logprobs).
-WITHOUT_YARN = {"engine_args": {"compilation-config": {"custom_ops": ["-rotary_embedding"]}}}
+WITHOUT_YARN = {"engine_args": {"compilation-config": {"custom_ops": ["all", "-rotary_embedding"]}}}
 
 
 @dataclass(frozen=True)
