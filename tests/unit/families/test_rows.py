@@ -75,6 +75,14 @@ def test_a_base_of_the_family_itself_is_served_without_its_code(bases, tmp_path,
         servable.link(open_model(bases[name]), tmp_path / "served")
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused_at_start(tmp_path):
+    base = family_models.write(tmp_path / "base", family_models.KINDS["moonlight"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
+    with pytest.raises(BadInputError, match=r"its tokenizer has \[PAD\] at 4255, config.json says vocab_size 4255"):
+        open_model(base)
+
+
 def test_code_beside_a_tokenizer_that_was_made_is_not_verified(made):
     base, folder = made("kimi")
     (folder / "modeling_deepseek.py").write_text("")

@@ -95,10 +95,14 @@ def companions(folder: Path) -> list[Path]:
     return found
 
 
-def check_companions(folder: Path) -> None:
+def check_companions(folder: Path, vocabulary: int) -> None:
     """
+    Args:
+        vocabulary: tokens that the model knows; a tokenizer made of ``tiktoken.model`` must not have more.
+
     Raises:
-        BadInputError: the tokenizer is missing, or a file cannot be read or is no JSON: said first, not after hours.
+        BadInputError: the tokenizer is missing or has more tokens, or a file cannot be read or is no JSON: said first,
+            not after hours.
     """
     for name in TOKENIZER_FILES:
         if not (folder / name).is_file() and not (
@@ -106,7 +110,14 @@ def check_companions(folder: Path) -> None:
         ):
             raise BadInputError(f"{folder} lacks {name}", "copy the release's tokenizer files into it")
     if tokenizer_files.vocabulary_file(folder).name == tokenizer_files.RANKS:
-        tokenizer_files.tokenizer_text(folder)
+        special = json_files.parse(tokenizer_files.tokenizer_text(folder).encode(), dict)["added_tokens"]
+        last = max(special, key=lambda token: token["id"])
+        if last["id"] >= vocabulary:
+            raise BadInputError(
+                f"{folder}: its tokenizer has {last['content']} at {last['id']}, "
+                f"config.json says vocab_size {vocabulary}",
+                "fetch tokenizer and config.json of one release",
+            )
     for path in companions(folder):
         files.refuse_pointer(path)
         if path.name.startswith(MUST_BE_JSON) and path.suffix == ".json" and not _is_json(path):
@@ -204,7 +215,7 @@ def open_model(folder: Path) -> BaseModel:
         if wrong:
             raise BadInputError(f"{folder / INDEX_NAME} and the files disagree about {_few(wrong)}", "fetch them again")
     tensors, groups = int4_groups.fold(tensors)
-    check_companions(folder)
+    check_companions(folder, config["vocab_size"])
     family = families.of(config)
     expected = family.tensor_specs(config)
     mtp = [name for name in tensors if family.is_mtp(config, name)]
