@@ -19,7 +19,7 @@ from project_copy import copy_of
 NOT_RUN = {
     "takes long": 4,
     "an excerpt": 1,
-    "needs a cluster": 2,
+    "needs a cluster": 3,
     "needs a finished experiment": 1,
     "needs a network": 3,
     "needs root": 1,

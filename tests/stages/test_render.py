@@ -1,61 +1,24 @@
 """What `render` shows is what would be submitted: golden files, and the plugin's own call of sbatch. About 40 s."""
 
-import os
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
-from project_copy import copy_of
+from render_site import Site
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-FAKE_SBATCH = """#!/bin/bash
-for word in "$@"; do printf '%s\\0' "$word"; done > {calls}
-exit 1
-"""
-
-
-class Site:
-    """A clone on a machine whose sbatch only notes how it is called; sinfo knows nothing, other programs fail."""
-
-    def __init__(self, project: Path, folder: Path):
-        self.clone, self.environment = copy_of(project, folder), (project / ".envs/workflow").resolve()
-        programs = folder / "programs"
-        programs.mkdir()
-        self.calls = folder / "calls"
-        (programs / "sbatch").write_text(FAKE_SBATCH.format(calls=self.calls))
-        (programs / "sbatch").chmod(0o755)
-        for name in ("sinfo", "sacctmgr", "sacct", "squeue", "scontrol", "sshare", "scancel"):
-            answer = {"sacctmgr": "echo project-7", "sinfo": "exit 0"}.get(name, "exit 1")
-            (programs / name).write_text(f"#!/bin/sh\n{answer}\n")
-            (programs / name).chmod(0o755)
-        self.variables = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
-        profile = self.clone / "profiles/slurm/config.yaml"
-        text = profile.read_text()
-        assert "# slurm_account: my-project" in text
-        profile.write_text(text.replace("# slurm_account: my-project", "slurm_account: project-7"))
-        (self.clone / "overlay.yaml").write_text(
-            "experiment: deepseek-r1-sft\ndata: {sources: [resources/demo/chats.jsonl]}\n"
-        )
-
-    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
-        command = [str(self.environment / "bin/snakemake"), "--profile", "profiles/slurm", *arguments]
-        command[1:1] = ["--configfile", "overlay.yaml"]
-        return subprocess.run(
-            command, cwd=self.clone, env=self.variables, capture_output=True, text=True, check=False, timeout=300
-        )
-
-    def plain(self, text: str) -> str:
-        """Text without what differs from machine to machine and from start to start."""
-        text = text.replace(str(self.clone), "PROJECT").replace(str(self.environment), "ENVIRONMENT")
-        text = re.sub(r"'[^']*snakemake-runtime-cache/[^']*'", "SOURCE-CACHE", text)
-        return text.replace("'PROJECT'", "PROJECT")
 
 
 @pytest.fixture(scope="module")
 def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     site = Site(project, tmp_path_factory.mktemp("render"))
+    profile = site.clone / "profiles/slurm/config.yaml"
+    text = profile.read_text()
+    assert "# slurm_account: my-project" in text
+    profile.write_text(text.replace("# slurm_account: my-project", "slurm_account: project-7"))
+    sources = "data: {sources: [resources/demo/chats.jsonl]}"
+    (site.clone / "overlay.yaml").write_text(f"experiment: deepseek-r1-sft\n{sources}\n")
     done = site.snakemake("--", "render")
     assert done.returncode == 0, done.stdout + done.stderr
     return site

@@ -17,7 +17,7 @@ IMPORTS: dict[str, set[str]] = {
     "evaluation": {"data", "serving", "settings"},
     "families": {"tensors"},
     "model": {"families", "tensors"},
-    "planning": {"convert", "data", "families", "slurm", "tensors"},
+    "planning": {"convert", "data", "families", "model", "slurm", "tensors"},
     "preflight": {"settings", "slurm", "tensors"},
     "report": {"cluster_jobs", "data", "training"},
     "serving": {"cluster_jobs", "convert", "families", "settings", "tensors"},

@@ -12,7 +12,7 @@ import yaml
 
 from deepseek_sft import config as configuration
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.planning import advice, gpu_models, load, remedies
+from deepseek_sft.planning import advice, gpu_models, load, plan_text, remedies
 from deepseek_sft.planning.training_resources import read_resources
 from deepseek_sft.settings import field_types
 from deepseek_sft.settings.plan import Plan
@@ -163,6 +163,32 @@ def test_every_named_gpu_is_in_the_schema_and_the_documentation():
 )
 def test_gpus_are_recognised_in_the_profiles_words(words, names):
     assert gpu_models.named_in(words) == names
+
+
+@pytest.mark.parametrize(
+    ("gpu", "mean_length", "kernel"),
+    [
+        ("a100-80gb", 8000, "torch varlen, padded values"),
+        ("h100", 8000, "sdpa, unpadded"),
+        ("h200", 1000, "torch varlen, padded values"),
+        ("b200", 8000, "torch varlen, padded values"),
+    ],
+)
+def test_plan_names_the_attention_kernel_that_training_will_choose(gpu, mean_length, kernel):
+    plan = planned(H200_SITE, plan={"gpu": gpu, "mean_length": mean_length}, data={"pack": True})
+    assert f"attention by {kernel} (train.attention: auto)" in plan_text.text(plan)
+
+
+def test_fp8_is_noted_where_a_gpu_has_no_arithmetic_for_it():
+    def notes(gpu: str, dtype: str) -> list[str]:
+        return [
+            note
+            for note in advice.notes(planned(A100_SITE, plan={"gpu": gpu}, convert={"dtype": dtype}))
+            if "Marlin" in note
+        ]
+
+    assert len(notes("a100-80gb", "fp8")) == 1
+    assert notes("a100-80gb", "bf16") == notes("h100", "fp8") == []
 
 
 def test_time_limited_partition_is_told_the_number_of_starts():

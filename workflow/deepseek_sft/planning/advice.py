@@ -3,7 +3,7 @@
 import re
 
 from .. import time_limits
-from . import duration
+from . import duration, gpu_kernels
 from .gpu_models import GPUS, named_in
 from .plan import MARGIN, Plan, longest_row_that_fits, node_has
 from .settings import GIB, MB
@@ -73,6 +73,8 @@ def _gpu_notes(plan: Plan) -> list[str]:
     chosen = cluster.gpu or (same[0] if len(same) == 1 else None)
     if chosen and GPUS[chosen].works != GPUS["h100"].works:
         found.append(f"{chosen}: {GPUS[chosen].works}")
+    if chosen and (note := gpu_kernels.served_dtype_note(chosen, GPUS[chosen], plan.served_dtype)):
+        found.append(note)
     return found
 
 

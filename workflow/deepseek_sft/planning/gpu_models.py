@@ -21,6 +21,7 @@ class Gpu:
         tflops: peak of dense BF16 matrix products, TFLOP/s.
         nvlink_gb_per_second: to the other GPUs of its node, each direction.
         pcie_gb_per_second: to its host, each direction.
+        capability: compute capability.
         works: what is different on it.
     """
 
@@ -28,17 +29,23 @@ class Gpu:
     tflops: float
     nvlink_gb_per_second: float
     pcie_gb_per_second: float
+    capability: tuple[int, int]
     works: str
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether it has FP8 arithmetic (Ada and Hopper on)."""
+        return self.capability >= (8, 9)
 
 
 GPUS = {
-    "a100-40gb": Gpu(39.4, 312, 300, 31.5, LOOP),
-    "a100-80gb": Gpu(79.1, 312, 300, 31.5, LOOP),
-    "h100": Gpu(79.1, 989, 450, 63, GROUPED),
-    "h800": Gpu(79.1, 989, 200, 63, GROUPED),
-    "h20": Gpu(95.0, 148, 450, 63, GROUPED),
-    "h200": Gpu(139.7, 989, 450, 63, GROUPED),
-    "b200": Gpu(178.3, 2250, 900, 63, f"{GROUPED}; needs a CUDA 12.8 build or later of every package"),
+    "a100-40gb": Gpu(39.4, 312, 300, 31.5, (8, 0), LOOP),
+    "a100-80gb": Gpu(79.1, 312, 300, 31.5, (8, 0), LOOP),
+    "h100": Gpu(79.1, 989, 450, 63, (9, 0), GROUPED),
+    "h800": Gpu(79.1, 989, 200, 63, (9, 0), GROUPED),
+    "h20": Gpu(95.0, 148, 450, 63, (9, 0), GROUPED),
+    "h200": Gpu(139.7, 989, 450, 63, (9, 0), GROUPED),
+    "b200": Gpu(178.3, 2250, 900, 63, (10, 0), f"{GROUPED}; needs a CUDA 12.8 build or later of every package"),
 }
 WORDS = re.compile(r"(a100|h100|h800|h200|h20|b200)", re.IGNORECASE)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import time_limits
-from . import alternatives, duration, gate, host_memory
+from . import alternatives, duration, gate, gpu_kernels, host_memory
 from . import plan as planning
 from .advice import notes, profile_lines
 from .device_memory import tokens_per_rank
@@ -57,7 +57,12 @@ def _gpu(plan: Plan) -> list[str]:
     if not cluster.gpu:
         return []
     memory = show(cluster.gpu_bytes, "B")
-    return [f"gpu       {cluster.gpu}: {cluster.gpu_tflops:g} TFLOP/s BF16, {memory}; {GPUS[cluster.gpu].works}"]
+    gpu = GPUS[cluster.gpu]
+    kernel = gpu_kernels.attention(gpu, plan.model, plan.samples)
+    return [
+        f"gpu       {cluster.gpu}: {cluster.gpu_tflops:g} TFLOP/s BF16, {memory}; {gpu.works}",
+        f"          attention by {kernel} (train.attention: auto)",
+    ]
 
 
 def figures(plan: Plan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .settings import Needs
 LEAST_DRIVER = {12: 525, 13: 580}
 LEAST_CAPABILITY = {12: (5, 0), 13: (7, 5)}
 BFLOAT16 = (8, 0)
-AMPERE = "works without grouped products of experts and without cuDNN's unpadded attention; FP8 is not served"
+AMPERE = "works without grouped products of experts and without cuDNN's unpadded attention; no FP8 arithmetic"
 
 
 def built_for(folder: Path | None = None) -> int | None:
