@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_sft import rule_settings
-from deepseek_sft.errors import BadInputError
+from deepseek_sft.errors import BadInputError, GateError
 from deepseek_sft.experiment import Experiment
 from deepseek_sft.slurm.sbatch import Allocation
 
@@ -234,6 +234,33 @@ def test_published_shape_fits():
 def test_shape_that_cannot_work_is_refused(train, serve, words):
     with pytest.raises(BadInputError, match=words):
         production().check_shapes({"train": train, "smoke_test": serve})
+
+
+def test_replicas_are_spread_over_the_nodes_of_the_profile():
+    replicas = production(pipeline_parallel_size=1, data_parallel_size=4, expert_parallel=True)
+    replicas.check_shapes({"smoke_test": Allocation(nodes=4, gres="gpu:8")})
+    with pytest.raises(BadInputError, match=r"data_parallel_size 4 = 32 cannot be spread evenly over the 3 nodes"):
+        replicas.check_shapes({"smoke_test": Allocation(nodes=3, gres="gpu:8")})
+    with pytest.raises(BadInputError, match=r"smoke_test: nodes: 4 in the profile"):
+        replicas.check_shapes({"smoke_test": Allocation(nodes=2, gres="gpu:8")})
+    with pytest.raises(BadInputError, match="with whole replicas of 8 on a node or whole nodes for each"):
+        production(pipeline_parallel_size=1, data_parallel_size=3).check_shapes(
+            {"smoke_test": Allocation(nodes=2, gres="gpu:16")}
+        )
+
+
+def test_a_deployment_that_the_gpus_cannot_hold_is_refused_before_training():
+    def deployed(**serve) -> Experiment:
+        experiment = production(**serve)
+        experiment.config["plan"]["model"] = "deepseek-r1"
+        return experiment
+
+    deployed().check_deployment(Allocation(nodes=4, gres="gpu:8"))
+    small = deployed(pipeline_parallel_size=2)
+    with pytest.raises(GateError, match="and vLLM may use"):
+        small.check_deployment(Allocation(nodes=2, gres="gpu:8"))
+    small.config["plan"]["on_misfit"] = "warn"
+    small.check_deployment(Allocation(nodes=2, gres="gpu:8"))
 
 
 def test_a_preflight_job_that_ends_before_its_measurement_is_refused_with_the_minutes_it_needs():

@@ -18,11 +18,13 @@ from . import environments, expert_shards, files, place, receipts, rule_settings
 from .data.sources import split_argument
 from .data.tokens import made_unpacked
 from .errors import BadInputError
-from .planning import gate
+from .planning import deployment, gate
 from .planning import load as planning
 from .planning.plan import Plan
-from .planning.settings import COUNTED
+from .planning.settings import COUNTED, GIB
 from .planning.training_resources import read_resources
+from .settings import reading
+from .settings.serve import Serve
 from .slurm.sbatch import Allocation
 
 
@@ -113,11 +115,33 @@ class Experiment:
         """
         receipt = Path(self.results, "receipts", "tokenize_data.json")
         tokens = receipts.read(receipt, "tokenize_data", COUNTED) if tokens_are_current and receipt.exists() else None
-        plan = planning.from_config(self.config, read_resources(resources), tokens, node_mb)
+        plan = planning.from_config(self.config, read_resources(resources), tokens, node_mb, self.served())
         gate.check_possible(plan)
         gate.stop_unless_it_fits(plan, self.config["plan"]["on_misfit"])
         gate.check_limits(plan, self.config["train"]["hang_minutes"], self.config["plan"]["on_misfit"])
         return plan
+
+    def served(self) -> Serve:
+        """How the model is served."""
+        return reading.parse(Serve, self.config["serve"], "serve")
+
+    def check_deployment(self, allocation: Allocation) -> None:
+        """Hold the deployment against the model and its GPUs, before any job starts.
+
+        Args:
+            allocation: of the rule smoke_test.
+
+        Raises:
+            GateError: vLLM could not start so, and the configuration does not say to go on.
+        """
+        config, gpus = self.config, allocation.gpus_per_node()
+        base = config["model"]["base"]
+        there = config["model"]["tiny"] or config["plan"]["model"] or (base and Path(base, "config.json").is_file())
+        if config["accelerator"] == "cpu" or not gpus or not there:
+            return
+        memory = config["plan"]["gpu_memory_gib"] * GIB
+        found = deployment.plan(planning.model_of(config), self.served(), config["convert"]["dtype"], memory, gpus)
+        gate.check_deployment(found, config["plan"]["on_misfit"])
 
     def render_arguments(self, rule: str) -> str:
         """Arguments of render_sbatch.py that say where things lie and what runs them."""

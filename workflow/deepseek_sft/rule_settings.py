@@ -76,7 +76,9 @@ def _unless(values: dict[str, Any], key: str, usual: Any) -> list[Any]:
 
 def _plan(experiment: "Experiment") -> Values:
     (train, others) = _refine_plan(experiment)
-    return others | train, {"train": others["train"]}
+    # Served sizes are told in the plan, and make none again: params of begun experiments stay.
+    serve = others.pop("serve")
+    return others | train, {"train": others["train"], "serve": serve}
 
 
 def _refine_plan(experiment: "Experiment") -> Values:
@@ -92,6 +94,7 @@ def _refine_plan(experiment: "Experiment") -> Values:
         "convert": {"dtype": config["convert"]["dtype"]},
         "plan": configuration.settled("plan", config),
         "train": {key: steering[key] for key in used if key in steering},
+        "serve": config["serve"],
     }
     return {"train": {key: shaping[key] for key in used if key in shaping} | _other_engine(config)}, others
 

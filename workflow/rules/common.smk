@@ -299,6 +299,8 @@ def check_before_start(workflow):
         line = submission_preview.options if submission_preview.is_previewed(workflow) else None
         for warning in job_resources.check_allocations(workflow, rules, line):
             TERMINAL.warn(warning)
+        if rules & set(stages.run_by("serve")):
+            EXPERIMENT.check_deployment(job_resources.allocations(workflow)["smoke_test"])
         if rules & {"prepare_model", "train", "rehearse"}:
             resources = json_files.parse(resources_of_training(None))
             train = job_resources.allocations(workflow).get("train")

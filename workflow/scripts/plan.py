@@ -29,6 +29,7 @@ from deepseek_sft.settings import reading
 from deepseek_sft.settings.convert import Convert
 from deepseek_sft.settings.model import Model
 from deepseek_sft.settings.plan import Plan
+from deepseek_sft.settings.serve import Serve
 from deepseek_sft.settings.train import Train
 from deepseek_sft.site import questions
 
@@ -105,7 +106,8 @@ def main() -> None:
     node_mb = (
         questions.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
     )
-    plan = load.from_config(settings, resources, tokens, node_mb)
+    serve = reading.parse(Serve, settings["serve"], "serve") if "serve" in settings else None
+    plan = load.from_config(settings, resources, tokens, node_mb, serve)
     gate.check_possible(plan)
     if args.sweep and args.fit:
         raise BadInputError("--sweep and --fit are two questions", "ask one at a time")

@@ -32,7 +32,10 @@ def main() -> int:
     parser.add_argument("--settings", type=Path, required=True, help="serve/settings.json, rendered from the config")
     parser.add_argument("--run-dir", type=Path, help="folder of this deployment, shared by the nodes")
     parser.add_argument(
-        "--show-commands", type=int, metavar="NODES", help="start nothing: print what NODES nodes would run"
+        "--show-commands",
+        type=int,
+        metavar="NODES",
+        help="start nothing: print what NODES nodes would run, with --smoke-test for it",
     )
     parser.add_argument("--smoke-test", type=Path, help="test the API, write this receipt, and end")
     parser.add_argument(
@@ -48,7 +51,8 @@ def main() -> int:
         raise BadInputError(f"{arguments.model_receipt} names no model folder with a config.json under `model`")
     settings = parsers.settled(settings, Path(model))
     if arguments.show_commands:
-        print(listing(settings, arguments.show_commands, model, versions.installed()), end="")
+        shown = settings if arguments.smoke_test else settings.lasting
+        print(listing(shown, arguments.show_commands, model, versions.installed()), end="")
         return 0
     transcript = arguments.transcript or arguments.run_dir.parent / "transcript.jsonl"
     if arguments.smoke_test and os.environ.get("SLURM_NODEID", "0") == "0":

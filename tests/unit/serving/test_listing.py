@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.serving import settings
@@ -26,8 +27,16 @@ SHAPES = {
     "fp8-2x8": (2, {"tensor_parallel_size": 8, "pipeline_parallel_size": 2} | GPU),
     "cpu-1": (1, CPU),
 }
+# Replicas of attention whose experts lie on all GPUs: for throughput. vLLM's own mode alone.
+REPLICAS = {
+    "fp8-2x8-dp16": (2, {"data_parallel_size": 16, "expert_parallel": True} | GPU),
+    "bf16-4x8-dp4": (4, {"tensor_parallel_size": 8, "data_parallel_size": 4, "expert_parallel": True} | GPU),
+    "16b-1x8-dp8": (1, {"data_parallel_size": 8, "expert_parallel": True, "load_format": "fastsafetensors"} | GPU),
+}
 BACKENDS = field_types.keys(Serve)["backend"].choices
 CASES = {f"{shape}.{backend}": (shape, backend) for shape in SHAPES for backend in BACKENDS}
+CASES |= {f"{shape}.native": (shape, "native") for shape in REPLICAS}
+SHAPES |= REPLICAS
 
 
 def shown(case: str) -> str:
@@ -38,7 +47,7 @@ def shown(case: str) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_commands_of_every_node_equal_their_golden_file(case):
-    """A wanted change: write them anew with `python tests/unit/serving/test_listing.py` and read the difference."""
+    """A wanted change: `PYTHONPATH=workflow python tests/unit/serving/test_listing.py`, then read the difference."""
     assert shown(case) == (GOLDEN / f"serving.{case}.txt").read_text()
 
 
@@ -46,10 +55,17 @@ def test_commands_of_every_node_equal_their_golden_file(case):
 def test_ranks_on_all_nodes_are_the_models_parts(case):
     nodes, given = SHAPES[CASES[case][0]]
     text = shown(case)
-    world = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
+    world = settings.parse(given).ranks
     if CASES[case][1] == "ray":
         assert text.count(f"--num-gpus={world // nodes} ") == min(nodes, 2)
     assert text.count("vllm serve ") == (1 if CASES[case][1] == "ray" else min(nodes, 2))
+
+
+def test_a_lasting_deployment_has_no_limit_that_only_the_smoke_test_needs():
+    config = yaml.safe_load((GOLDEN.parents[1] / "config/config.yaml").read_text())["serve"]
+    tested = settings.parse(config)
+    assert "--max-num-batched-tokens 2048" in listing(tested, 4, "model", VERSION)
+    assert "max-num-batched-tokens" not in listing(tested.lasting, 4, "model", VERSION)
 
 
 def test_settings_that_do_not_fit_the_nodes_are_refused():

@@ -23,7 +23,9 @@ def options(place: vllm_commands.Place, backend: str, version: versions.Version 
     given = settings.parse(
         {"backend": backend, "pipeline_parallel_size": 2, "trust_remote_code": True, "engine_args": engine_args}
     )
-    words = vllm_commands.serve_command("vllm", "/m", given, place, host="h", port=1, master_port=2, version=version)
+    words = vllm_commands.serve_command(
+        "vllm", "/m", given, place, host="h", port=1, master_port=2, rpc_port=3, version=version
+    )
     return [word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")]
 
 
@@ -57,6 +59,17 @@ def test_versions_without_native_nodes_say_so_and_serve_one_node(version):
     with pytest.raises(BadInputError, match=r"no multi-node mode of its own \(it came with 0\.11\.1\)") as raised:
         options(HEAD, "native", version)
     assert "serve.backend: ray" in raised.value.fix
+
+
+def test_replicas_over_nodes_want_a_version_whose_source_was_read():
+    given = settings.parse({"data_parallel_size": 2})
+    older = [version for version in RECORDED if versions.NATIVE_NODES <= version < versions.REPLICAS_OVER_NODES]
+    assert older
+    for version in older:
+        with pytest.raises(BadInputError, match="does not place data-parallel replicas over nodes"):
+            vllm_commands.serve_command(
+                "vllm", "/m", given, HEAD, host="h", port=1, master_port=2, rpc_port=3, version=version
+            )
 
 
 def test_reasoning_is_switched_on_where_the_parser_alone_does_not():

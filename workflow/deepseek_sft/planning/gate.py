@@ -5,6 +5,7 @@ from ..cli import say
 from ..errors import BadInputError, GateError
 from . import alternatives, duration
 from .advice import profile_lines
+from .deployment import Deployment
 from .plan import MISFIT, Plan
 from .remedies import for_the_disk, remedies
 
@@ -56,6 +57,18 @@ def stop_unless_it_fits(plan: Plan, on_misfit: str) -> None:
         say(f"warning: the plan does not fit: {plan.exceeded}")
         return
     raise GateError(f"the plan does not fit: {plan.exceeded}", "\n       ".join([*ways_out(plan), ANYWAY]))
+
+
+def check_deployment(found: Deployment, on_misfit: str) -> None:
+    """Raises GateError where vLLM could not start so; with ``warn`` a warning is enough."""
+    if not found.problems:
+        return
+    told = "; ".join(found.problems)
+    if on_misfit == "warn":
+        say(f"warning: {told}")
+        return
+    ways = "other sizes below `serve` (docs/serving.md has a table), more GPUs for smoke_test, or convert: {dtype: fp8}"
+    raise GateError(told, f"{ways}\n       {ANYWAY}")
 
 
 ANYWAY = "to go on all the same, plan.on_misfit: warn"

@@ -23,5 +23,6 @@ def served_dtype_note(name: str, gpu: Gpu, served_dtype: str) -> str:
         return ""
     return (
         f"convert.dtype: fp8 on {name}, which has no FP8 arithmetic: vLLM 0.32 keeps such weights in FP8 and "
-        "multiplies in BF16 (Marlin kernels, by its source; not run); convert: {dtype: bf16} is the sure way, on twice the GPUs"
+        "multiplies in BF16 (Marlin kernels, by its source; not run); convert: {dtype: bf16} is the sure way, on twice "
+        "the GPUs"
     )

@@ -1,5 +1,6 @@
 """A plan from a resolved configuration, the profile's resources and, once counted, the tokens."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from .. import families
 from ..convert import tiny_model
 from ..families import cut
+from . import deployment
 from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
@@ -54,6 +56,7 @@ def from_config(
     resources: dict[str, Any],
     tokens: dict[str, Any] | None = None,
     node_mb: int | None = None,
+    serve: deployment.Served | None = None,
 ) -> planning.Plan:
     """Plan an experiment.
 
@@ -62,12 +65,17 @@ def from_config(
         resources: what the profile gives to ``train``: nodes, gpus_per_node, mem_mb, runtime, signal_lead_s.
         tokens: receipt of tokenize_data, or None for an estimate.
         node_mb: memory of a node as Slurm says it; None where it does not.
+        serve: how the model is served; None plans no deployment.
 
     Raises:
         BadInputError: what is missing to plan.
     """
     samples = Samples.counted(tokens) if tokens else Samples.estimated(config)
     cluster = Cluster.from_config(config, resources, free_bytes(config["results"]), node_mb)
-    model = model_of(config)
+    model, dtype = model_of(config), config["convert"]["dtype"]
     training = Training.from_config(config["train"], config["plan"], model.config).for_rows(samples)
-    return planning.make(model, training, samples, cluster, config["convert"]["dtype"])
+    found = planning.make(model, training, samples, cluster, dtype)
+    if serve is None or cluster.gpu_bytes is None:
+        return found
+    served = deployment.plan(model, serve, dtype, cluster.gpu_bytes, cluster.ranks_per_node)
+    return dataclasses.replace(found, deployment=served)

@@ -5,6 +5,7 @@ from typing import Any
 
 from . import device_memory, disk, duration, host_memory
 from .counting import Model
+from .deployment import Deployment
 from .device_memory import Peak
 from .duration import Duration
 from .settings import MB, Cluster, Samples, Training
@@ -44,7 +45,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as planned."""
+    """A run as planned, and how its model is served; None where that is not planned, as on CPU."""
 
     model: Model
     training: Training
@@ -56,6 +57,7 @@ class Plan:
     checkpoint: float
     duration: Duration
     served_dtype: str
+    deployment: Deployment | None = None
 
     @property
     def device_bytes(self) -> float:

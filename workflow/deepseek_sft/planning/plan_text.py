@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import time_limits
-from . import alternatives, duration, gate, gpu_kernels, host_memory
+from . import alternatives, deployment, duration, gate, gpu_kernels, host_memory
 from . import plan as planning
 from .advice import notes, profile_lines
 from .device_memory import tokens_per_rank
@@ -39,10 +39,12 @@ def text(plan: Plan, explain: bool = False, hang_minutes: dict[str, float | None
         "",
         *_time(plan),
         *_limits_of_time(plan, hang_minutes),
+        *_deployment(plan),
     ]
     if explain:
         lines += ["", *_explained(plan)]
     refused = [f"refused at start: {what}; fix: {fix}" for what, fix in gate.limit_problems(plan, hang_minutes)]
+    refused += [f"refused at start: {what}" for what in (plan.deployment.problems if plan.deployment else ())]
     if found := [*refused, *notes(plan)]:
         lines += ["", *(f"note: {line}" for line in found)]
     if found := recommend(plan):
@@ -65,9 +67,14 @@ def _gpu(plan: Plan) -> list[str]:
     ]
 
 
+def _deployment(plan: Plan) -> list[str]:
+    return deployment.lines(plan.deployment, plan.cluster.storage_gb_per_second) if plan.deployment else []
+
+
 def figures(plan: Plan) -> dict[str, Any]:
     """What the receipt and ``--json`` say: what is counted, and what is advised."""
-    return planning.figures(plan) | {"profile_lines": profile_lines(plan), "notes": notes(plan)}
+    found = planning.figures(plan) | {"profile_lines": profile_lines(plan), "notes": notes(plan)}
+    return found | ({"deployment": deployment.figures(plan.deployment)} if plan.deployment else {})
 
 
 def verdict(plan: Plan) -> str:
@@ -165,6 +172,9 @@ def _explained(plan: Plan) -> list[str]:
     for peak in plan.peaks:
         lines += ["", *_table(f"memory of a rank: {peak.moment}", peak.terms)]
     lines += ["", *_table("host memory of a node", plan.host), *_estimator(plan)]
+    if plan.deployment:
+        lines += ["", *_table("served: weights of a GPU", plan.deployment.weights)]
+        lines += ["", *_table("served: beside weights and KV cache", plan.deployment.working)]
     lines += ["", *_table("disk", plan.disk), "", *_table("traffic", [found.traffic], summed=False)]
     parts = [*found.parts, *([found.step] if found.step else []), *([found.run] if found.run else [])]
     if parts:

@@ -7,9 +7,10 @@ from . import versions, vllm_commands
 from .settings import ServeSettings
 
 TEMPORARY = Path("/tmp/serve-XXXXXXXX")
+CACHES = Path("/tmp/deepseek-sft-UID/serve")
 # Words instead of the numbers that are chosen when it starts.
 RAY_PORTS = {"gcs_port": "GCS_PORT", "agent_port": "AGENT_PORT", "client_port": "CLIENT_PORT"}
-API_PORTS = {"host": "HOST", "port": "PORT", "master_port": "MASTER_PORT"}
+API_PORTS = {"host": "HOST", "port": "PORT", "master_port": "MASTER_PORT", "rpc_port": "RPC_PORT"}
 
 
 def listing(settings: ServeSettings, nodes: int, model: str, version: versions.Version | None) -> str:
@@ -26,7 +27,7 @@ def listing(settings: ServeSettings, nodes: int, model: str, version: versions.V
         place = vllm_commands.Place(rank, nodes, f"ADDRESS_{rank}", f"INTERFACE_{rank}", "ADDRESS_0")
         ray = (RAY_PORTS["gcs_port"], "SECRET") if settings.backend == "ray" else None
         key = "SECRET" if rank == 0 else ""
-        environment = vllm_commands.environment({}, settings, place, TEMPORARY, ray=ray, api_key=key)
+        environment = vllm_commands.environment({}, settings, place, TEMPORARY, CACHES, ray=ray, api_key=key)
         lines = [f"# node {rank}{' (head)' if rank == 0 else ''}" + (f" of {nodes}" if nodes > 1 else "")]
         lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
         if ray:

@@ -18,7 +18,17 @@ from .. import files, secrets_file
 from ..cli import say
 from ..errors import CrashError, StageError, StoppedError
 from ..python_path import with_library
-from . import api_keys, lasting_endpoint, model_folder, node_addresses, node_channel, processes, versions, vllm_commands
+from . import (
+    api_keys,
+    caches,
+    lasting_endpoint,
+    model_folder,
+    node_addresses,
+    node_channel,
+    processes,
+    versions,
+    vllm_commands,
+)
 from .failures import NodeFailure, StopRequest
 from .server_logs import Progress
 from .settings import ServeSettings
@@ -51,7 +61,7 @@ class Node:
         programs: Programs,
         checks: Callable[[str, float, list[str]], list[str]] | None = None,
     ):
-        self.settings = settings
+        self.settings = settings if checks else settings.lasting
         self.model = model
         self.run_dir = run_dir
         self.programs = programs
@@ -106,7 +116,7 @@ class Node:
             watch.wait(lambda: len(watch.channel.hellos) == watch.nodes - 1, JOIN_TIMEOUT_S, self._missing_nodes)
         self._check_before_start()
         host, reach, api_port = self._api_address(address)
-        master_port, gcs_port = node_addresses.free_ports(address, 2)
+        master_port, gcs_port, rpc_port = node_addresses.free_ports(address, 3)
         ray_token = secrets.token_hex(32)
         environment = self._environment(folder, gcs_port, ray_token)
         if settings.backend == "ray":
@@ -115,11 +125,11 @@ class Node:
                 lambda: node_addresses.is_open(address, gcs_port), JOIN_TIMEOUT_S, lambda: "waiting for Ray's head"
             )
         if watch.channel:
-            ports = {"master_port": master_port, "gcs_port": gcs_port}
+            ports = {"master_port": master_port, "gcs_port": gcs_port, "rpc_port": rpc_port}
             watch.channel.broadcast({"event": "start", "ray_token": ray_token} | ports)
         if settings.backend == "ray":
             self._wait_for_ray(environment, gcs_port)
-        self._start_vllm(environment, host, api_port, master_port)
+        self._start_vllm(environment, host, api_port, (master_port, rpc_port))
         self._wait_until_ready(reach, api_port)
         ready = time.monotonic() - self.started
         url = f"http://{reach}:{api_port}"
@@ -137,12 +147,12 @@ class Node:
         self._check_before_start()
         # No deadline of its own from here on: the head has them all, and its end is noticed.
         watch.wait(lambda: watch.start_message is not None, None, lambda: "waiting for the other nodes")
-        master_port, gcs_port = watch.start_message["master_port"], watch.start_message["gcs_port"]
+        master_port, gcs_port, rpc_port = (watch.start_message[f"{name}_port"] for name in ("master", "gcs", "rpc"))
         environment = self._environment(folder, gcs_port, watch.start_message["ray_token"])
         if self.settings.backend == "ray":
             self._start_ray(folder, environment, gcs_port)
         else:
-            self._start_vllm(environment, "", 0, master_port)
+            self._start_vllm(environment, "", 0, (master_port, rpc_port))
         watch.wait(lambda: watch.ready, None, None)
         self._record_processes()
         watch.wait(lambda: False, None, None)
@@ -231,11 +241,13 @@ class Node:
         ray = (gcs_port, ray_token) if self.settings.backend == "ray" else None
         inherited = dict(os.environ)
         own = secrets_file.read(Path(self.settings.secrets_file)) if self.settings.secrets_file else {}
-        return (
-            vllm_commands.environment(inherited, self.settings, self.place, folder, ray=ray, api_key=self.api_key) | own
+        kept = caches.folder(folder)
+        found = vllm_commands.environment(
+            inherited, self.settings, self.place, folder, kept, ray=ray, api_key=self.api_key
         )
+        return found | own
 
-    def _start_vllm(self, environment: dict[str, str], host: str, port: int, master_port: int) -> None:
+    def _start_vllm(self, environment: dict[str, str], host: str, port: int, of_head: tuple[int, int]) -> None:
         command = vllm_commands.serve_command(
             self.programs.vllm,
             self.model,
@@ -243,7 +255,8 @@ class Node:
             self.place,
             host=host,
             port=port,
-            master_port=master_port,
+            master_port=of_head[0],
+            rpc_port=of_head[1],
             version=versions.installed(),
         )
         self.watch.start("vllm", command, environment)

@@ -4,6 +4,7 @@ The keys stand in ``settings/serve.py`` and ``settings/smoke_test.py``; a file t
 the configuration is.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,28 @@ class ServeSettings(Serve):
     """Of its test."""
 
     @property
-    def world_size(self) -> int:
-        """Processes that hold a part of the model."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+    def lasting(self) -> "ServeSettings":
+        """Settings of a deployment that is not tested: with its own flags."""
+        return dataclasses.replace(self, engine_args=self.deployment_flags, deployment_engine_args={})
 
     def local_world_size(self, nodes: int) -> int:
-        """Such processes per node.
+        """Processes of a node that hold a part of the model.
 
         Raises:
             BadInputError: they cannot be spread evenly.
         """
-        if self.world_size % nodes:
+        if self.splits(nodes):
+            return self.ranks // nodes
+        if self.ranks % nodes:
             raise BadInputError(
-                f"serve: tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
-                f"{self.pipeline_parallel_size} = {self.world_size} processes do not spread evenly over {nodes} nodes",
-                "change these two, or `nodes` of the rule smoke_test in the profile, so that nodes divides the product",
+                f"serve: {self.sizes} processes do not spread evenly over {nodes} nodes",
+                "change these sizes, or `nodes` of the rule smoke_test in the profile, so that it divides the product",
             )
-        return self.world_size // nodes
+        raise BadInputError(
+            f"serve: {self.sizes}: {self.ranks // nodes} processes a node hold no whole number of replicas of "
+            f"{self.ranks_per_replica}, nor a replica whole nodes",
+            "change these sizes, or `nodes` of the rule smoke_test in the profile",
+        )
 
 
 def read(path: Path) -> ServeSettings:

@@ -15,6 +15,9 @@ Version = tuple[int, ...]
 PARSER_IMPLIES_REASONING = (0, 9)  # --enable-reasoning is needed before, deprecated here, gone in 0.10
 ENABLE_LOG_REQUESTS = (0, 10, 1)  # --enable-log-requests replaces --disable-log-requests; silence is the new default
 NATIVE_NODES = (0, 11, 1)  # --nnodes, --node-rank, --master-addr, --master-port
+# Read in 0.32's source; 0.12 lacks the first, and 0.13 to 0.31 were not looked at.
+DISTRIBUTED_TIMEOUT = (0, 32)  # --distributed-timeout-seconds, --cpu-distributed-timeout-seconds
+REPLICAS_OVER_NODES = (0, 32)  # each node's share of --data-parallel-size follows from --nnodes
 
 
 def installed() -> Version | None:
@@ -55,6 +58,15 @@ def adapt(flags: dict[str, Any], version: Version | None) -> dict[str, Any]:
             f"vLLM {_text(version)} has no multi-node mode of its own (it came with {_text(NATIVE_NODES)})",
             "set serve.backend: ray, or install a newer vLLM",
         )
+    if flags.get("nnodes") and flags.get("data-parallel-size") and not _has(REPLICAS_OVER_NODES, version):
+        raise BadInputError(
+            f"vLLM {_text(version)} does not place data-parallel replicas over nodes by itself, as "
+            f"{_text(REPLICAS_OVER_NODES)} does",
+            "set serve.data_parallel_size: 1, or install a newer vLLM",
+        )
+    if not _has(DISTRIBUTED_TIMEOUT, version):
+        for name in ("distributed-timeout-seconds", "cpu-distributed-timeout-seconds"):
+            flags.pop(name, None)
     return flags
 
 

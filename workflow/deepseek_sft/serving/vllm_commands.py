@@ -12,6 +12,14 @@ from . import versions
 from .settings import ServeSettings
 
 RAY_OBJECT_STORE_BYTES = 256 << 20  # vLLM moves tensors itself; Ray's default would take 30 % of the node's memory
+# Variable → folder of what is compiled at a start. Their defaults lie below $HOME, where a quota is and all ranks write
+# at once; DeepGEMM's and torch.compile's lie below vLLM's.
+CACHES = {
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "CUDA_CACHE_PATH": "cuda",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,7 @@ def serve_command(
     host: str,
     port: int,
     master_port: int,
+    rpc_port: int,
     version: versions.Version | None = None,
 ) -> list[str]:
     """``vllm serve`` for this node: the API server on the head, a headless engine elsewhere.
@@ -72,6 +81,7 @@ def serve_command(
         vllm: the program.
         host, port: where the API listens; used on the head only.
         master_port: port of the head for vLLM's process group (native backend over several nodes).
+        rpc_port: port of the head at which replicas on other nodes report.
         version: installed vLLM; None means current.
 
     Raises:
@@ -82,6 +92,12 @@ def serve_command(
         "max-model-len": settings.max_model_len,
         "tensor-parallel-size": settings.tensor_parallel_size,
         "pipeline-parallel-size": settings.pipeline_parallel_size,
+        "data-parallel-size": settings.replicas if settings.replicas > 1 else None,
+        "enable-expert-parallel": True if settings.expert_parallel else None,
+        "load-format": settings.load_format if settings.load_format != "auto" else None,
+        # Their defaults of 600 s (NCCL) and 1800 s (Gloo) would end nodes that wait for slower ones to load.
+        "distributed-timeout-seconds": int(settings.distributed_timeout_s or settings.ready_timeout_s),
+        "cpu-distributed-timeout-seconds": int(settings.distributed_timeout_s or settings.ready_timeout_s),
         "dtype": settings.dtype,
         "reasoning-parser": settings.reasoning_parser,
         "tool-call-parser": settings.tool_call_parser,
@@ -99,11 +115,13 @@ def serve_command(
             "master-addr": place.head,
             "master-port": master_port,
         }
+        if settings.replicas > 1:
+            flags["data-parallel-rpc-port"] = rpc_port  # else a fixed one, for all deployments
     if place.rank == 0:
         flags |= {"host": host, "port": port}
     else:
         flags["headless"] = True
-    flags |= settings.flags
+    flags = {name: value for name, value in flags.items() if value is not None} | settings.flags
     return [vllm, "serve", str(model), *as_arguments(versions.adapt(flags, version))]
 
 
@@ -165,6 +183,7 @@ def environment(
     settings: ServeSettings,
     place: Place,
     folder: Path,
+    caches: Path,
     *,
     ray: tuple[int, str] | None = None,
     api_key: str = "",
@@ -174,6 +193,7 @@ def environment(
     Args:
         inherited: this process's environment.
         folder: node-local folder for sockets and temporary files.
+        caches: node-local folder for what is compiled; a variable that is set already stays.
         ray: with backend ray, its port on the head and a secret; without one, whoever reaches that port could run code.
         api_key: what clients must send; empty lets everyone in.
     """
@@ -201,4 +221,5 @@ def environment(
     if api_key:
         # A flag would show it to every user of the node. The second name is what `vllm bench` and OpenAI's client read.
         ours |= {"VLLM_API_KEY": api_key, "OPENAI_API_KEY": api_key}
-    return inherited | ours | settings.variables
+    kept = {name: str(caches / place) for name, place in CACHES.items() if name not in inherited}
+    return inherited | kept | ours | settings.variables
