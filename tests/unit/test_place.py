@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_sft import place
+from deepseek_sft import place, starting
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.slurm import nodes
 
@@ -66,6 +66,40 @@ def test_folder_of_another_user_is_named_with_its_owner_and_two_ways_out(shared,
     for folder in (shared, shared / "results"):
         folder.chmod(0o777)
     assert as_nobody(shared, python, "-c", code, str(shared / "package")).stdout == ""
+
+
+def test_read_only_checkout_is_refused_as_such(shared, project):
+    checkout = shared / "checkout"
+    checkout.mkdir()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from deepseek_sft import place; place.check_writable('results/x')"
+    )
+    words = [sys.executable, "-c", code, str(project / "workflow")]
+    mount = f'mount --bind {checkout} {checkout} && mount -o remount,ro,bind {checkout} && cd {checkout} && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount, "sh", *words], capture_output=True, text=True, check=False
+    )
+    assert f"{checkout} lies on a file system that is read-only here" in done.stderr, done.stderr
+    assert "work in a clone of your own" in done.stderr
+
+
+def test_start_in_another_folder_than_the_projects_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "link")
+    place.check_folder(tmp_path / "project")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInputError, match=f"snakemake works in {tmp_path}, but the project lies in") as refused:
+        place.check_folder(tmp_path / "project")
+    assert f"cd {tmp_path / 'project'}" in refused.value.fix
+
+
+def test_results_behind_a_link_count_where_they_lie(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (tmp_path / "results").symlink_to(elsewhere)
+        assert starting.node_local(tmp_path / "results/r1", tmp_path) == "/dev/shm"
+    (tmp_path / "other").symlink_to("/mnt/scratch")
+    assert starting.node_local(tmp_path / "other/r1", tmp_path) is None
 
 
 def test_node_whose_name_does_not_resolve_is_found_by_its_address(tmp_path, monkeypatch):

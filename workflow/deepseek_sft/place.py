@@ -23,6 +23,16 @@ def check_results(results: str) -> None:
     )
 
 
+def check_folder(project: Path) -> None:
+    """Raises BadInputError where Snakemake does not work in the project's folder, at which relative paths begin."""
+    here = Path.cwd().resolve()
+    if here != project.resolve():
+        raise BadInputError(
+            f"snakemake works in {here}, but the project lies in {project}",
+            f"cd {project}, and leave --directory and --snakefile out; where nobody can write there, work in a clone",
+        )
+
+
 def check_writable(*folders: str) -> None:
     """Raises BadInputError for the first of Snakemake's folders and ``folders`` that this user may not write.
 
@@ -34,6 +44,12 @@ def check_writable(*folders: str) -> None:
             path = path.parent
         if os.access(path, os.W_OK | os.X_OK):
             continue
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise BadInputError(
+                f"{path.resolve()} lies on a file system that is read-only here",
+                "Snakemake's own state, logs and environments are written beside the code: work in a clone of your own "
+                "(git clone FOLDER) on storage that every node may write; `results` and ENVS_CACHE may lie elsewhere",
+            )
         raise BadInputError(
             f"{path.resolve()} belongs to {_owner(path)}, and {getpass.getuser()} may not write there",
             "work in a clone of your own; or share this one: a common group, everyone with `umask 002`, and once "

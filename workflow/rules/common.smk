@@ -44,6 +44,8 @@ except ModuleNotFoundError as error:
 TERMINAL = terminal.Terminal(workflow) if workflow.is_main_process else None
 
 try:
+    if TERMINAL:
+        place.check_folder(Path(workflow.basedir))
     EXPERIMENT = Experiment.from_config(config)
     if TERMINAL:
         files = ["config/config.yaml", *workflow.overwrite_configfiles]

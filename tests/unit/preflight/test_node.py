@@ -252,6 +252,12 @@ def test_taken_port_is_refused(service):
         Service(service[1], "again", "attempt-1")
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this kernel has no IPv6")
+def test_a_node_that_has_addresses_of_ipv6_alone_is_reached(service):
+    assert exchange.ask("::1", service[1], {"ask": "hello"})["host"] == "here"
+    assert exchange.ask("127.0.0.1", service[1], {"ask": "hello"})["host"] == "here"
+
+
 def test_every_node_is_called_by_several_others_and_few_call_all():
     for nodes in (1, 2, 5, 8):
         assert network.partners(nodes, 0) == list(range(1, nodes))

@@ -211,6 +211,30 @@ def test_powered_down_cloud_nodes_are_no_reason_to_warn():
     assert partition_limits.warnings(JOB, site(False, node=nodes)) == []
 
 
+MIXED = "".join(
+    f"NodeName=node{number} CPUTot=16 RealMemory={memory} Gres=gpu:{kind}:8(S:0-1) State=IDLE\n"
+    for number, kind, memory in ((1, "a100", 500000), (2, "h100", 900000), (3, "h100", 900000))
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"gres": "gpu:8", "nodes": 2}, True),
+        ({"gres": "gpu:h100:8", "nodes": 2}, False),
+        ({"gres": "gpu:8", "nodes": 2, "mem_mb": 600000}, False),  # which only one kind has
+        ({"gres": "gpu:8", "nodes": 1}, False),
+        ({"nodes": 2}, False),
+    ],
+)
+def test_a_job_that_may_get_two_kinds_of_gpus_is_told(asked, told):
+    row = "PartitionName=gpu Default=YES MaxTime=UNLIMITED Nodes=node[1-3] State=UP"
+    found = partition_limits.warnings(dataclasses.replace(JOB, **asked), site(False, node=MIXED, partition=row))
+    assert len(found) == told
+    if told:
+        assert "partition gpu (1 of a100, 2 of h100)" in found[0] and "write gres: gpu:h100:8" in found[0]
+
+
 @pytest.mark.parametrize("state", ["DOWN", "DRAIN", "INACTIVE"])
 def test_partition_that_is_not_up_is_refused(state):
     row = f"PartitionName=gpu Default=YES MaxTime=UNLIMITED Nodes=node[1-3] State={state}"

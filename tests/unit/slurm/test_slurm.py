@@ -1,6 +1,7 @@
 """Rendered sbatch scripts: golden files, and allocations."""
 
 import dataclasses
+import os
 import shlex
 import shutil
 import subprocess
@@ -83,6 +84,46 @@ def test_script_asked_for_several_nodes_refuses_to_run_outside_slurm(tmp_path):
     done = subprocess.run(["bash", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "submit this file with sbatch" in done.stderr
+
+
+# Module systems define a function that evaluates what a program prints; at an unknown module Lmod's prints `false`.
+MODULE = """
+module() { local answer; answer=$([ "$2" = cuda/12.6 ] && echo 'export CUDA_HOME=/opt/cuda' || echo false)
+    [ -z "$__unset_in_batch" ] || return 7
+    eval "$answer" && eval $(${LMOD_SETTARG_CMD:-:} -s sh); }
+export -f module
+"""
+
+
+def activated(line: str, folder: Path, **how) -> subprocess.CompletedProcess:
+    """The beginning of a script up to the end of the site's own line, in a shell as Slurm's batch shells are."""
+    text = sbatch.render("train", Allocation(), CONTEXT | {"project": str(folder), "activate": line})
+    begin, found, _ = text.partition("trap - EXIT TERM\n")
+    assert found
+    script = folder / "script"
+    script.write_text(f"{begin}{found}echo loaded $CUDA_HOME\n")
+    command = ["bash", "-c", f"{MODULE}\nexec bash {script}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]}, **how)
+
+
+def test_a_module_is_loaded_by_the_function_of_the_shell_that_submits(tmp_path):
+    done = activated("module load cuda/12.6", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "loaded /opt/cuda\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["module load cuda/99", "module load cuda/99; module load cuda/12.6", "exit 9", "no-such"]
+)
+def test_a_line_of_the_site_that_fails_is_bad_input(line, tmp_path):
+    done = activated(line, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the line `activate` of this stage (envs in the configuration) ended with" in done.stderr
+
+
+def test_a_signal_during_the_sites_line_is_no_bad_input(tmp_path):
+    done = activated("kill -TERM $$", tmp_path)
+    assert done.returncode == 143
+    assert "activate" not in done.stderr
 
 
 def test_name_that_the_context_lacks_is_told():

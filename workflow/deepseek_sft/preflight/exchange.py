@@ -96,12 +96,13 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 class Service(socketserver.ThreadingTCPServer):
-    """Answers on a port of all interfaces until closed.
+    """Answers on a port of all interfaces, over IPv4 and IPv6, until closed.
 
     Raises:
         OSError: the port is taken.
     """
 
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     daemon_threads = True
     allow_reuse_address = True
     request_queue_size = 512
@@ -110,6 +111,11 @@ class Service(socketserver.ThreadingTCPServer):
         self.host, self.attempt, self.board = host, attempt, Board()
         super().__init__(("", port), _Handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:  # names of nodes may lead to either
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that breaks is the other side's finding."""

@@ -227,8 +227,11 @@ class Node:
         if self.checks:
             return "127.0.0.1", "127.0.0.1", node_addresses.free_ports("127.0.0.1", 1)[0]
         settings = self.settings
+        tunnels = settings.host == "127.0.0.1"  # then nobody asks where the node is reached
         in_cluster = (
-            node_addresses.head_address(settings.network_interface) if "SLURM_JOB_ID" in os.environ else address
+            node_addresses.head_address(settings.network_interface)
+            if "SLURM_JOB_ID" in os.environ and not tunnels
+            else address
         )
         host = settings.host or in_cluster
         port = settings.port or node_addresses.free_ports(host, 1)[0]

@@ -80,10 +80,31 @@ def head_address(interface: str | None) -> str:
     if len(outside) == 1:
         return outside[0]
     if not outside:
-        return "127.0.0.1"
+        return _loopback()
     raise BadInputError(
         f"{node_name()}: its name resolves to no address of its own, and it has several: {', '.join(outside)}",
         "set serve.network_interface to the interface that connects the nodes",
+    )
+
+
+def _loopback() -> str:
+    """Loopback, for a machine without a network.
+
+    Raises:
+        BadInputError: it has a network, but of IPv6 alone: others would wait for this node in vain.
+    """
+    found = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET6 and not entry.address.startswith(("fe80:", "::1"))
+    ]
+    if not found:
+        return "127.0.0.1"
+    raise BadInputError(
+        f"{node_name()}: it has addresses of IPv6 alone ({found[0].partition('%')[0]}), and serving uses IPv4",
+        "give the nodes IPv4 addresses on one interface, and name it in serve.network_interface; or, on one node, set "
+        "serve.host: 127.0.0.1 and use a tunnel",
     )
 
 

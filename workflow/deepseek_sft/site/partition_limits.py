@@ -1,5 +1,6 @@
 """Why a job can never start on a site: partitions, nodes, reservations. Pure functions; accounts: ``accounts``."""
 
+import collections
 import re
 from collections.abc import Callable
 
@@ -43,6 +44,25 @@ def warnings(wanted: Wanted, site: Site) -> list[str]:
                 f"nodes: {wanted.nodes} are asked for, but of the {len(fitting)} fitting nodes of partition {name} "
                 f"{len(out)} are out of service ({reasons}{more}): the job waits for them"
             )
+        kinds = _kinds_of_gpus(fitting)
+        if wanted.nodes > 1 and wanted.gpus() and len(kinds) > 1:
+            counts = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
+            first = max(kinds, key=lambda kind: kinds[kind])
+            found.append(
+                f"gres: {wanted.gres} fits nodes of several kinds of GPU in partition {name} ({counts}): a job that "
+                f"gets both is as slow as the slowest, and preflight refuses it; write gres: gpu:{first}:"
+                f"{wanted.gpus()}, or choose by constraint"
+            )
+    return found
+
+
+def _kinds_of_gpus(nodes: dict[str, Record]) -> collections.Counter[str]:
+    """Type of GPU → nodes that have it; those without a type are not counted."""
+    found: collections.Counter[str] = collections.Counter()
+    for record in nodes.values():
+        found.update(
+            {kind for (name, kind), _ in notation.gres(record.get("Gres", "")).items() if name == "gpu" and kind}
+        )
     return found
 
 
