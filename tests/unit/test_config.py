@@ -121,12 +121,9 @@ def test_sequence_parallel_size_must_divide_the_ranks_of_a_cpu_node(production):
         config.resolve(demo)
 
 
-def test_replicas_that_share_experts_are_refused_on_cpus():
-    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
-    demo = yaml.safe_load((PROJECT / "config/experiments/demo.yaml").read_text())
-    overlay = {"serve": {"data_parallel_size": 2}}
-    with pytest.raises(BadInputError, match="serve.data_parallel_size: replicas share experts on GPUs alone"):
-        configuration.resolve(configuration.merge(configuration.merge(config, demo), overlay))
+def test_replicas_that_share_experts_are_refused_on_cpus(production):
+    with pytest.raises(BadInputError, match=r"serve\.data_parallel_size: replicas share experts on GPUs alone"):
+        config.resolve(config.merge(merged_demo(production), {"serve": {"data_parallel_size": 2}}))
 
 
 @pytest.mark.parametrize("change, text", [({"dtype": "fp8"}, "convert.dtype"), ({"mtp": "copy"}, "convert.mtp")])

@@ -72,8 +72,8 @@ class Configuration:
             yield "convert.dtype: `fp8` is served by GPUs alone, not with `accelerator: cpu`; use `bf16` or `fp32`"
         if cpu and self.serve.replicas > 1:
             yield (
-                "serve.data_parallel_size: replicas share experts on GPUs alone: vLLM 0.32 on CPUs lacks the all-gather that "
-                "this takes, and fails at the first request; write data_parallel_size: 1"
+                "serve.data_parallel_size: replicas share experts on GPUs alone: vLLM 0.32 on CPUs lacks the "
+                "all-gather that this takes, and fails at the first request; write data_parallel_size: 1"
             )
         if tiny and self.convert.mtp == "copy":
             yield "convert.mtp: the tiny model has no multi-token-prediction layer to copy; use `drop`"
