@@ -160,7 +160,7 @@ def write_checkpoint(
         "optimizer_state_dict": {
             "zero_stage": ZeroStage(3),
             "partition_count": world_size,
-            "optimizer_state_dict": {"state": moments, "param_groups": []},
+            "optimizer_state_dict": {"state": moments, "param_groups": [{"params": list(moments)}]},
             "fp32_flat_groups": masters,
         },
         "ds_version": "0.18.9",

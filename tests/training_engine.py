@@ -41,7 +41,9 @@ class Engine:
         world = torch.distributed.get_world_size()
         plan = schedule.plan(self.settings, len(TokenDataset(tokens)), world)
         run = stage.Run("probe", tokens, tokens, base, tokens, self.settings, plan, {})
-        told = dataclasses.replace(config.of(run, slurm_nodes.detect("cpu", world, {}), "cpu"), nodes=nodes)
+        self.told = told = dataclasses.replace(
+            config.of(run, slurm_nodes.detect("cpu", world, {}), "cpu"), nodes=nodes
+        )
         told.deepspeed["zero_optimization"].update(zero or {})
         self.rows = micro_batches.StepRows(tokens, self.settings, pairs_per_token=100)
         _split_sequences(self.settings.sequence_parallel_size)
@@ -85,9 +87,9 @@ class Engine:
 
 
 @contextmanager
-def engine(base: Path, tokens: Path, **changes: Any) -> Iterator[Engine]:
+def engine(base: Path, tokens: Path, zero: dict[str, Any] | None = None, **changes: Any) -> Iterator[Engine]:
     """An engine that is gone afterwards, so that the next can be made."""
-    made = Engine(base, tokens, **changes)
+    made = Engine(base, tokens, zero, **changes)
     try:
         yield made
     finally:

@@ -1,6 +1,7 @@
 """Resuming: from checkpoints of earlier versions, and never from damaged or foreign ones."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 
@@ -50,19 +51,36 @@ def test_a_checkpoint_has_the_keys_that_it_had_under_xtuners_own_runner(resumed)
     assert (before["meta"]["iter"], now["meta"]["iter"]) == (stored.STEP, 6)
 
 
-def test_the_base_is_not_read_when_a_checkpoint_is_there(environment, inputs, tmp_path):
-    """Its weights are gone here, its configuration is not."""
-    trainer = Trainer(environment("train"), inputs, tmp_path)
-    stored.place(tmp_path)
+@pytest.fixture(scope="module")
+def on_four(environment, inputs, tmp_path_factory):
+    """A run that went on from the stored checkpoint of two ranks on four, the weights of its base hidden."""
+    trainer = Trainer(environment("train"), inputs, tmp_path_factory.mktemp("four"))
+    stored.place(trainer.work)
     aside = [(path, path.with_suffix(".aside")) for path in (inputs / "base").glob("*.safetensors")]
     for path, hidden in aside:
         path.rename(hidden)
     try:
-        trainer.run(stored.RANKS, **stored.SETTINGS)
+        trainer.said = trainer.run(4, **stored.SETTINGS, on_new_topology="continue")
     finally:
         for path, hidden in aside:
             hidden.rename(path)
-    assert trainer.losses() == pytest.approx(stored.EXPECTED["losses"], rel=1e-6)
+    return trainer
+
+
+def test_the_base_is_not_read_when_a_checkpoint_is_there(on_four):
+    """Its weights are gone here, its configuration is not."""
+    assert on_four.steps_done() == 2
+
+
+def test_a_checkpoint_of_the_first_format_goes_on_with_twice_the_ranks(on_four):
+    """Two ranks have trained three of six steps of 4 rows; the twelve rows that are left are two steps of 8."""
+    assert "resumed from step_3, which 2 ranks wrote, on 4" in on_four.said and "records are right" in on_four.said
+    assert "begun as 6 steps of 4 rows, 12 rows are done in 3 steps" in on_four.said
+    assert [line["step"] for line in on_four.metrics()] == [4, 5]
+    assert on_four.losses()[0] == pytest.approx(sum(stored.EXPECTED["losses"][:2]) / 2, rel=0.05), "the same 8 rows"
+    marker = json.loads((on_four.run_folder / "step_5" / "committed.json").read_text())
+    assert marker["schedule"] == {"rows_done": 28, "global_batch": 8, "planned_batch": 4, "planned_steps": 6}
+    assert (marker["world_size"], marker["steps"]) == (4, 5)
 
 
 def test_a_base_with_a_turned_bit_is_not_trained(environment, inputs, tmp_path):

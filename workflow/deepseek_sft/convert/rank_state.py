@@ -2,8 +2,8 @@
 
 Everything is read through ``torch_pickle``: of a file only the names that a checkpoint needs are known, nothing of it
 is executed. What is read is remembered with its CRC-32 and compared with the archive's own, so that a damaged file is
-known before the first step. Reading by byte ranges leaves room for other topologies: who reads which range is decided
-by the caller, and the ranges of all ranks are joined per file (``check_ranges``).
+known before the first step. Who reads which range is decided by the caller (``repartition`` for other topologies), and
+the ranges of all ranks are joined per file (``check_ranges``).
 """
 
 import threading
@@ -196,12 +196,15 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def check_ranges(folder: Path, ranges: Mapping[str, list[Range]], names: Iterable[str]) -> tuple[int, int, list[str]]:
+def check_ranges(
+    folder: Path, ranges: Mapping[str, list[Range]], names: Iterable[str], largest_gap: int = 0
+) -> tuple[int, int, list[str]]:
     """Compare what all ranks together read of some files with the checksums that the files were written with.
 
     Args:
         ranges: file name → ranges that were read, of all ranks.
         names: the files to judge.
+        largest_gap: bytes of a record that no rank needed (padding), read here.
 
     Returns:
         records compared, records without a checksum or not read whole, one sentence for each damaged file.
@@ -211,7 +214,7 @@ def check_ranges(folder: Path, ranges: Mapping[str, list[Range]], names: Iterabl
     with OpenFiles() as opened:
         for name in names:
             try:
-                verdict = checksums.check(opened, folder / name, checksums.join(ranges.get(name, [])), 0)
+                verdict = checksums.check(opened, folder / name, checksums.join(ranges.get(name, [])), largest_gap)
             except BadInputError as error:
                 problems.append(error.problem)
                 continue

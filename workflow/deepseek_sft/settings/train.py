@@ -160,6 +160,10 @@ class Training:
     check_base: Literal["auto", "always", "never"] = setting("auto", operational=True, later=True)
     """Before a run begins, compare the base's files with the sums that prepare_model wrote, each file on one rank:
     `auto` where no rank reads more than 32 GiB for it."""
+    on_new_topology: Literal["continue", "refuse"] = setting("refuse", operational=True, later=True)
+    """A begun run goes on with other ranks or keys of topology from the rows that it has done. Where its steps would be
+    of another number of rows: `refuse` says so before anything is trained, `continue` goes on with the new schedule,
+    whose learning rate follows rows."""
     run_name: Text = ""
     """Any text; another one forces a new run of the same settings."""
 

@@ -118,6 +118,8 @@ def judge(folder: Path, run_id: str) -> Checkpoint | NotCommitted:
 # Fields of the marker that a start relies on, with their types.
 FIELDS = {"format": int, "run_id": str, "step": int, "world_size": int, "progress": dict, "files": dict}
 
+SCHEDULE = ("rows_done", "global_batch", "planned_batch", "planned_steps")  # absent from markers of earlier versions
+
 
 def _malformed(marker: Any) -> str | None:
     if not isinstance(marker, dict):
@@ -130,6 +132,9 @@ def _malformed(marker: Any) -> str | None:
         return f"step {marker['step']} of {marker['world_size']} ranks"
     if not all(type(size) is int for size in marker["files"].values()):
         return "files are not names with sizes"
+    schedule = marker.get("schedule", dict.fromkeys(SCHEDULE, 1))
+    if not isinstance(schedule, dict) or not all(type(schedule.get(key)) is int for key in SCHEDULE):
+        return f"schedule is {json.dumps(schedule)[:80]}"
     sums = marker.get("checksums", {})
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         return "checksums are not names with text"

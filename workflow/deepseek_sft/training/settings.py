@@ -56,7 +56,7 @@ def run_id(settings: Settings, base: dict[str, Any], tokens: dict[str, Any]) -> 
         tokens: receipt of tokenize_data.
 
     The inputs are known by what they were made from: rule, input fingerprints and settings of their receipts.
-    The world size is not part of it; a resume with another one is refused instead.
+    Keys of topology are part of it, the world size is not; ``same_training`` finds a run that was begun under others.
     """
     return files.digest(
         {

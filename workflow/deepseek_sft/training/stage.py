@@ -19,7 +19,7 @@ from ..errors import BadInputError, CrashError, StoppedError
 from ..expert_shards import AUTO, experts_per_shard
 from ..settings import field_types
 from ..slurm.nodes import NodeEnvironment
-from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, schedule, settings
+from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, same_training, schedule, settings
 from .schedule import Schedule
 from .settings import Settings
 
@@ -35,6 +35,8 @@ class Run:
         inputs: receipt entries of what the run was made from.
         end_after: step after which a rehearsal ends, see ``rehearsal``; None trains to the end.
         stated: settings as the configuration says them where a run settles their value.
+        trains, begun: see ``same_training.Found``.
+        under: the id that these settings would have of their own, where the run is one that others have begun.
     """
 
     run_id: str
@@ -48,6 +50,9 @@ class Run:
     base_sums: str | None = None
     end_after: int | None = None
     stated: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trains: str = ""
+    begun: dict[str, int] = dataclasses.field(default_factory=dict)
+    under: str = ""
 
     def ends_with(self, checkpoint: checkpoints.Checkpoint) -> bool:
         """Whether nothing is left to train after ``checkpoint``: the last step, or the end of the time."""
@@ -79,7 +84,6 @@ def prepare(
     statistics = _read_statistics(tokens_folder)
     config = families.read_config(base_folder)
     _check(chosen, config, statistics, node)
-    run_id = settings.run_id(chosen, base, tokens)
     inputs = {
         "base": receipts.input_entry(base_receipt),
         "tokens": receipts.input_entry(tokens_receipt),
@@ -87,11 +91,21 @@ def prepare(
     }
     output = output.resolve()
     stated = {"experts_per_shard": AUTO} if chosen.experts_per_shard == AUTO else {}
-    chosen = new_runs.settle(chosen, output / "runs" / run_id, run_id, config)
+    made_from = same_training.Inputs(base, tokens, statistics["rows"], statistics["samples"])
+    found = same_training.find(output / "runs", chosen, made_from, node.world_size)
+    chosen = new_runs.settle(chosen, output / "runs" / found.run_id, found.run_id, config)
     chosen = schedule.with_accumulation(chosen, statistics["rows"], statistics["samples"])
     steps = schedule.plan(chosen, statistics["rows"], node.world_size)
-    folder, sums = output / "runs" / run_id, _sums(base)
-    return Run(run_id, folder, output, base_folder, tokens_folder, chosen, steps, inputs, sums, stated=stated)
+    if found.newest:
+        steps = same_training.schedule_from(steps, chosen, found.newest, found.begun)
+    folder, sums = output / "runs" / found.run_id, _sums(base)
+    return Run(
+        *(found.run_id, folder, output, base_folder, tokens_folder, chosen, steps, inputs, sums),
+        stated=stated,
+        trains=found.trains,
+        begun=found.begun,
+        under="" if found.run_id == found.own_id else found.own_id,
+    )
 
 
 def planned(plan_receipt: Path | None) -> time_limits.Planned:
@@ -134,16 +148,18 @@ def train(
     worker = engines.ENGINES[run.settings.engine].worker
     start = launch.Start(run.folder, accelerator, seconds, stop_file, run.end_after, derived, worker)
     if node.node_rank > 0:
-        if not _is_finished(run, node, stop_file):
+        if not _is_finished(run, stop_file):
             token_files.check_shards(run.tokens)
             _conclude(run, node, _run_ranks(run, node, start))
         return
     say(f"run {run.run_id} in {run.folder}")
+    if run.under:
+        say(f"which trains the same as these settings on other ranks; a run of their own would be {run.under}")
     say(run.schedule.describe())
     say(time_limits.describe(start.limits))
     say(f"gradients are summed over the ranks in {run.settings.gradient_communication_dtype}")
     with lock.hold(run.folder, node.attempt) as held:
-        if _is_finished(run, node, stop_file):
+        if _is_finished(run, stop_file):
             say("finished already; nothing to train (train.run_name forces a new run)")
         else:
             checked = token_files.check_shards(run.tokens)
@@ -216,7 +232,7 @@ def _share(part: int | None, whole: int | None) -> float | None:
     return round(part / whole, 4) if part and whole else None
 
 
-def _is_finished(run: Run, node: NodeEnvironment, stop_file: Path | None) -> bool:
+def _is_finished(run: Run, stop_file: Path | None) -> bool:
     """Whether the last step is committed; raises where this start must not go on."""
     newest = checkpoints.newest(run.folder, run.run_id)
     if newest and run.ends_with(newest):
@@ -224,12 +240,6 @@ def _is_finished(run: Run, node: NodeEnvironment, stop_file: Path | None) -> boo
     run_folder.check_gate(run.folder, run.settings)
     if stop_file and stop_file.exists():
         raise StoppedError(f"the stop file {stop_file} exists", "remove it to train on")
-    if newest and newest.marker["world_size"] != node.world_size:
-        raise BadInputError(
-            f"the newest checkpoint {newest.folder} was written by {newest.marker['world_size']} ranks, "
-            f"this start has {node.world_size}: DeepSpeed's ZeRO-3 states cannot be split anew",
-            "start the same number of ranks, or give another train.run_name to begin a new run",
-        )
     return False
 
 
@@ -244,6 +254,8 @@ def _write_run(run: Run, node: NodeEnvironment, accelerator: str) -> None:
         run.folder / "settings.json",
         {
             "run_id": run.run_id,
+            "trains": run.trains,
+            "begun": run.begun,
             "settings": dataclasses.asdict(run.settings),
             "stated": run.stated,
             "topology": sorted(field_types.marked(settings.Settings, "topology")),

@@ -27,6 +27,7 @@ class EngineConfig:
         base_sums: file with the sums of the base's files; None where prepare_model wrote none.
         slow_rank_percent: above the median from which a rank is slow; None judges nothing.
         deepspeed: DeepSpeed's whole configuration.
+        begun: see ``same_training.Found``.
     """
 
     run_id: str
@@ -39,6 +40,7 @@ class EngineConfig:
     schedule: Schedule
     slow_rank_percent: float | None
     deepspeed: dict[str, Any]
+    begun: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -97,6 +99,7 @@ def of(run: "Run", node: NodeEnvironment, accelerator: str) -> EngineConfig:
         schedule=run.schedule,
         slow_rank_percent=slow_nodes.allowed_percent(run.settings.slow_rank_percent, accelerator),
         deepspeed=deepspeed(run.settings, accelerator, run.base),
+        begun=run.begun,
     )
 
 

@@ -1,5 +1,6 @@
 """One start of a run on one rank, from top to bottom: what comes before the first step, a step, and what follows it."""
 
+import dataclasses
 import gc
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from xtuner.parallel.sequence import get_sequence_parallel_rank, init_sequence_parallel
 
 from ...cli import say
-from .. import first_batch
+from .. import first_batch, same_training
 from ..health import StepHealth
 from ..watchdog import Watchdog
 from . import base_check, gates, micro_batches, resuming, start_checks
@@ -71,6 +72,11 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     if candidates:
         resumed = resuming.resume_newest(engine.deepspeed, candidates)
         done, before = resumed.step, resumed.progress
+        on_ranks = before.get("seconds", 0.0) * resumed.marker["world_size"]
+        before = {"rank_seconds": on_ranks} | before  # earlier versions did not change their ranks
+        # Of the checkpoint that was sound, perhaps not the one that the start was planned from.
+        schedule = same_training.schedule_from(schedule, settings, resumed, config.begun)
+        config = dataclasses.replace(config, schedule=schedule)
     start_checks.check(engine.model.llm, Path(config.base), attempt.run, settings.dtype, fresh=done == 0)
 
     health = StepHealth(settings.on_not_finite, settings.spike_factor, settings.on_spike, before.get("health"))
@@ -84,7 +90,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     tools = StepTools(guard, requests, clock, watchdog)
     metrics = Metrics(config, attempt, engine, done, before)
     saved = Checkpoints(config, attempt, engine, watchdog)
-    rows = micro_batches.StepRows(config.tokens, settings, metrics.operations.pairs_per_token)
+    rows = micro_batches.StepRows(config.tokens, settings, metrics.operations.pairs_per_token, schedule.rows_after)
 
     # What is built stays: Python's collector need not walk through it again and again in each step.
     gc.collect()

@@ -52,6 +52,7 @@ class Metrics:
             "slots_tokens": before.get("slots_tokens", 0),
             "flops": before.get("flops", 0.0),
             "seconds": before.get("seconds", 0.0),
+            "rank_seconds": before.get("rank_seconds", 0.0),
             "save_seconds": before.get("save_seconds", 0.0),
             "peak_memory_gib": before.get("peak_memory_gib", 0.0),
             "memory_before_model_gib": attempt.memory_before_model_gib,
@@ -88,6 +89,7 @@ class Metrics:
             self.progress["first_loss"] = result.loss
         for key in ("tokens", "trained_tokens", "seconds"):
             self.progress[key] += getattr(result, key)
+        self.progress["rank_seconds"] += result.seconds * dist.get_world_size()  # of all starts, on however many ranks
         self.progress["slots"] += slots
         self.progress["slots_tokens"] += result.tokens  # those of runs that began before slots were counted are in none
         operations = self.operations.step(result.tokens, result.pairs)
@@ -127,7 +129,8 @@ class Metrics:
         peak, kept = most_over_ranks(memory_gib(), kept_gib())
         self.progress["peak_memory_gib"] = max(self.progress["peak_memory_gib"], peak)
         self.progress["kept_by_allocator_gib"] = kept if kept >= 0 else None
-        rate, share = self._utilisation(self.progress["flops"], max(self.progress["seconds"], 1e-9))
+        seconds = max(self.progress["rank_seconds"], 1e-9)
+        rate, share = flops.utilisation(self.progress["flops"], seconds, 1, self._settings.gpu_tflops)
         return self.progress | {
             "recent_losses": list(self._recent),
             "wall_seconds": wall_seconds,

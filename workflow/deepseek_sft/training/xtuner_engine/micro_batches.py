@@ -1,7 +1,7 @@
 """Rows of the token dataset as micro batches: which of a step, padded, and the batch on the device."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from xtuner.parallel.sequence import get_data_parallel_rank, get_data_parallel_w
 
 from ...data import dealing
 from ...data.tokens import TokenDataset
-from ..schedule import rows_of_step
+from ..schedule import rows_from
 from ..settings import Settings
 
 NO_LOSS = -100
@@ -76,10 +76,18 @@ class StepRows:
         tokens: folder of the token dataset, which is memory-mapped.
         settings: seed, micro batch, accumulation, and how rows are dealt.
         pairs_per_token: see ``dealing.Rows.costs``.
+        rows_after: rows of the global order that are consumed after a step; None: all steps are of one size.
     """
 
-    def __init__(self, tokens: str | Path, settings: Settings, pairs_per_token: int):
+    def __init__(
+        self,
+        tokens: str | Path,
+        settings: Settings,
+        pairs_per_token: int,
+        rows_after: Callable[[int], int] | None = None,
+    ):
         self.dataset, self.settings, self.pairs_per_token = TokenDataset(tokens), settings, pairs_per_token
+        self.rows_after = rows_after
         self.rows = self.dataset.rows()
 
     def of_step(self, step: int) -> Step:
@@ -87,7 +95,9 @@ class StepRows:
         settings, multiple = self.settings, self.settings.sequence_parallel_size
         groups, micro_batch = get_data_parallel_world_size(), settings.micro_batch_size
         shape = settings.gradient_accumulation_steps, groups, micro_batch
-        chosen = rows_of_step(len(self.rows), settings.seed, step - 1, math.prod(shape))
+        count = math.prod(shape)
+        first = (step - 1) * count if self.rows_after is None else self.rows_after(step - 1)
+        chosen = rows_from(len(self.rows), settings.seed, first, count)
         if settings.deal_rows == "cost":
             costs = self.rows.of(chosen).costs(self.pairs_per_token)
             dealt = chosen[dealing.deal(costs, micro_batch, shape[0], groups, settings.seed, step)]

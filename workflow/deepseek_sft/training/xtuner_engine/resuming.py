@@ -2,8 +2,8 @@
 
 DeepSpeed's own way unpickles the files, which runs whatever they ask for, believes every byte, and holds a second copy
 of the rank's states in host memory. Here the restricted reader of the conversion fills the tensors in place, and the
-checksums of all ranges that all ranks read are judged before anything is trained. DeepSpeed is pinned: what is set
-here is what ``DeepSpeedZeroOptimizer_Stage3._rigid_load_state_dict`` sets (deepspeed/runtime/zero/stage3.py).
+checksums of all ranges that all ranks read are judged before anything is trained. A checkpoint of as many ranks and
+fused experts is read here, each rank its own files; another one by ``other_topology``.
 """
 
 import time
@@ -11,22 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ...cli import say
 from ...convert import rank_state
 from ...convert.rank_state import RankState, RecordingFiles
 from ...errors import BadInputError
-from ...tensors.safetensors_files import StoredTensor
 from .. import checkpoints
 from ..checkpoints import Checkpoint
+from . import engine_states, other_topology
 from .memory import GIB, rank_device
-
-BLOCK = 1 << 26  # bytes read at a time, where the target is not in host memory
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
-# Hyperparameters that decide what a step does; the learning rate is set anew before each step.
-COMPARED = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
 
 
 def resume_newest(engine: Any, candidates: Sequence[Checkpoint]) -> Checkpoint:
@@ -39,7 +33,8 @@ def resume_newest(engine: Any, candidates: Sequence[Checkpoint]) -> Checkpoint:
     """
     lost: list[str] = []
     for checkpoint in reversed(candidates):
-        problems = fill(engine, checkpoint)
+        written_alike = other_topology.is_same(engine, checkpoint.marker)
+        problems = (fill if written_alike else other_topology.fill)(engine, checkpoint)
         if not problems:
             return checkpoint
         shown = "\n".join(f"  - {problem}" for problem in problems[:8])
@@ -70,8 +65,8 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
         try:
             state = rank_state.read(checkpoint.folder, rank, checkpoint.marker)
             _fits(engine, state, checkpoint.folder)
-            _fill_optimizer(engine.optimizer, state, opened)
-            _fill_buffers(engine.module, state, opened)
+            engine_states.fill_optimizer(engine.optimizer, state, opened)
+            engine_states.fill_buffers(engine.module, state, opened)
         except BadInputError as error:
             problem = error.problem
         told: list[Any] = [None] * world_size
@@ -87,7 +82,7 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
     problems += [text for _, _, found in verdicts for text in found]
     if problems:
         return problems
-    _finish(engine, state)
+    engine_states.finish(engine, state)
     if rank == 0:
         checked, unchecked = (sum(verdict[i] for verdict in verdicts) for i in (0, 1))
         size = sum(count for _, _, count in told) / GIB
@@ -112,94 +107,7 @@ def _fits(engine: Any, state: RankState, folder: Path) -> None:
             f"{folder} holds other parameters than this model"
             + (f", first {min(names)}" if names else ": their shapes, order or groups differ")
         )
-    groups = engine.optimizer.optimizer.param_groups
-    for number, (now, then) in enumerate(zip(groups, state.hyperparameters, strict=False)):
-        for name in COMPARED:
-            if name in then and name in now and _plain(then[name]) != _plain(now[name]):
-                raise BadInputError(
-                    f"{folder}: {name} of parameter group {number} is {then[name]!r} in the checkpoint, "
-                    f"{now[name]!r} in this run"
-                )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, list)) else value
-
-
-def _fill_optimizer(zero: Any, state: RankState, opened: RecordingFiles) -> None:
-    """Master weights and moments of DeepSpeed's ZeRO-3 optimizer."""
-    zero._set_fp32_optimizer_param_groups()
-    try:
-        owners = [(p, group) for group in zero.optimizer.param_groups for p in group["params"]]
-    finally:
-        zero._clear_fp32_optimizer_param_groups()
-    for number, (parameter, group) in enumerate(owners):
-        _read(opened, state.flat[number], parameter.data)
-        kept = zero.optimizer.state[parameter]
-        for name, stored in state.moments[number].items():
-            if name not in kept:  # torch and DeepSpeed make them at the first step
-                kept[name] = torch.zeros_like(parameter.data)
-            _read(opened, stored, kept[name])
-        count = state.optimizer_steps[number]
-        if state.step_is_tensor:
-            # As torch's load_state_dict places it.
-            on_device = group.get("fused") or group.get("capturable")
-            device = parameter.device if on_device else torch.device("cpu")
-            kept["step"] = torch.tensor(count, dtype=torch.float32, device=device)
-        else:
-            kept["step"] = int(count)
-
-
-def _fill_buffers(module: torch.nn.Module, state: RankState, opened: RecordingFiles) -> None:
-    kept = set(module.state_dict())  # without the buffers that are computed, such as rotary frequencies
-    wanted = {name: buffer for name, buffer in module.named_buffers() if name in kept}
-    if wanted.keys() != state.buffers.keys():
-        raise BadInputError(
-            f"the checkpoint has other buffers: {', '.join(sorted(wanted.keys() ^ state.buffers.keys()))}"
-        )
-    for name, stored in state.buffers.items():
-        _read(opened, stored, wanted[name].data)
-
-
-def _read(opened: RecordingFiles, stored: StoredTensor, target: torch.Tensor) -> None:
-    """Fill ``target`` (contiguous) with a stored tensor's elements.
-
-    Raises:
-        BadInputError: it has another number of elements or another dtype, or the file cannot be read.
-    """
-    dtype = DTYPES.get(stored.spec.dtype)
-    if stored.spec.elements != target.numel() or dtype != target.dtype:
-        raise BadInputError(
-            f"{stored.file}: a tensor of {stored.spec.elements} elements of {stored.spec.dtype} where this run has "
-            f"{target.numel()} of {target.dtype}"
-        )
-    flat = target.view(-1)
-    at_once = max(1, BLOCK // flat.element_size())
-    in_place = flat.device.type == "cpu"
-    buffer = None if in_place else torch.empty(min(at_once, flat.numel()), dtype=dtype)
-    for start in range(0, flat.numel(), at_once):
-        part = flat[start : start + at_once]
-        block = part if in_place else buffer[: part.numel()]
-        opened.read_into(stored.file, stored.offset + start * flat.element_size(), block.view(torch.uint8).numpy())
-        if not in_place:
-            part.copy_(block)
-
-
-def _finish(engine: Any, state: RankState) -> None:
-    """Have DeepSpeed take the weights over from the master weights, and set its counts."""
-    zero = engine.optimizer
-    same = {
-        "loss_scaler": zero.loss_scaler,
-        "dynamic_loss_scale": zero.dynamic_loss_scale,
-        "overflow": False,
-        "fp32_flat_groups": zero.fp32_partitioned_groups_flat,  # filled already: copied onto themselves
-    }
-    zero.load_state_dict({dist.get_rank(zero.dp_process_group): same}, load_optimizer_states=False)
-    zero.checkpoint_event_epilogue()
-    engine.global_steps = state.global_steps
-    engine.skipped_steps = state.skipped_steps
-    engine.global_samples = state.global_samples or state.global_steps * engine.train_batch_size()
-    engine.loaded_checkpoint_dp_world_size = dist.get_world_size()
+    engine_states.check_hyperparameters(engine, state, folder)
 
 
 def candidates_of(run: Path, run_id: str) -> list[Checkpoint]:

@@ -110,6 +110,7 @@ def marker_of(config: EngineConfig, step: int, progress: dict[str, Any]) -> dict
         "run_id": config.run_id,
         "step": step,
         "steps": config.schedule.steps,
+        "schedule": config.schedule.told_after(step),
         "world_size": dist.get_world_size(),
         "engine": engines.XTUNER.name,
         **engines.XTUNER.checkpoint.marker(config.settings.experts_per_shard),
