@@ -2,8 +2,8 @@
 
     .envs/dev/bin/python tests/full_size_resume.py [--folder DIR]
 
-The files are holes. Prints one JSON object for each number of new ranks. Exit code 1 where a byte is read twice or never,
-or where the rank needs 1 GiB or more beside its states.
+The files are holes. Prints one JSON object for each number of new ranks. Exit code 1 where a byte is read twice or
+never, or where the rank needs 1 GiB or more beside its states.
 """
 
 import argparse
