@@ -265,6 +265,12 @@ def _metrics_path(results: Path, train: Stage) -> Path | None:
     return max(runs, key=lambda file: file.stat().st_mtime, default=None)
 
 
+def run_of(results: Path, train: Stage) -> Path | None:
+    """Folder of the run whose metrics these are."""
+    path = _metrics_path(results, train)
+    return path.parent if path else None
+
+
 def expert_loads(results: Path, train: Stage) -> list[dict[str, Any]]:
     """Lines of ``expert_load.jsonl`` by step, which lies beside the metrics."""
     path = _metrics_path(results, train)

@@ -17,7 +17,7 @@ from .. import engines, formatting
 from .. import stages as stage_rows
 from ..cluster_jobs import holders, record
 from ..errors import BadInputError
-from ..training import run_folder, slow_nodes
+from ..training import gpu_hours, run_folder, slow_nodes
 from . import collect, plots
 from .collect import Stage, mapping
 
@@ -113,6 +113,8 @@ def screen(results: Path, logs: Path | None) -> str:
         rows.append(("trained", _trained(stages["train"])))
     newest = _newest_marker(run) if run else None
     if run:
+        hours = gpu_hours.read(run)
+        rows += [("GPU hours", hours.text())] if hours else []
         rows.append(("checkpoint", _last_checkpoint(run, newest)))
     rows += [("disk left", _disk(results, newest)), *_log_rows(now)]
     return "\n".join(f"{name:<12}{formatting.clean(text)}" for name, text in rows if text)

@@ -1,6 +1,7 @@
 """Small files of a run folder beside its checkpoints: metrics, status, gate.
 
 ``metrics.jsonl``      one object per logged step, in order
+``starts.jsonl``       one object per start: where its GPU hours went (``gpu_hours``)
 ``expert_load.jsonl``  load of every expert, some 40 times in a run
 ``engine.json``        what all ranks of the newest start read
 ``status.json``        how the last start ended, written by rank 0: torchrun turns every exit code into 1

@@ -69,6 +69,7 @@ class Attempt:
         stop_files: files whose existence asks to save and stop.
         end_after: step after which a rehearsal ends without saving; None trains to the end.
         logs: folder of this start's logs.
+        began: when this process did, seconds since the epoch.
         memory_before_model_gib: resident size of this process: interpreter, libraries, communication.
     """
 
@@ -79,6 +80,7 @@ class Attempt:
     stop_files: list[Path]
     end_after: int | None
     memory_before_model_gib: float
+    began: float
 
     @property
     def results(self) -> Path:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from xtuner.parallel.sequence import get_sequence_parallel_rank, init_sequence_parallel
 
 from ...cli import say
-from .. import first_batch, same_training
+from .. import first_batch, gpu_hours, same_training
 from ..health import StepHealth
 from ..watchdog import Watchdog
 from . import base_check, gates, micro_batches, resuming, start_checks
@@ -97,6 +97,10 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     gc.freeze()
     engine.deepspeed.train()
     began, stopped = time.time(), False
+    if rank == 0:
+        gpu_hours.note_start(
+            attempt.run, attempt.name, dist.get_world_size(), attempt.began, began, done, metrics.left_behind
+        )
     step, end = done, min(schedule.steps, attempt.end_after or schedule.steps)
     while step < end:
         step += 1

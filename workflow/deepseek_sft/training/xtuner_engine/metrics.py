@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ... import families, formatting
 from ...cli import say
-from .. import flops, run_folder
+from .. import flops, gpu_hours, run_folder
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .expert_load import LoadRecords, balance
@@ -34,6 +34,7 @@ class Metrics:
 
     Attributes:
         operations: of the model, for a token and for a pair.
+        left_behind: what earlier starts left that is trained again, see ``gpu_hours``; of rank 0.
     """
 
     def __init__(self, config: EngineConfig, attempt: Attempt, engine: XtunerEngine, done: int, before: dict[str, Any]):
@@ -68,6 +69,7 @@ class Metrics:
         if dist.get_rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
+            self.left_behind = gpu_hours.left_behind(attempt.run, done)
             run_folder.cut_metrics(attempt.run, done)
             self._stream = open(attempt.run / run_folder.METRICS, "a", encoding="utf-8")  # noqa: SIM115  until ``close``
             self._board = SummaryWriter(attempt.run / "tensorboard", purge_step=done + 1)

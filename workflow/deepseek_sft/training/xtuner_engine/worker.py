@@ -25,6 +25,7 @@ from ..run_folder import Status
 from ..watchdog import Watchdog
 from .config import Attempt, EngineConfig
 
+BEGAN = time.time()
 COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "IBV_")  # prefixes of variables worth a line
 
 
@@ -111,6 +112,7 @@ def _run(options: argparse.Namespace, rank: int, watchdog: Watchdog) -> Status:
         hosts=_hosts(),
         stop_files=stop_files(options.run, options.stop_file),
         end_after=options.end_after,
+        began=BEGAN,
         logs=launch.attempt_folder(options.run, options.attempt),
         # What the plan calls `process`: interpreter, libraries, communication, and nothing of the model yet.
         memory_before_model_gib=round(process_memory.resident() / (1 << 30), 3),

@@ -1,0 +1,170 @@
+"""Where a run's GPU hours went: ``starts.jsonl`` of its folder, one object for each start that came to a step.
+
+A start drops the metrics of steps that it trains again; what they took stands in its line. Needs no torch.
+
+    {"attempt", "ranks", "began", "first_step", "resumed_step",
+     "before": null | {"ended", "steps", "seconds", "seconds_save", "kept_save"}}
+
+``began`` is when rank 0's process did, ``first_step`` when its first step did, seconds since the epoch. ``before`` is what
+an earlier start left: when its last line or checkpoint was written, steps and saves that are trained again, and the save
+of the checkpoint that this start goes on from.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .. import json_files
+from ..engines import MARKER
+from . import checkpoints, run_folder
+
+STARTS = "starts.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuHours:
+    """GPU hours of a run (of its ranks, on CPU).
+
+    Attributes:
+        trained: in steps that count.
+        saved: in checkpoints that count.
+        lost: in steps and checkpoints after the last checkpoint of a start, trained again later.
+        starting: from a start's ranks to its first step.
+        waiting: between two starts, when the run trained on nothing: queue, preflight, and until an end was noticed.
+        starts: number of starts.
+        start_seconds, wait_seconds, save_seconds: of each.
+    """
+
+    trained: float
+    saved: float
+    lost: float
+    starting: float
+    waiting: float
+    starts: int
+    start_seconds: tuple[float, ...]
+    wait_seconds: tuple[float, ...]
+    save_seconds: tuple[float, ...]
+
+    @property
+    def share_trained(self) -> float:
+        """Of the GPU hours between the first start's begin and now, without waiting."""
+        held = self.trained + self.saved + self.lost + self.starting
+        return self.trained / held if held else 0.0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and text of each."""
+        return [
+            ("trained", f"{self.trained:,.2f} ({self.share_trained:.1%} of those held)"),
+            ("saving", f"{self.saved:,.2f}"),
+            ("lost to restarts", f"{self.lost:,.2f}, of steps that were trained again"),
+            ("starting", f"{self.starting:,.2f} in {self.starts} start{'' if self.starts == 1 else 's'}"),
+            ("waiting between starts", f"{self.waiting:,.2f} of as many ranks"),
+        ]
+
+    def text(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.trained:,.2f} trained ({self.share_trained:.1%} of those held), {self.saved:,.2f} saving, "
+            f"{self.lost:,.2f} lost to restarts, {self.starting:,.2f} starting; {self.waiting:,.2f} waiting between starts"
+        )
+
+    def typical(self) -> dict[str, float]:
+        """Median seconds of a start, a save and a wait, where there was one."""
+        seen = {"start": self.start_seconds, "save": self.save_seconds, "again": self.wait_seconds}
+        return {name: statistics.median(seconds) for name, seconds in seen.items() if seconds}
+
+
+def left_behind(run: Path, step: int) -> dict[str, Any] | None:
+    """What an earlier start left after ``step``; asked before its lines are dropped."""
+    path = run / run_folder.METRICS
+    try:
+        lines, ended = _lines(path), path.stat().st_mtime
+    except OSError:
+        return None
+    if not lines:
+        return None
+    marker = checkpoints.folder_of(run, step) / MARKER
+    committed = max(ended, marker.stat().st_mtime) if marker.exists() else ended
+    again = [line for line in lines if line["step"] > step]
+    if not again:  # saved and ended: no line says how long that took
+        return {"ended": committed, "steps": 0, "seconds": 0.0, "seconds_save": 0.0, "kept_save": committed - ended}
+    steps = lines[-1]["step"] - step  # also those that were not logged
+    # A line reports the checkpoints before it: the first those of the one that is there.
+    kept, *lost = (line.get("seconds_save") or 0.0 for line in again)
+    seconds = steps * statistics.fmean(line["seconds"] for line in again)
+    return {"ended": ended, "steps": steps, "seconds": seconds, "seconds_save": sum(lost), "kept_save": kept}
+
+
+def note_start(
+    run: Path, attempt: str, ranks: int, began: float, first_step: float, resumed: int, before: dict[str, Any] | None
+) -> None:
+    """Add a start; by the first rank, before its first step."""
+    line = {"attempt": attempt, "ranks": ranks, "began": began, "first_step": first_step, "resumed_step": resumed}
+    with open(run / STARTS, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line | {"before": before}) + "\n")
+
+
+def read(run: Path) -> GpuHours | None:
+    """GPU hours up to the last line of metrics; None for runs that were begun before starts were noted."""
+    try:
+        starts = [one for one in _parsed(run / STARTS) if _is_start(one)]
+        metrics = _lines(run / run_folder.METRICS)
+    except OSError:
+        return None
+    if not starts or starts[0]["resumed_step"]:
+        return None
+    spent = dict.fromkeys(("trained", "saved", "lost", "starting", "waiting"), 0.0)
+    waits: list[float] = []
+    saves: list[float] = []
+    for earlier, start in zip([None, *starts], starts, strict=False):
+        spent["starting"] += start["ranks"] * (start["first_step"] - start["began"])
+        if earlier is not None and isinstance(before := start["before"], dict):
+            spent["lost"] += earlier["ranks"] * (before["seconds"] + before["seconds_save"])
+            spent["saved"] += earlier["ranks"] * before["kept_save"]
+            saves += [before["kept_save"]] if before["kept_save"] else []
+            waits.append(max(0.0, start["began"] - before["ended"]))
+            spent["waiting"] += start["ranks"] * waits[-1]
+    last = 0
+    for line in metrics:
+        # The start that trained it: of those that resumed before it the last, since each begins where lines were cut.
+        ranks = [start["ranks"] for start in starts if start["resumed_step"] < line["step"] or start is starts[0]][-1]
+        spent["trained"] += ranks * line["seconds"] * (line["step"] - last)
+        spent["saved"] += ranks * (line.get("seconds_save") or 0.0)
+        last = line["step"]
+    saves += [line["seconds_save"] for line in metrics if line.get("seconds_save")]
+    hours = {name: seconds / 3600 for name, seconds in spent.items()}
+    begun = tuple(start["first_step"] - start["began"] for start in starts)
+    return GpuHours(
+        **hours, starts=len(starts), start_seconds=begun, wait_seconds=tuple(waits), save_seconds=tuple(saves)
+    )
+
+
+def _parsed(path: Path) -> list[Any]:
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found.append(json_files.parse(text))
+        except ValueError:
+            continue  # the last line of a killed run may be torn
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics with a step and its seconds; a torn or edited line counts as none."""
+    return [one for one in _parsed(path) if _has(one, step=int, seconds=(int, float))]
+
+
+def _is_start(one: Any) -> bool:
+    number = (int, float)
+    kinds = {"ranks": int, "began": number, "first_step": number, "resumed_step": int}
+    before = one.get("before") if isinstance(one, dict) else None
+    told = before is None or _has(before, **dict.fromkeys(("ended", "seconds", "seconds_save", "kept_save"), number))
+    return _has(one, **kinds) and told
+
+
+def _has(one: Any, **kinds: Any) -> bool:
+    return isinstance(one, dict) and all(
+        isinstance(one.get(key), kind) and not isinstance(one[key], bool) for key, kind in kinds.items()
+    )
