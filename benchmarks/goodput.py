@@ -1,11 +1,11 @@
 """Share of the GPU hours that a run trains on, on 256 and 1,024 GPUs that fail as often as those of Llama 3.
 
     .envs/dev/bin/python benchmarks/goodput.py
-    .envs/dev/bin/python benchmarks/goodput.py --start 900 --save 240 --requeue 0      measured times in place of the plan's
-    .envs/dev/bin/python benchmarks/goodput.py --results results/<experiment>          those that its run has measured
+    .envs/dev/bin/python benchmarks/goodput.py --start 900 --save 240 --requeue 0  measured times, not the plan's
+    .envs/dev/bin/python benchmarks/goodput.py --results results/<experiment>      those that its run has measured
 
-DeepSeek-R1 with the published settings, 30 days of steps, twenty simulated runs for each line. Step, save and reading are the
-plan's unless given. Exit code 1 where the best cadence on 256 GPUs does not reach 95 %.
+DeepSeek-R1 with the published settings, 30 days of steps, twenty simulated runs for each line. Step, save and reading
+are the plan's unless given. Exit code 1 where the best cadence on 256 GPUs does not reach 95 %.
 """
 
 import argparse

@@ -41,9 +41,7 @@ class Engine:
         world = torch.distributed.get_world_size()
         plan = schedule.plan(self.settings, len(TokenDataset(tokens)), world)
         run = stage.Run("probe", tokens, tokens, base, tokens, self.settings, plan, {})
-        self.told = told = dataclasses.replace(
-            config.of(run, slurm_nodes.detect("cpu", world, {}), "cpu"), nodes=nodes
-        )
+        self.told = told = dataclasses.replace(config.of(run, slurm_nodes.detect("cpu", world, {}), "cpu"), nodes=nodes)
         told.deepspeed["zero_optimization"].update(zero or {})
         self.rows = micro_batches.StepRows(tokens, self.settings, pairs_per_token=100)
         _split_sequences(self.settings.sequence_parallel_size)

@@ -28,9 +28,13 @@ def states_of(engine) -> dict[str, list[int]]:
         whole = [safe_get_full_fp32_param(parameter)]
         whole += [safe_get_full_optimizer_state(parameter, moment) for moment in ("exp_avg", "exp_avg_sq")]
         found.setdefault(key, []).append((first, torch.stack([one.flatten().clone() for one in whole])))
-    together = {
-        key: torch.cat([part for _, part in sorted(parts, key=lambda one: one[0])], 1) for key, parts in found.items()
-    }
+    everyone: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, found)  # of other experts on other ranks
+    parts_of: dict[str, dict[int, torch.Tensor]] = {}
+    for entry in everyone:
+        for key, parts in entry.items():
+            parts_of.setdefault(key, {}).update(parts)
+    together = {key: torch.cat([parts[first] for first in sorted(parts)], 1) for key, parts in parts_of.items()}
     return {key: [zlib.crc32(row.numpy().tobytes()) for row in rows] for key, rows in together.items()}
 
 

@@ -10,15 +10,16 @@ from training_inputs import SHAPE, make_inputs
 
 STAGES = Path(__file__).resolve().parent
 COMMON = {"max_grad_norm": 1e6, "weight_decay": 0.1, "balance_bias_speed": 0.001}
-SHARDS = {"unbroken": 4, "two": 8, "three": 2}  # experts per shard
+SHARDS = {"unbroken": 4, "two": 8, "four": 2, "three": 1}  # experts per shard
 LEGS = [  # steps of 12 rows
     {"name": "unbroken", "ranks": 4, "from": None, "to": 6, "saved": [2], "sub_group_size": 60_000},
     {"name": "two", "ranks": 2, "from": "unbroken", "start": 2, "to": 4, "saved": [4]},
+    {"name": "four", "ranks": 4, "from": "two", "start": 4, "to": 5, "saved": [5], "sub_group_size": 30_000},
     {
         "name": "three",
         "ranks": 3,
-        "from": "two",
-        "start": 4,
+        "from": "four",
+        "start": 5,
         "to": 6,
         "saved": [],
         "sub_group_size": 40_000,
@@ -26,9 +27,10 @@ LEGS = [  # steps of 12 rows
     },
 ]
 SETTINGS = {
-    "unbroken": {"micro_batch_size": 3},
+    "unbroken": {"micro_batch_size": 3, "expert_parallel_size": 2},
     "two": {"micro_batch_size": 4, "gradient_accumulation_steps": 3, "sequence_parallel_size": 2}
     | {"strategy": "zero3_offload"},
+    "four": {"micro_batch_size": 3, "expert_parallel_size": 4, "nodes": 2},
     "three": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
 }
 
@@ -56,7 +58,7 @@ def legs(environment, project, tmp_path_factory):
     return {leg["name"]: json.loads((folder / f"{leg['name']}.json").read_text()) for leg in LEGS}
 
 
-@pytest.mark.parametrize(("leg", "before", "step"), [("two", "unbroken", 2), ("three", "two", 4)])
+@pytest.mark.parametrize(("leg", "before", "step"), [("two", "unbroken", 2), ("four", "two", 4), ("three", "four", 5)])
 def test_states_are_the_same_bits_on_other_ranks_and_shards(legs, leg, before, step):
     assert legs[leg]["resumed"] == legs[before][f"states_{step}"]
     assert legs[leg]["biases_resumed"] == legs[before][f"biases_{step}"] != legs["unbroken"]["biases_resumed"]
@@ -64,7 +66,7 @@ def test_states_are_the_same_bits_on_other_ranks_and_shards(legs, leg, before, s
 
 
 def test_each_step_has_the_loss_of_the_unbroken_run(legs):
-    found = legs["two"]["losses"] + legs["three"]["losses"]
+    found = legs["two"]["losses"] + legs["four"]["losses"] + legs["three"]["losses"]
     assert found == pytest.approx(legs["unbroken"]["losses"][2:], rel=1e-5)
 
 

@@ -37,7 +37,7 @@ COMPILED = {  # DeepSpeed's optimizer is compiled by each start
     "cpu-adam-both": {"strategy": "zero3_offload", "optimizer": "cpu_adam"},
     "cpu-adam-optimizer": {"strategy": "zero3_offload", "offload": "optimizer", "optimizer": "cpu_adam"},
 }
-# Experts spread over ranks, world size → name → settings: of one node, or of several, where tokens travel in two stages.
+# Experts spread over ranks, world size → name → settings: of one node, or of several, reached in two stages.
 EXACT = {"max_grad_norm": 1e6}
 EXPERTS: dict[int, dict[str, dict]] = {
     2: {

@@ -42,12 +42,13 @@ class CheckpointLayout:
         ranks = set(range(world_size))
         return -1 if any(found - ranks for found in of_kinds) else len(ranks.intersection(*of_kinds))
 
-    def marker(self, experts_per_shard: int) -> dict[str, Any]:
-        """The marker's keys that conversion reads the folder by."""
+    def marker(self, experts_per_shard: int, expert_parallel_size: int) -> dict[str, Any]:
+        """The marker's keys that conversion and resume read the folder by."""
+        spread = {} if expert_parallel_size == 1 else {"parallel_size": expert_parallel_size}
         return {
             "zero_stage": self.zero_stage,
             "parameter_prefix": self.parameter_prefix,
-            "experts": {"layout": self.experts, "experts_per_shard": experts_per_shard},
+            "experts": {"layout": self.experts, "experts_per_shard": experts_per_shard} | spread,
         }
 
 

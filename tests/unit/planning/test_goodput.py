@@ -32,7 +32,7 @@ def test_shares_add_up_to_all_the_time():
 
 
 def test_with_failures_the_share_is_that_of_a_poisson_process():
-    """Of a round of training and saving that failures begin anew: M (e^(round / M) - 1) on average, and a start for each."""
+    """A round of training and saving that failures begin anew: M (e^(round / M) - 1) on average, and a start each."""
     times, between = goodput.Times(60, 300, 3600, 1e-6, 0, 0), 4 * 3600
     found = goodput.expected(times, between, 60 * DAY, runs=8)
     round_ = times.cadence + times.save

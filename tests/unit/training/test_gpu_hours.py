@@ -1,4 +1,4 @@
-"""Promises of where a run's GPU hours went: every second in one place, also of steps that are no longer in its metrics."""
+"""Promises of where a run's GPU hours went: every second in one place, also of steps no longer in its metrics."""
 
 import json
 import os

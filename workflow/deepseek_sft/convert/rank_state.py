@@ -38,6 +38,7 @@ class RankState:
         step_is_tensor: whether the optimizer keeps that count as a tensor (torch's) or as a number (DeepSpeed's).
         hyperparameters: of each parameter group of the optimizer, betas, eps and the like (plain values only).
         shapes: names and shapes of the parameters in each sub-group, in their order.
+        sharing: of each sub-group, the ranks that its parameters are split over, in the order of their parts.
         buffers: name → where the buffer lies.
         global_steps, global_samples, skipped_steps: DeepSpeed's own counts.
     """
@@ -48,6 +49,7 @@ class RankState:
     step_is_tensor: bool
     hyperparameters: list[dict[str, Any]]
     shapes: Shapes
+    sharing: list[list[int]]
     buffers: dict[str, StoredTensor]
     global_steps: int
     global_samples: int | None
@@ -155,6 +157,7 @@ def read(folder: Path, rank: int, marker: Mapping[str, Any]) -> RankState:
         step_is_tensor=tensors,
         hyperparameters=groups,
         shapes=state.shapes,
+        sharing=master.sharing,
         buffers=state.buffers,
         global_steps=step,
         global_samples=state.samples,

@@ -157,6 +157,37 @@ class Layout:
         )
 
 
+def spread_over(
+    shapes: Sequence[Mapping[str, tuple[int, ...]]], sharing: Sequence[Sequence[int]], world_size: int, parallel: int
+) -> Layout:
+    """The layout of all ranks from what one of them holds, with expert parallelism over neighbouring ranks.
+
+    Args:
+        shapes: of each sub-group of that rank.
+        sharing: of each, the ranks that share its parameters; those of a group of ``parallel`` ranks differ by one.
+    """
+    groups = []
+    for index, (group, ranks) in enumerate(zip(shapes, sharing, strict=True)):
+        if len(ranks) == world_size:
+            groups.append(SubGroup(index, group, ranks))
+            continue
+        own = min(ranks) % parallel
+        held = {int(found[2]) for name in group if (found := SHARD.fullmatch(name))}
+        for place in range(parallel):
+            shift = (place - own) * len(held)
+            moved = {_shard_after(name, shift): shape for name, shape in group.items()}
+            groups.append(SubGroup(index, moved, range(place, world_size, parallel)))
+    return Layout(groups)
+
+
+def _shard_after(name: str, shift: int) -> str:
+    """The name of the shard that many numbers further."""
+    found = SHARD.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name} is no shard of experts")
+    return f"{found[1]}.{int(found[2]) + shift}.{found[3]}"
+
+
 def of_all_ranks(shapes: Sequence[Mapping[str, tuple[int, ...]]], world_size: int) -> Layout:
     """The layout without expert parallelism: all ranks are the partition group of every sub-group."""
     return Layout([SubGroup(index, group, range(world_size)) for index, group in enumerate(shapes)])
@@ -195,8 +226,9 @@ class Source:
         if rank not in self._states:
             state = rank_state.read(self.folder, rank, self.marker)
             first = next(iter(self._states.values()), state)
+            alike = state.shapes == first.shapes or state.sharing != first.sharing  # of other experts, by other names
             for what in ("shapes", "optimizer_steps", "hyperparameters", "skipped_steps"):
-                if getattr(state, what) != getattr(first, what):
+                if getattr(state, what) != getattr(first, what) and not (what == "shapes" and alike):
                     raise BadInputError(
                         f"{state.flat[0].file}: {what.replace('_', ' ')} are others than in {first.flat[0].file.name}",
                         "the folder holds files of two checkpoints: restore those of one",
@@ -205,8 +237,30 @@ class Source:
         return self._states[rank]
 
     def layout(self, rank: int) -> Layout:
-        """Where everything lies, as an old rank's file says; the same in the files of all."""
-        return of_all_ranks(self.state(rank).shapes, self.world_size)
+        """Where everything lies, as old ranks' files say, ``rank``'s first; the same in the files of all.
+
+        With expert parallelism one file of each set of ranks that share experts is read.
+
+        Raises:
+            BadInputError: see ``state``; or no file tells of a rank's part.
+        """
+        groups: list[SubGroup] = []
+        for index in range(len(self.state(rank).sharing)):
+            told, other = set(), rank
+            while True:
+                ranks = self.state(other).sharing[index]
+                groups.append(SubGroup(index, self.state(other).shapes[index], ranks))
+                if not told.isdisjoint(ranks) or other not in ranks:
+                    raise BadInputError(
+                        f"{self.state(other).flat[index].file} says of others than {self.state(rank).flat[index].file} "
+                        "which ranks share its parameters",
+                        "the folder holds files of two checkpoints: restore those of one",
+                    )
+                told |= set(ranks)
+                if (rest := set(range(self.world_size)) - told) == set():
+                    break
+                other = min(rest)
+        return Layout(groups)
 
     def place(self, copy: Copy, moment: str | None = None) -> tuple[StoredTensor, int]:
         """The tensor that a copy reads, master weights or a moment, and the byte of its file at which it begins.

@@ -42,6 +42,7 @@ class TrainingModel(native.DeepseekV3ForCausalLM):
         experts = functools.partial(MixtureOfExperts, parallel=parallel)
         with _classes(DeepseekV3MoE=experts, DeepseekV3RotaryEmbedding=RotaryEmbedding):
             super().__init__(config)
+        self.parallel = parallel
         self.lm_head.__class__ = OutputLayer  # same parameter, another forward
 
     def routers(self) -> list[Router]:

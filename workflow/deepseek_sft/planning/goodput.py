@@ -1,8 +1,8 @@
 """What share of its GPU hours a run trains on, by simulated failures; all times are seconds.
 
-Failures are a Poisson process over all GPUs (Llama 3, arXiv 2407.21783, section 3.3.4: 419 unexpected interruptions in 54
-days on 16,384 H100). Each loses what came after the last committed checkpoint, is noticed after a while, and is followed
-by a start that reads it; a failure may befall a start or a save as well as a step.
+Failures are a Poisson process over all GPUs (Llama 3, arXiv 2407.21783, section 3.3.4: 419 unexpected interruptions
+in 54 days on 16,384 H100). Each loses what came after the last committed checkpoint, is noticed after a while, and is
+followed by a start that reads it; a failure may befall a start or a save as well as a step.
 """
 
 import random

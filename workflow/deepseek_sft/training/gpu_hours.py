@@ -5,9 +5,9 @@ A start drops the metrics of steps that it trains again; what they took stands i
     {"attempt", "ranks", "began", "first_step", "resumed_step",
      "before": null | {"ended", "steps", "seconds", "seconds_save", "kept_save"}}
 
-``began`` is when rank 0's process did, ``first_step`` when its first step did, seconds since the epoch. ``before`` is what
-an earlier start left: when its last line or checkpoint was written, steps and saves that are trained again, and the save
-of the checkpoint that this start goes on from.
+``began`` is when rank 0's process did, ``first_step`` when its first step did, seconds since the epoch. ``before`` is
+what an earlier start left: when its last line or checkpoint was written, steps and saves that are trained again, and
+the save of the checkpoint that this start goes on from.
 """
 
 import dataclasses
@@ -67,7 +67,8 @@ class GpuHours:
         """One line for people."""
         return (
             f"{self.trained:,.2f} trained ({self.share_trained:.1%} of those held), {self.saved:,.2f} saving, "
-            f"{self.lost:,.2f} lost to restarts, {self.starting:,.2f} starting; {self.waiting:,.2f} waiting between starts"
+            f"{self.lost:,.2f} lost to restarts, {self.starting:,.2f} starting; "
+            f"{self.waiting:,.2f} waiting between starts"
         )
 
     def typical(self) -> dict[str, float]:

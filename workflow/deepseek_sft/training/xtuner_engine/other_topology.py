@@ -27,14 +27,24 @@ from .memory import GIB, rank_device
 
 def is_same(engine: Any, marker: dict[str, Any]) -> bool:
     """Whether each rank finds its own partitions in its own files; the same on all ranks."""
-    here, there = engine.module.llm.config.experts_per_shard, marker.get("experts", {}).get("experts_per_shard")
-    return marker["world_size"] == dist.get_world_size() and there in (None, here)
+    kept = marker.get("experts", {})
+    if marker["world_size"] != dist.get_world_size() or kept.get("parallel_size", 1) != _parallel_size(engine):
+        return False
+    return kept.get("experts_per_shard") in (None, engine.module.llm.config.experts_per_shard)
+
+
+def _parallel_size(engine: Any) -> int:
+    """Ranks over which a layer's experts are spread."""
+    parallel = engine.module.llm.parallel
+    return parallel.size if parallel else 1
 
 
 def layout_of(engine: Any) -> Layout:
     """Where this run's ranks hold the parameters."""
     shapes = [{name: tuple(shape) for name, shape in group.items()} for group in engine._get_zero_param_shapes()]
-    return repartition.of_all_ranks(shapes, dist.get_world_size())
+    zero = engine.optimizer
+    sharing = [zero._get_sub_group_partition_ranks(index) for index in range(len(shapes))]
+    return repartition.spread_over(shapes, sharing, dist.get_world_size(), _parallel_size(engine))
 
 
 def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:

@@ -113,7 +113,7 @@ def marker_of(config: EngineConfig, step: int, progress: dict[str, Any]) -> dict
         "schedule": config.schedule.told_after(step),
         "world_size": dist.get_world_size(),
         "engine": engines.XTUNER.name,
-        **engines.XTUNER.checkpoint.marker(config.settings.experts_per_shard),
+        **engines.XTUNER.checkpoint.marker(config.settings.experts_per_shard, config.settings.expert_parallel_size),
         "dtype": config.settings.dtype,
         "progress": progress,
     }
