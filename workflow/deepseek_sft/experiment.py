@@ -162,8 +162,9 @@ class Experiment:
     # ---- external files
 
     def state_of_sources(self) -> list[str]:
-        """Name, size and time of every source file: a changed source re-runs prepare_data."""
-        return [_state(path) for pattern in self._patterns() for path in _matches(pattern)]
+        """Name, size and time of every source file and evaluation set: a changed one re-runs prepare_data."""
+        patterns = [*self._patterns(), *self._evaluation_sets()]
+        return [_state(path) for pattern in patterns for path in _matches(pattern)]
 
     def state_of_base(self) -> str:
         """State of the base model's config and index."""
@@ -184,6 +185,8 @@ class Experiment:
         """Rule, key and path of external files."""
         config = self.config
         named = [("prepare_data", f"data.sources[{i}]", pattern) for i, pattern in enumerate(self._patterns())]
+        sets = enumerate(self._evaluation_sets())
+        named += [("prepare_data", f"data.evaluation_sets[{number}]", pattern) for number, pattern in sets]
         if not config["plan"]["model"]:  # else its shape stands for the base
             named += [(rule, "model.base", config["model"]["base"]) for rule in ("plan", "refine_plan")]
         named += [
@@ -238,6 +241,9 @@ class Experiment:
                 problems += shapes.of_serving(self.config, rule, serve)
         if problems:
             raise BadInputError("configuration and profile do not fit\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _evaluation_sets(self) -> list[str]:
+        return [one if isinstance(one, str) else one["path"] for one in self.config["data"]["evaluation_sets"]]
 
     def _patterns(self) -> list[str]:
         sources = self.config["data"]["sources"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config as configuration
 from . import engines
+from .files import canonical_json
 from .planning import duration
 from .planning.settings import Training
 
@@ -28,7 +29,16 @@ def _prepare_data(experiment: "Experiment") -> Words:
     words += ["--output", f"{results}/data/train.jsonl", "--rejects", f"{results}/data/rejects.jsonl"]
     words += ["--on-invalid", data["on_invalid"]]
     words += ["--fields", *(f"{name}={meaning}" for name, meaning in data["fields"].items())] if data["fields"] else []
-    return words + _unless(data, "unused_fields", "warn") + _unless(data, "on_empty_source", "warn"), []
+    words += _unless(data, "unused_fields", "warn") + _unless(data, "on_empty_source", "warn")
+    return words + _evaluation_sets(data), []
+
+
+def _evaluation_sets(data: dict[str, Any]) -> list[Any]:
+    if not data["decontaminate"]:
+        return []
+    sets = [one if isinstance(one, str) or one["fields"] else one["path"] for one in data["evaluation_sets"]]
+    texts = [one if isinstance(one, str) else canonical_json(one) for one in sets]
+    return ["--decontaminate", data["decontaminate"], "--evaluation-sets", *texts]
 
 
 def _tokenize_data(experiment: "Experiment") -> Words:

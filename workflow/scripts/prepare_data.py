@@ -14,15 +14,18 @@ import _bootstrap  # noqa: F401
 import _single_threaded  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
+from deepseek_sft.data import evaluation_sets
+from deepseek_sft.data.evaluation_sets import EvaluationSet
 from deepseek_sft.data.fields import MEANINGS, Vocabulary
 from deepseek_sft.data.figures import Figures, described
 from deepseek_sft.data.formats import AUTO, FORMATS
 from deepseek_sft.data.hints import source_hint
 from deepseek_sft.data.prepare import prepare
-from deepseek_sft.data.sources import find_sources
+from deepseek_sft.data.sources import expand, find_sources
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.settings import options
 from deepseek_sft.settings.data import Data
+from deepseek_sft.settings.field_types import keys
 
 
 def main() -> None:
@@ -42,9 +45,16 @@ def main() -> None:
         "--fields", nargs="+", default=[], metavar="NAME=MEANING", help=f"what fields mean: {', '.join(MEANINGS)}"
     )
     options.add(parser, Data, "on_invalid", "unused_fields", "on_empty_source")
+    options.add(parser, Data, "decontaminate")
+    parser.add_argument(
+        "--evaluation-sets", nargs="+", default=[], metavar="SET", help=keys(Data)["evaluation_sets"].meaning
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes; the result is the same for any number")
     arguments = parser.parse_args()
 
+    sets = tuple(map(EvaluationSet.from_word, arguments.evaluation_sets))
+    if bool(sets) != bool(arguments.decontaminate):
+        raise BadInputError("--decontaminate and --evaluation-sets go together", "give both, or neither")
     vocabulary = Vocabulary(given_meanings(arguments.fields))
     files.require_writable(arguments.output, arguments.rejects, arguments.receipt)
     sources = find_sources(arguments.source, arguments.weights)
@@ -58,12 +68,18 @@ def main() -> None:
         vocabulary=vocabulary,
         fail_on_unused_fields=arguments.unused_fields == "fail",
         fail_on_empty_source=arguments.on_empty_source == "fail",
+        evaluation_sets=sets,
+        decontaminate=arguments.decontaminate,
         workers=arguments.workers,
     )
+    asked = {"decontaminate": arguments.decontaminate, "evaluation_sets": arguments.evaluation_sets} if sets else {}
+    files_of_sets = [path for one in sets for path in expand(one.path)]
     receipts.write(
         arguments.receipt,
         "prepare_data",
-        inputs={str(source.path): receipts.input_entry(source.path) for source in sources},
+        inputs={
+            str(path): receipts.input_entry(path) for path in (*(source.path for source in sources), *files_of_sets)
+        },
         settings={
             "sources": arguments.source,
             "weights": arguments.weights,
@@ -72,6 +88,7 @@ def main() -> None:
             "fields": dict(vocabulary.given),
             "unused_fields": arguments.unused_fields,
             "on_empty_source": arguments.on_empty_source,
+            **asked,
         },
         result={"data": str(arguments.output), "rejects": str(arguments.rejects)},
         figures=figures.as_dict(),
@@ -104,6 +121,8 @@ def tell(figures: Figures, rejects: Path) -> None:
         cli.say(f"warning: fields not used: {described(figures.unused_fields, figures.accepted)}")
     if figures.with_tools:
         cli.say(f"{figures.with_tools:,} records define tools, which stand in train.jsonl as `tools`")
+    if figures.contamination:
+        evaluation_sets.tell(figures.contamination, figures.accepted)
     cli.say(f"{figures.accepted} of {figures.records} records accepted, {figures.trained_turns} trained turns")
     if figures.rejected:
         reasons = ", ".join(f"{reason} {count}" for reason, count in figures.rejects.most_common())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .contamination import Match
 from .fields import IGNORE, MEANINGS, likely_meaning
 
 EXAMPLES = 3  # per reason
@@ -25,6 +26,7 @@ class Outcome:
         format: the format it was read in; empty if none was found.
         unused: paths of fields that nothing used, and whether their meaning is unclear.
         tools: whether tools are defined beside the messages.
+        matches: texts of evaluation sets that it holds.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Outcome:
     format: str = ""
     unused: tuple[tuple[str, bool], ...] = ()
     tools: bool = False
+    matches: tuple[Match, ...] = ()
 
     @property
     def place(self) -> str:
@@ -54,7 +57,8 @@ class Figures:
     ``turns`` are assistant messages of accepted records; ``trained_turns`` those with loss; ``with_reasoning`` those
     with a thinking block; ``with_tools`` records that define tools; ``formats`` counts records by the format they were
     read in, ``sources`` by file; ``unused_fields`` counts accepted records by fields that nothing used, with the first
-    place; ``unclear_fields`` names those of them whose meaning must be told.
+    place; ``unclear_fields`` names those of them whose meaning must be told; ``contamination`` says which evaluation
+    sets were looked for and what of them was found.
     """
 
     records: int = 0
@@ -70,6 +74,7 @@ class Figures:
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     unused_fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     unclear_fields: dict[str, dict[str, Any]] = field(default_factory=dict)
+    contamination: dict[str, Any] | None = None
 
     def expect(self, sources: Iterable[str]) -> None:
         """Name every source, so that one without a record is counted too."""
@@ -121,7 +126,8 @@ class Figures:
             for name, counted in (("unused_fields", self.unused_fields), ("unclear_fields", self.unclear_fields))
         }
         examples = dict(sorted(self.examples.items()))
-        return {**vars(self), "rejects": rejects, "formats": formats, "examples": examples, **fields}
+        counted = {name: value for name, value in vars(self).items() if name != "contamination" or value}
+        return {**counted, "rejects": rejects, "formats": formats, "examples": examples, **fields}
 
 
 def _count(fields: dict[str, dict[str, Any]], path: str, place: str) -> None:

@@ -5,11 +5,13 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import cli, files
 from ..errors import BadInputError
+from .evaluation_sets import REJECT, REPORT, Contamination, EvaluationSet, load
 from .fields import PLAIN, Leftovers, Vocabulary
 from .figures import Figures, Outcome, described, mapping_to_write
 from .formats import choose, read
@@ -27,8 +29,10 @@ CHUNK_BYTES = 2 << 20  # of a chunk; a larger record is one by itself
 EXCERPT = 200  # characters of a rejected record kept for reading
 
 
-def convert_record(raw: RawRecord, vocabulary: Vocabulary = PLAIN) -> Outcome:
-    """Decode, convert and check one record."""
+def convert_record(
+    raw: RawRecord, vocabulary: Vocabulary = PLAIN, take: Callable[[list[dict[str, Any]]], None] | None = None
+) -> Outcome:
+    """Decode, convert and check one record; ``take`` is given the messages of one that is accepted."""
     name = f"{os.path.basename(raw.source)}:{raw.record}"  # noqa: PTH119  a Path for every record takes its time
     place = (raw.source, raw.record, raw.line)
     record, chosen = raw.payload, ""
@@ -60,6 +64,8 @@ def convert_record(raw: RawRecord, vocabulary: Vocabulary = PLAIN) -> Outcome:
         turns = (len(answers), sum(m["loss"] for m in answers), reasoned)
         digest = hashlib.blake2b((text + tools).encode(), digest_size=16).digest()
         unused = tuple(left.paths.items())
+        if take:
+            take(messages)
         return Outcome(*place, name, written, digest, turns, format=chosen, unused=unused, tools=bool(tools))
     except Rejection as rejection:
         record = record.head if isinstance(record, Oversized) else record
@@ -68,9 +74,19 @@ def convert_record(raw: RawRecord, vocabulary: Vocabulary = PLAIN) -> Outcome:
         return Outcome(*place, name, reason=reason, message=message, excerpt=shown[:EXCERPT], format=chosen)
 
 
-def convert_chunk(chunk: list[RawRecord], vocabulary: Vocabulary = PLAIN) -> list[Outcome]:
-    """``convert_record`` over a list, for worker processes."""
-    return [convert_record(raw, vocabulary) for raw in chunk]
+def convert_chunk(
+    chunk: list[RawRecord], vocabulary: Vocabulary = PLAIN, sets: tuple[EvaluationSet, ...] = ()
+) -> list[Outcome]:
+    """``convert_record`` over a list, for worker processes; with what each record holds of evaluation sets."""
+    if not sets:
+        return [convert_record(raw, vocabulary) for raw in chunk]
+    conversations: list[list[dict[str, Any]]] = []
+    outcomes = [convert_record(raw, vocabulary, conversations.append) for raw in chunk]
+    found = iter(load(sets).find(conversations))
+    return [
+        one if one.reason or not (matches := next(found)) else dataclasses.replace(one, matches=matches)
+        for one in outcomes
+    ]
 
 
 def prepare(
@@ -83,6 +99,8 @@ def prepare(
     vocabulary: Vocabulary = PLAIN,
     fail_on_unused_fields: bool = False,
     fail_on_empty_source: bool = False,
+    evaluation_sets: tuple[EvaluationSet, ...] = (),
+    decontaminate: str = REPORT,
     workers: int = 1,
 ) -> Figures:
     """Read all sources and write both files.
@@ -99,17 +117,20 @@ def prepare(
         vocabulary: what the names of fields mean.
         fail_on_unused_fields: fail where any field is not used, not only one of unclear meaning.
         fail_on_empty_source: fail where a source gives no record.
+        evaluation_sets: sets whose items are looked for in the records.
+        decontaminate: what a record does that holds one: ``report`` counts it, ``reject`` leaves it out.
         workers: processes.
 
     Raises:
-        BadInputError: a damaged file, nothing accepted, an invalid record where ``fail_on_invalid``, a field of unclear
-            meaning, or what the other two options forbid.
+        BadInputError: a damaged file, an evaluation set that cannot be read, nothing accepted, an invalid record where
+            ``fail_on_invalid``, a field of unclear meaning, or what the other two options forbid.
     """
     figures = Figures()
     figures.expect(str(source.path) for source in sources)
     seen = Seen()
+    contamination = Contamination(load(evaluation_sets), decontaminate) if evaluation_sets else None
     raw = (record for source in sources for record in read_source(source))
-    work = functools.partial(convert_chunk, vocabulary=vocabulary)
+    work = functools.partial(convert_chunk, vocabulary=vocabulary, sets=evaluation_sets)
     chunks = ordered_map(work, chunked(raw, CHUNK_RECORDS, lambda record: record.size, CHUNK_BYTES), workers)
     problem: BadInputError | None = None
     with files.atomic_open(rejects, "wb") as rejected:
@@ -119,17 +140,20 @@ def prepare(
                     for outcome in outcomes:
                         if not keep_duplicates:
                             outcome = _check_duplicate(outcome, seen, figures.accepted + 1)
-                        if fail_on_invalid and outcome.reason:
+                        if fail_on_invalid and outcome.reason:  # evaluation sets have a word of their own
                             raise BadInputError(
                                 f"{outcome.place}: {outcome.reason}: {outcome.message}",
                                 "repair the record, or let --on-invalid reject set such records aside",
                             )
+                        if contamination and outcome.matches and not outcome.reason:
+                            outcome = _check_contamination(outcome, contamination)
                         figures.add(outcome)
                         if outcome.reason:
                             rejected.write(json_line(_reject_line(outcome)))
                         else:
                             accepted.write(outcome.written)
                     cli.say(f"{figures.records} records read, {figures.rejected} rejected")
+                figures.contamination = contamination.as_dict() if contamination else None
                 problem = _problem(figures, rejects, fail_on_unused_fields, fail_on_empty_source)
                 if problem:
                     raise _Refused
@@ -190,6 +214,15 @@ def _check_duplicate(outcome: Outcome, seen: Seen, line: int) -> Outcome:
     message = f"same messages{' and tools' if outcome.tools else ''} as line {first} of the output"
     excerpt = outcome.written.decode()[:EXCERPT]
     return dataclasses.replace(outcome, written=b"", reason="duplicate", message=message, excerpt=excerpt)
+
+
+def _check_contamination(outcome: Outcome, contamination: Contamination) -> Outcome:
+    contamination.add(outcome.place, outcome.matches)
+    if contamination.policy != REJECT:
+        return outcome
+    message = contamination.loaded.described(outcome.matches[0])
+    excerpt = outcome.written.decode()[:EXCERPT]
+    return dataclasses.replace(outcome, written=b"", reason="contaminated", message=message, excerpt=excerpt)
 
 
 def _reject_line(outcome: Outcome) -> dict[str, Any]:

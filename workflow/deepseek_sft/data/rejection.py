@@ -34,6 +34,7 @@ REASONS = {
     "incorrect": "every complete generation was found wrong",
     "no_trained_turn": "no assistant message is trained",
     "duplicate": "the same conversation came before",
+    "contaminated": "it holds an item of an evaluation set",
     "invalid_record": "a line of train.jsonl that prepare_data would not have written",
     "too_long": "longer than max_length",
     "nothing_left": "no trained token is left within max_length",

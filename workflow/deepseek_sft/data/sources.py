@@ -74,8 +74,8 @@ def find_sources(arguments: list[str], weights: list[float] | None = None) -> li
         if not 0 < weight < float("inf"):
             raise BadInputError(f"source {argument}: weight {weight} is not positive", "leave the source out instead")
         name, pattern = split_argument(argument)
-        for path in _expand(pattern):
-            if _kind(path) is None:
+        for path in expand(pattern):
+            if kind_of(path) is None:
                 raise BadInputError(
                     f"source {path} is of no known kind",
                     f"files end in one of {', '.join(SUFFIXES)}, the JSON ones optionally followed by .gz or .zst"
@@ -97,7 +97,7 @@ def first_bytes(path: Path, count: int) -> bytes:
         BadInputError: the container is damaged.
     """
     begin = b""
-    for block in _chunks(path):
+    for block in chunks(path):
         begin += block
         if len(begin) >= count:
             break
@@ -111,15 +111,15 @@ def read_source(source: Source) -> Iterator[RawRecord]:
         BadInputError: the container is damaged.
     """
     place, name, weight = str(source.path), source.format, source.weight
-    if _kind(source.path) == ".parquet":
+    if kind_of(source.path) == ".parquet":
         rows = enumerate(_parquet_rows(source.path), 1)
         yield from (RawRecord(place, name, number, None, row, weight, size) for number, (row, size) in rows)
-    elif _kind(source.path) == ".json" and _starts_with_bracket(source.path):
+    elif kind_of(source.path) == ".json" and _starts_with_bracket(source.path):
         items = enumerate(_array_items(source.path), 1)
         yield from (RawRecord(place, name, number, None, item, weight, size) for number, (item, size) in items)
     else:
         record = 0
-        for number, line in enumerate(split_lines(_chunks(source.path)), 1):
+        for number, line in enumerate(split_lines(chunks(source.path)), 1):
             if isinstance(line, Oversized) or line.strip():
                 record += 1
                 size = len(line.head if isinstance(line, Oversized) else line)
@@ -159,13 +159,14 @@ def _matches(pattern: str) -> list[Path]:
     return sorted(root.glob(str(path.relative_to(path.anchor))))
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str, what: str = "source") -> list[Path]:
+    """Files of a path or pattern; raises BadInputError, calling it ``what``."""
     path = Path(pattern)
     if path.is_file():
         return [path]
     if path.is_dir():
         fix = folder_hint(path) or f"name its files, for example '{pattern.rstrip('/')}/*.jsonl'"
-        raise BadInputError(f"source {pattern} is a folder", fix)
+        raise BadInputError(f"{what} {pattern} is a folder", fix)
     if any(character in pattern for character in "*?["):
         matches = _matches(pattern)
         files = [match for match in matches if match.is_file()]
@@ -175,7 +176,7 @@ def _expand(pattern: str) -> list[Path]:
         if files:
             return files
         raise BadInputError(
-            f"source {pattern} matches no file",
+            f"{what} {pattern} matches no file",
             f"check the path; a pattern must match at least one file ({looked_for(pattern)})",
         )
     near = []
@@ -187,7 +188,7 @@ def _expand(pattern: str) -> list[Path]:
         hint += f"; formats that may stand before the equals sign: {', '.join([AUTO, *FORMATS])}"
     elif not path.parent.is_dir():
         hint = f"its folder {path.parent} does not exist either; check the path"
-    raise BadInputError(f"source {pattern} does not exist", f"{hint} ({looked_for(pattern)})")
+    raise BadInputError(f"{what} {pattern} does not exist", f"{hint} ({looked_for(pattern)})")
 
 
 def folder_hint(path: Path) -> str:
@@ -201,7 +202,8 @@ def folder_hint(path: Path) -> str:
     return ""
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
+    """The suffix that says how a file is read, without that of compression; None where none does."""
     name = path.with_suffix("").name if path.suffix in COMPRESSED else path.name
     suffix = Path(name).suffix
     if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix != suffix):
@@ -209,8 +211,8 @@ def _kind(path: Path) -> str | None:
     return suffix
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed contents, block by block."""
+def chunks(path: Path) -> Iterator[bytes]:
+    """Decompressed contents, block by block; raises BadInputError."""
     try:
         if path.suffix == ".gz":
             with gzip.open(path) as stream:
@@ -248,7 +250,7 @@ def _zstandard_chunks(path: Path) -> Iterator[bytes]:
 
 
 def _starts_with_bracket(path: Path) -> bool:
-    for block in _chunks(path):
+    for block in chunks(path):
         if text := block.removeprefix(codecs.BOM_UTF8).lstrip():
             return text.startswith(b"[")
     return False
@@ -256,7 +258,7 @@ def _starts_with_bracket(path: Path) -> bool:
 
 def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
     try:
-        yield from sized_items(_chunks(path))
+        yield from sized_items(chunks(path))
     except ArrayError as error:
         raise BadInputError(
             f"source {path} is not a whole JSON array: after record {error.items}: {error}",

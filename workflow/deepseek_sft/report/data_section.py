@@ -6,13 +6,13 @@ from .. import formatting
 from .collect import mapping
 
 Grid = tuple[str, list[str], list[list[str]]]
-SHOWN = ("sources", "unused_fields", "unclear_fields")  # figures that have tables here
+SHOWN = ("sources", "unused_fields", "unclear_fields", "contamination")  # figures that have tables here
 MOST_ROWS = 50  # sources or fields shown
 
 
 def grids(figures: dict[str, Any]) -> list[Grid]:
     """Tables (title, head, rows) of sources and of fields that nothing used; none where there is nothing to show."""
-    return [grid for grid in (_sources(figures.get("sources")), _fields(figures)) if grid]
+    return [grid for grid in (_sources(figures.get("sources")), _fields(figures), *_contamination(figures)) if grid]
 
 
 def _sources(found: Any) -> Grid | None:
@@ -44,6 +44,28 @@ def _fields(figures: dict[str, Any]) -> Grid | None:
         for path, one in list(fields.items())[:MOST_ROWS]
     ]  # fmt: skip
     return _title("fields not used", len(fields)), ["", "records", "first in"], rows
+
+
+def _contamination(figures: dict[str, Any]) -> list[Grid]:
+    """Evaluation sets that were looked for, and the first records that hold an item."""
+    found = mapping(figures.get("contamination"))
+    sets = [mapping(one) for one in found.get("sets") or []]
+    if not sets:
+        return []
+    done = "left out" if found.get("policy") == "reject" else "kept"
+    rows = [
+        [formatting.clean(str(one.get("path", ""))), f"{_count(one, 'items_found'):,} of {_count(one, 'items'):,}",
+         f"{_count(one, 'records'):,} {done}",
+         f"{_count(one, 'texts_not_compared') + _count(one, 'items_without_text'):,}"]
+        for one in sets[:MOST_ROWS]
+    ]  # fmt: skip
+    grids = [(_title("evaluation sets", len(sets)), ["", "items found", "records", "texts not compared"], rows)]
+    examples = [
+        [formatting.clean(str(one.get("record", ""))), formatting.clean(str(one.get("item", ""))),
+         f"{_count(one, 'words_found')} of {_count(one, 'words')}", formatting.clean(str(one.get("text", "")), 200)]
+        for one in map(mapping, found.get("examples") or [])
+    ]  # fmt: skip
+    return grids + ([("records that hold an item", ["", "item", "words", "it begins"], examples)] if examples else [])
 
 
 def _title(name: str, count: int) -> str:

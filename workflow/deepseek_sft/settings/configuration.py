@@ -84,6 +84,8 @@ class Configuration:
         """Keys that name files or folders, with their values."""
         sources = [source if isinstance(source, str) else source.path for source in self.data.sources]
         found: list[tuple[str, Any]] = [(f"data.sources[{number}]", path) for number, path in enumerate(sources)]
+        sets = [one if isinstance(one, str) else one.path for one in self.data.evaluation_sets]
+        found += [(f"data.evaluation_sets[{number}]", path) for number, path in enumerate(sets)]
         found += [("results", self.results), ("data.tokenizer", self.data.tokenizer)]
         found += [("model.base", self.model.base), ("plan.model", self.plan.model)]
         found += [(f"smoke_test.{name}", getattr(self.smoke_test, name)) for name in ("prompts", "base_measured")]

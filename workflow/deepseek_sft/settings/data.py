@@ -1,5 +1,6 @@
 """Where the chats come from, and how they become tokens."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, MinLen
@@ -21,10 +22,21 @@ class SourceFiles:
     """How often each record is used: 2 twice, 0.5 every second one by chance."""
 
 
+@section
+class EvaluationSetFiles:
+    path: Named
+    """File or glob."""
+    fields: Annotated[tuple[Named, ...], MinLen(1)] | None = None
+    """Fields that hold texts of an item, such as `question` or `doc.question`; null takes the usual names."""
+
+
 def _kind(value: Any) -> str:
     return "text" if isinstance(value, str) else "keys"
 
 
+EvaluationSet = Annotated[
+    Annotated[Named, Tag("text")] | Annotated[EvaluationSetFiles, Tag("keys")], Discriminator(_kind)
+]
 Source = Annotated[Annotated[Named, Tag("text")] | Annotated[SourceFiles, Tag("keys")], Discriminator(_kind)]
 
 
@@ -43,6 +55,12 @@ class Data:
     of one says training, reasoning or system, and its value could be that."""
     on_empty_source: Literal["warn", "fail"] = setting("warn", later=True)
     """What a source does of which no record is accepted, an empty file included."""
+    decontaminate: Literal["report", "reject"] | None = setting(None, later=True)
+    """What a record does that holds an item of `evaluation_sets`, whole or slightly changed: is counted, with
+    examples, or goes to `rejects.jsonl`."""
+    evaluation_sets: tuple[EvaluationSet, ...] = setting((), later=True)
+    """Files of evaluation items that must not be trained on: `PATH`, or `{path, fields}`, globs allowed: JSONL, JSON
+    arrays, Parquet, or text of an item a line."""
     template: Literal[*TEMPLATES, BASE, AUTO] = "deepseek-r1"
     """Chat template the samples are rendered with; must be the one the model will be served with. `auto` takes the one
     that fits the base's own and says so; `base` renders with the base's own, whatever it is."""
@@ -62,3 +80,9 @@ class Data:
     """Whole samples share rows of `max_length` tokens (best-fit packing). No attention across samples, positions start
     anew; saves the padding between short and long samples. `auto` packs, but leaves an experiment as it is whose tokens
     were made unpacked."""
+
+    def problems(self) -> Iterator[str]:
+        if self.decontaminate and not self.evaluation_sets:
+            yield "decontaminate: needs the files of the items in evaluation_sets"
+        if self.evaluation_sets and not self.decontaminate:
+            yield "evaluation_sets: are looked at with decontaminate: report or reject"
