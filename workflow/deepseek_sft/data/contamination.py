@@ -3,9 +3,9 @@
 A text of a set is looked for by its runs of four words (six characters where there are no spaces). Where one stands in
 a message, the text counts as found if 80 % of its words stand at their places around it (texts of less than 32 words,
 52 characters; of less than 16 words, 26 characters, all its numbers too), or if runs that stand close together make up
-65 % of it (texts of 16 words, 26 characters, and more). A text too short for either, below eight words or 13 characters,
-is found where a user's message is just this text. Runs that more than ten texts of the sets share are how the set asks,
-not what it asks: they do not count.
+65 % of it (texts of 16 words, 26 characters, and more). A text too short for either, below eight words or 13
+characters, is found where a user's message is just this text. Runs that more than ten texts of the sets share are how
+the set asks, not what it asks: they do not count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,7 @@ BLOCK = 1 << 16  # characters that are compared at once
 LONGEST, OVERLAP = 1 << 18, 1 << 13  # characters of a message that are compared at once, and again with what follows
 ROWS = 4096  # runs of short texts that are aligned at once
 Integers = NDArray[np.int64]
+Runs = NDArray[np.uint64]
 
 _FACTORS = np.random.default_rng(8).integers(1 << 63, size=ALIGNED * LEAST[CHARACTER], dtype=np.uint64) * np.uint64(2)
 _FACTORS += np.uint64(1)
@@ -65,7 +66,7 @@ class Index:
         uncompared: numbers of the texts that cannot be looked for: too short, or like too many others.
     """
 
-    runs: Numbers
+    runs: Runs
     offsets: Integers
     texts: NDArray[np.int32]
     places: NDArray[np.int32]
@@ -184,7 +185,7 @@ def build(texts: Sequence[str]) -> Index:
     runs, owners, places, widths = [], [], [], []
     lengths, least = np.zeros((2, len(texts)), np.int64)
     whole: dict[int, int] = {}
-    rows = np.zeros((len(texts), ALIGNED * LEAST[CHARACTER] - 1), np.uint64)
+    rows = np.zeros((len(texts), ALIGNED * LEAST[CHARACTER] - 1), np.uint32)
     fixed = np.zeros(rows.shape, bool)
     known: dict[bytes, int] = {}
     reader = Reader(numeric=True)
@@ -282,7 +283,7 @@ def _number(values: Numbers) -> int:
     return int((values * _FACTORS[: len(values)]).sum(dtype=np.uint64))
 
 
-def _run_numbers(values: Numbers, kinds: NDArray[np.uint8]) -> Numbers:
+def _run_numbers(values: Numbers, kinds: NDArray[np.uint8]) -> Runs:
     """A number for the run that begins at each token: of six tokens where it is a character, else of four."""
     padded = np.zeros(len(values) + 5, np.uint64)
     padded[: len(values)] = values

@@ -1,4 +1,4 @@
-"""Texts as 64-bit numbers of their words, for comparing what they say: case, accents and punctuation do not count.
+"""Texts as 32-bit numbers of their words, for comparing what they say: case, accents and punctuation do not count.
 
 Words are runs of letters and digits. Scripts written without spaces (Chinese, Japanese, Thai …) give a token for every
 character. Characters beyond the Basic Multilingual Plane separate words.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.uint64]
+Numbers = NDArray[np.uint32]
 
 SPACE, WORD, CHARACTER, BREAK = range(4)  # what a character is to the text; a break stands between two texts
 UNSPACED = (  # first and last character of scripts that put no spaces between words
@@ -24,7 +24,7 @@ UNSPACED = (  # first and last character of scripts that put no spaces between w
     (0x4E00, 0x9FFF),
     (0xF900, 0xFAFF),
 )
-_LAST = np.uint64(0x9E3779B97F4A7C15)  # stands for what follows a word
+_LAST = np.uint32(0x9E3779B9)  # stands for what follows a word
 _BREAK = "\uffff"  # no character
 _BETWEEN = f" {_BREAK} ".encode("utf-16-le")
 _KIND = np.uint8(3)
@@ -72,14 +72,14 @@ class Reader:
         following = self._following[:count]
         np.add(numbers[1:], _LAST, out=following[:-1])
         following[-1:] = _LAST
-        kinds = numbers.view(np.uint8)[::8] & _KIND
+        kinds = numbers.view(np.uint8)[::4] & _KIND
         if unspaced := bool((kinds == CHARACTER).any()):
             word = kinds == WORD
             begins[1:] |= written[1:] & ~(word[1:] & word[:-1])
             following[np.flatnonzero(word[:-1] & (kinds[1:] == CHARACTER))] = _LAST  # no part of the word
         following *= numbers
         firsts = np.flatnonzero(begins)
-        sums = np.cumsum(following, out=self._sums[1 : count + 1])
+        sums = np.cumsum(following, dtype=np.uint32, out=self._sums[1 : count + 1])
         values = np.diff(self._sums[firsts], append=sums[-1:])
         kinds = kinds[firsts]
         if unspaced:
@@ -97,7 +97,7 @@ class Reader:
         if count > self._size:
             self._size = count
             self._index = np.empty(count, np.intp)
-            self._taken, self._following, self._sums = (np.zeros(count + 1, np.uint64) for _ in range(3))
+            self._taken, self._following, self._sums = (np.zeros(count + 1, np.uint32) for _ in range(3))
             self._written, self._begins = np.empty((2, count), bool)
 
 
@@ -110,15 +110,15 @@ def _encoded(texts: Sequence[str]) -> tuple[list[bytes], NDArray[np.uint16]]:
 @functools.cache
 def _numbers_of_characters() -> Numbers:
     """By character a random number, its kind in the last two bits; equal for characters that read alike."""
-    random = np.random.default_rng(20251128).integers(1 << 62, size=1 << 16, dtype=np.uint64) * np.uint64(4)
-    folded, kinds = np.arange(1 << 16), np.zeros(1 << 16, np.uint64)
+    random = np.random.default_rng(20251128).integers(1 << 30, size=1 << 16, dtype=np.uint32) * np.uint32(4)
+    folded, kinds = np.arange(1 << 16), np.zeros(1 << 16, np.uint32)
     for code in range(1 << 16):
         character = chr(code)
         if unicodedata.category(character)[0] in "LNM":
             kinds[code] = WORD
             folded[code] = ord(_plain(character))
     for first, last in UNSPACED:
-        kinds[first : last + 1] *= np.uint64(CHARACTER)
+        kinds[first : last + 1] *= np.uint32(CHARACTER)
     kinds[ord(_BREAK)] = BREAK
     numbers = random[folded] + kinds
     numbers[kinds == SPACE] = 0
