@@ -15,6 +15,7 @@ import yaml
 
 from . import config as configuration
 from . import environments, expert_shards, files, place, receipts, rule_settings, secrets_file, shapes, stages
+from .data.held_out_prompts import PROMPTS_FILE
 from .data.sources import split_argument
 from .data.tokens import made_unpacked
 from .errors import BadInputError
@@ -64,6 +65,8 @@ class Experiment:
             if begun:
                 resolved["train"]["experts_per_shard"] = begun
                 notes.append(f"train.experts_per_shard: auto leaves {begun}, with which this experiment began")
+        if resolved["data"]["held_out"] and not resolved["smoke_test"]["prompts"]:
+            resolved["smoke_test"]["prompts"] = f"{results}/data/{PROMPTS_FILE}"
         return cls(resolved, results, f"logs/{name}", tuple(notes))
 
     def write_config(self) -> None:
@@ -173,8 +176,13 @@ class Experiment:
 
     def state_of_prompts(self) -> str:
         """State of the smoke test's samples and of the base's measurement."""
-        smoke = self.config["smoke_test"]
-        return ", ".join(_state(path) for path in (smoke["prompts"], smoke["base_measured"]) if path)
+        paths = (self._own_prompts(), self.config["smoke_test"]["base_measured"])
+        return ", ".join(_state(path) for path in paths if path)
+
+    def _own_prompts(self) -> str | None:
+        """The smoke test's prompts, where they are not those that prepare_data holds out."""
+        prompts = self.config["smoke_test"]["prompts"]
+        return None if prompts == f"{self.results}/data/{PROMPTS_FILE}" else prompts
 
     def paths_of_nodes(self, rules: Collection[str]) -> list[tuple[str, str]]:
         """Key and path of what jobs of ``rules`` read or write outside the project, for ``starting.check_shared``."""
@@ -192,7 +200,7 @@ class Experiment:
         named += [
             ("tokenize_data", "data.tokenizer", config["data"]["tokenizer"]),
             ("prepare_model", "model.base", config["model"]["base"]),
-            ("smoke_test", "smoke_test.prompts", config["smoke_test"]["prompts"]),
+            ("smoke_test", "smoke_test.prompts", self._own_prompts()),
             ("smoke_test", "smoke_test.base_measured", config["smoke_test"]["base_measured"]),
         ]
         return named

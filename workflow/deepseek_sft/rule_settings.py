@@ -30,7 +30,7 @@ def _prepare_data(experiment: "Experiment") -> Words:
     words += ["--on-invalid", data["on_invalid"]]
     words += ["--fields", *(f"{name}={meaning}" for name, meaning in data["fields"].items())] if data["fields"] else []
     words += _unless(data, "unused_fields", "warn") + _unless(data, "on_empty_source", "warn")
-    return words + _evaluation_sets(data), []
+    return words + _evaluation_sets(data) + _unless(data, "held_out", 0), []
 
 
 def _evaluation_sets(data: dict[str, Any]) -> list[Any]:

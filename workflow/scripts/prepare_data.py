@@ -19,6 +19,7 @@ from deepseek_sft.data.evaluation_sets import EvaluationSet
 from deepseek_sft.data.fields import MEANINGS, Vocabulary
 from deepseek_sft.data.figures import Figures, described
 from deepseek_sft.data.formats import AUTO, FORMATS
+from deepseek_sft.data.held_out_split import FILE, PROMPTS_FILE
 from deepseek_sft.data.hints import source_hint
 from deepseek_sft.data.prepare import prepare
 from deepseek_sft.data.sources import expand, find_sources
@@ -45,7 +46,7 @@ def main() -> None:
         "--fields", nargs="+", default=[], metavar="NAME=MEANING", help=f"what fields mean: {', '.join(MEANINGS)}"
     )
     options.add(parser, Data, "on_invalid", "unused_fields", "on_empty_source")
-    options.add(parser, Data, "decontaminate")
+    options.add(parser, Data, "decontaminate", "held_out")
     parser.add_argument(
         "--evaluation-sets", nargs="+", default=[], metavar="SET", help=keys(Data)["evaluation_sets"].meaning
     )
@@ -59,6 +60,8 @@ def main() -> None:
     files.require_writable(arguments.output, arguments.rejects, arguments.receipt)
     sources = find_sources(arguments.source, arguments.weights)
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
+    for name in (FILE, PROMPTS_FILE):
+        arguments.output.with_name(name).unlink(missing_ok=True)
     figures = prepare(
         sources,
         arguments.output,
@@ -70,8 +73,10 @@ def main() -> None:
         fail_on_empty_source=arguments.on_empty_source == "fail",
         evaluation_sets=sets,
         decontaminate=arguments.decontaminate,
+        held_out=arguments.held_out,
         workers=arguments.workers,
     )
+    held = {"held_out": str(arguments.output.with_name(FILE)), "prompts": str(arguments.output.with_name(PROMPTS_FILE))}
     asked = {"decontaminate": arguments.decontaminate, "evaluation_sets": arguments.evaluation_sets} if sets else {}
     files_of_sets = [path for one in sets for path in expand(one.path)]
     receipts.write(
@@ -89,8 +94,10 @@ def main() -> None:
             "unused_fields": arguments.unused_fields,
             "on_empty_source": arguments.on_empty_source,
             **asked,
+            **({"held_out": arguments.held_out} if arguments.held_out else {}),
         },
-        result={"data": str(arguments.output), "rejects": str(arguments.rejects)},
+        result={"data": str(arguments.output), "rejects": str(arguments.rejects)}
+        | (held if arguments.held_out else {}),
         figures=figures.as_dict(),
     )
     tell(figures, arguments.rejects)
@@ -123,6 +130,11 @@ def tell(figures: Figures, rejects: Path) -> None:
         cli.say(f"{figures.with_tools:,} records define tools, which stand in train.jsonl as `tools`")
     if figures.contamination:
         evaluation_sets.tell(figures.contamination, figures.accepted)
+    if held := figures.held_out:
+        alike = (
+            f"; {held['records_too_much_alike']:,} are too much alike to part" if held["records_too_much_alike"] else ""
+        )
+        cli.say(f"{held['records']:,} accepted records are held out, {held['prompts']} of them as prompts{alike}")
     cli.say(f"{figures.accepted} of {figures.records} records accepted, {figures.trained_turns} trained turns")
     if figures.rejected:
         reasons = ", ".join(f"{reason} {count}" for reason, count in figures.rejects.most_common())

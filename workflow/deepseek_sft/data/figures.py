@@ -27,6 +27,7 @@ class Outcome:
         unused: paths of fields that nothing used, and whether their meaning is unclear.
         tools: whether tools are defined beside the messages.
         matches: texts of evaluation sets that it holds.
+        fingerprint: by which it is alike others, where some are held out.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Outcome:
     unused: tuple[tuple[str, bool], ...] = ()
     tools: bool = False
     matches: tuple[Match, ...] = ()
+    fingerprint: bytes = b""
 
     @property
     def place(self) -> str:
@@ -58,7 +60,7 @@ class Figures:
     with a thinking block; ``with_tools`` records that define tools; ``formats`` counts records by the format they were
     read in, ``sources`` by file; ``unused_fields`` counts accepted records by fields that nothing used, with the first
     place; ``unclear_fields`` names those of them whose meaning must be told; ``contamination`` says which evaluation
-    sets were looked for and what of them was found.
+    sets were looked for and what of them was found; ``held_out`` how many of the accepted records are not trained on.
     """
 
     records: int = 0
@@ -75,6 +77,7 @@ class Figures:
     unused_fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     unclear_fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     contamination: dict[str, Any] | None = None
+    held_out: dict[str, Any] | None = None
 
     def expect(self, sources: Iterable[str]) -> None:
         """Name every source, so that one without a record is counted too."""
@@ -126,7 +129,7 @@ class Figures:
             for name, counted in (("unused_fields", self.unused_fields), ("unclear_fields", self.unclear_fields))
         }
         examples = dict(sorted(self.examples.items()))
-        counted = {name: value for name, value in vars(self).items() if name != "contamination" or value}
+        counted = {name: value for name, value in vars(self).items() if value is not None}
         return {**counted, "rejects": rejects, "formats": formats, "examples": examples, **fields}
 
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .evaluation_sets import REJECT, REPORT, Contamination, EvaluationSet, load
 from .fields import PLAIN, Leftovers, Vocabulary
 from .figures import Figures, Outcome, described, mapping_to_write
 from .formats import choose, read
+from .held_out_split import Fingerprints, Split, write
 from .hints import source_hint
 from .lines import Oversized
 from .messages import THINK_OPEN, escape_separators, json_line, normalise
@@ -75,18 +77,28 @@ def convert_record(
 
 
 def convert_chunk(
-    chunk: list[RawRecord], vocabulary: Vocabulary = PLAIN, sets: tuple[EvaluationSet, ...] = ()
+    chunk: list[RawRecord],
+    vocabulary: Vocabulary = PLAIN,
+    sets: tuple[EvaluationSet, ...] = (),
+    fingerprints: bool = False,
 ) -> list[Outcome]:
     """``convert_record`` over a list, for worker processes; with what each record holds of evaluation sets."""
-    if not sets:
+    if not sets and not fingerprints:
         return [convert_record(raw, vocabulary) for raw in chunk]
     conversations: list[list[dict[str, Any]]] = []
     outcomes = [convert_record(raw, vocabulary, conversations.append) for raw in chunk]
-    found = iter(load(sets).find(conversations))
+    found = iter(load(sets).find(conversations) if sets else [()] * len(conversations))
+    of = _fingerprints().of if fingerprints else lambda _: b""
+    each = iter(conversations)
     return [
-        one if one.reason or not (matches := next(found)) else dataclasses.replace(one, matches=matches)
+        one if one.reason else dataclasses.replace(one, matches=next(found), fingerprint=of(next(each)))
         for one in outcomes
     ]
+
+
+@functools.cache
+def _fingerprints() -> Fingerprints:
+    return Fingerprints()
 
 
 def prepare(
@@ -101,6 +113,7 @@ def prepare(
     fail_on_empty_source: bool = False,
     evaluation_sets: tuple[EvaluationSet, ...] = (),
     decontaminate: str = REPORT,
+    held_out: float = 0,
     workers: int = 1,
 ) -> Figures:
     """Read all sources and write both files.
@@ -119,27 +132,30 @@ def prepare(
         fail_on_empty_source: fail where a source gives no record.
         evaluation_sets: sets whose items are looked for in the records.
         decontaminate: what a record does that holds one: ``report`` counts it, ``reject`` leaves it out.
+        held_out: share of the accepted records that go to other files beside ``output`` and are not trained on.
         workers: processes.
 
     Raises:
         BadInputError: a damaged file, an evaluation set that cannot be read, nothing accepted, an invalid record where
-            ``fail_on_invalid``, a field of unclear meaning, or what the other two options forbid.
+            ``fail_on_invalid``, a field of unclear meaning, what the other two options forbid, or nothing that
+            can be held out.
     """
     figures = Figures()
     figures.expect(str(source.path) for source in sources)
     seen = Seen()
     contamination = Contamination(load(evaluation_sets), decontaminate) if evaluation_sets else None
     raw = (record for source in sources for record in read_source(source))
-    work = functools.partial(convert_chunk, vocabulary=vocabulary, sets=evaluation_sets)
+    work = functools.partial(convert_chunk, vocabulary=vocabulary, sets=evaluation_sets, fingerprints=held_out > 0)
+    split = Split(held_out) if held_out else None
     chunks = ordered_map(work, chunked(raw, CHUNK_RECORDS, lambda record: record.size, CHUNK_BYTES), workers)
     problem: BadInputError | None = None
     with files.atomic_open(rejects, "wb") as rejected:
         try:
-            with files.atomic_open(output, "wb") as accepted:
+            with tempfile.TemporaryFile(dir=output.parent) if split else files.atomic_open(output, "wb") as accepted:
                 for outcomes in chunks:
                     for outcome in outcomes:
                         if not keep_duplicates:
-                            outcome = _check_duplicate(outcome, seen, figures.accepted + 1)
+                            outcome = _check_duplicate(outcome, seen, figures.accepted + 1, split)
                         if fail_on_invalid and outcome.reason:  # evaluation sets have a word of their own
                             raise BadInputError(
                                 f"{outcome.place}: {outcome.reason}: {outcome.message}",
@@ -152,11 +168,16 @@ def prepare(
                             rejected.write(json_line(_reject_line(outcome)))
                         else:
                             accepted.write(outcome.written)
+                            if split:
+                                split.add(outcome.fingerprint, outcome.digest)
                     cli.say(f"{figures.records} records read, {figures.rejected} rejected")
                 figures.contamination = contamination.as_dict() if contamination else None
                 problem = _problem(figures, rejects, fail_on_unused_fields, fail_on_empty_source)
                 if problem:
                     raise _Refused
+                if split:
+                    accepted.seek(0)
+                    figures.held_out = write(accepted, split.decide(), held_out, output)
         except _Refused:
             pass
     if problem:
@@ -205,13 +226,14 @@ def hint_on(place: str, source: dict[str, Any]) -> str:
     return f"{place}: {hint}" if hint else ""
 
 
-def _check_duplicate(outcome: Outcome, seen: Seen, line: int) -> Outcome:
+def _check_duplicate(outcome: Outcome, seen: Seen, line: int, split: Split | None) -> Outcome:
     if outcome.reason:
         return outcome
     first = seen.setdefault(outcome.digest, line)
     if first == line:
         return outcome
     message = f"same messages{' and tools' if outcome.tools else ''} as line {first} of the output"
+    message += " and what is held out of it together" if split else ""
     excerpt = outcome.written.decode()[:EXCERPT]
     return dataclasses.replace(outcome, written=b"", reason="duplicate", message=message, excerpt=excerpt)
 

@@ -6,13 +6,17 @@ from .. import formatting
 from .collect import mapping
 
 Grid = tuple[str, list[str], list[list[str]]]
-SHOWN = ("sources", "unused_fields", "unclear_fields", "contamination")  # figures that have tables here
+SHOWN = ("sources", "unused_fields", "unclear_fields", "contamination", "held_out")  # figures that have tables here
 MOST_ROWS = 50  # sources or fields shown
 
 
 def grids(figures: dict[str, Any]) -> list[Grid]:
     """Tables (title, head, rows) of sources and of fields that nothing used; none where there is nothing to show."""
-    return [grid for grid in (_sources(figures.get("sources")), _fields(figures), *_contamination(figures)) if grid]
+    return [
+        grid
+        for grid in (_sources(figures.get("sources")), _fields(figures), *_contamination(figures), _held_out(figures))
+        if grid
+    ]
 
 
 def _sources(found: Any) -> Grid | None:
@@ -66,6 +70,18 @@ def _contamination(figures: dict[str, Any]) -> list[Grid]:
         for one in map(mapping, found.get("examples") or [])
     ]  # fmt: skip
     return grids + ([("records that hold an item", ["", "item", "words", "it begins"], examples)] if examples else [])
+
+
+def _held_out(figures: dict[str, Any]) -> Grid | None:
+    held = mapping(figures.get("held_out"))
+    if not held:
+        return None
+    rows = [
+        ["records held out", f"{_count(held, 'records'):,} of {_count(figures, 'accepted'):,}"],
+        ["of them the smoke test's prompts", f"{_count(held, 'prompts'):,}"],
+        ["records too much alike to part", f"{_count(held, 'records_too_much_alike'):,}"],
+    ]
+    return "held out of training", ["", ""], rows
 
 
 def _title(name: str, count: int) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import secrets_file
+from ..data.held_out_prompts import LONGEST_QUESTION
 from .convert import Convert
 from .data import Data
 from .envs import Envs
@@ -77,6 +78,12 @@ class Configuration:
             )
         if tiny and self.convert.mtp == "copy":
             yield "convert.mtp: the tiny model has no multi-token-prediction layer to copy; use `drop`"
+        context, needed = self.serve.max_model_len, 2 * LONGEST_QUESTION
+        if self.data.held_out and not self.smoke_test.prompts and context < needed:
+            yield (
+                f"serve.max_model_len: {context} is too short for the prompts that data.held_out gives the smoke test, "
+                f"of up to {LONGEST_QUESTION} bytes; write at least {needed}, or name others in smoke_test.prompts"
+            )
         if self.serve.max_model_len < self.smoke_test.max_tokens:
             yield "smoke_test.max_tokens: is above serve.max_model_len, so that no request could be accepted"
 

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Tag
 from ..data.chat_templates import BASE, TEMPLATES
 from ..data.fields import MEANINGS
 from ..data.formats import AUTO, FORMATS
-from .field_types import AboveZero, Named, Text, Truth, Whole, section, setting
+from .field_types import AboveZero, Named, Part, Text, Truth, Whole, section, setting
 
 
 @section
@@ -61,6 +61,9 @@ class Data:
     evaluation_sets: tuple[EvaluationSet, ...] = setting((), later=True)
     """Files of evaluation items that must not be trained on: `PATH`, or `{path, fields}`, globs allowed: JSONL, JSON
     arrays, Parquet, or text of an item a line."""
+    held_out: Part = setting(0, later=True)
+    """Share of the records that is not trained on, such as `0.005` or `0.5 %`: chosen by a hash of the conversation,
+    near duplicates on one side. Up to 100 of them are the smoke test's prompts where `smoke_test.prompts` is null."""
     template: Literal[*TEMPLATES, BASE, AUTO] = "deepseek-r1"
     """Chat template the samples are rendered with; must be the one the model will be served with. `auto` takes the one
     that fits the base's own and says so; `base` renders with the base's own, whatever it is."""

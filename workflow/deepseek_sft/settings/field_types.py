@@ -51,6 +51,13 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _part(value: Any) -> Any:
+    """A share as a number, or as text such as 0.5 %."""
+    if isinstance(value, str) and value.rstrip().endswith("%"):
+        return _number(value.rstrip()[:-1]) / 100
+    return _number(value)
+
+
 def _finite(check: Any) -> PlainValidator:
     def checked(value: Any) -> Any:
         try:
@@ -89,6 +96,7 @@ Named = Annotated[Text, MinLen(1)]
 Number, Whole = Annotated[float, _finite(_number)], Annotated[int, _finite(_whole)]
 AboveZero, NotNegative = Annotated[Number, Gt(0)], Annotated[Number, Ge(0)]
 Share = Annotated[Number, Ge(0), Le(1)]
+Part = Annotated[float, _finite(_part), Said("a share of 0 to below 1, such as 0.005 or 0.5 %"), Ge(0), Lt(1)]
 Positive, Count = Annotated[Whole, Ge(1)], Annotated[Whole, Ge(0)]
 SizeOrAuto, SizeOrBase = _size_or("auto"), _size_or("base")
 Variables = dict[str, Annotated[str, _finite(_text_or_number), Said("text or a number")]]

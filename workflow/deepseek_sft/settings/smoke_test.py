@@ -11,7 +11,7 @@ from .field_types import AboveZero, NotNegative, Number, Positive, Share, Text, 
 class SmokeTest:
     prompts: Text | None = None
     """JSONL of held-out samples in the form of training data, or of bare prompts `{id, messages, answer}`, see
-    docs/serving.md."""
+    docs/serving.md; null takes what `data.held_out` keeps out of training, if anything."""
     max_tokens: Positive = 4096
     """Longest answer in tokens."""
     min_format_rate: Share | None = 0.9
