@@ -1,10 +1,11 @@
 """Evaluation sets: the texts of their items, and which records of the training data hold them."""
 
 import functools
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import cli
 from ..errors import BadInputError
@@ -47,8 +48,7 @@ class EvaluationSet:
             ) from None
 
 
-@dataclass(frozen=True)
-class ItemText:
+class ItemText(NamedTuple):
     """A text that is looked for: number of its set, its item, and how it begins."""
 
     set: int
@@ -106,7 +106,10 @@ def load(sets: tuple[EvaluationSet, ...]) -> Loaded:
             raise BadInputError(*_nothing(one, count))
         items.append(count)
         without.append(empty)
-    return Loaded(sets, build(contents), tuple(texts), tuple(items), tuple(without))
+    loaded = Loaded(sets, build(contents), tuple(texts), tuple(items), tuple(without))
+    gc.collect()
+    gc.freeze()  # what stays is not looked through again, which would also copy its pages in every fork
+    return loaded
 
 
 def _items(one: EvaluationSet) -> Iterator[tuple[str, list[str]]]:

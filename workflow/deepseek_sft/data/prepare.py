@@ -87,11 +87,13 @@ def convert_chunk(
         return [convert_record(raw, vocabulary) for raw in chunk]
     conversations: list[list[dict[str, Any]]] = []
     outcomes = [convert_record(raw, vocabulary, conversations.append) for raw in chunk]
-    found = iter(load(sets).find(conversations) if sets else [()] * len(conversations))
-    of = _fingerprints().of if fingerprints else lambda _: b""
-    each = iter(conversations)
+    found = load(sets).find(conversations) if sets else [()] * len(conversations)
+    prints = list(map(_fingerprints().of, conversations)) if fingerprints else [b""] * len(conversations)
+    each = iter(zip(found, prints, strict=True))
     return [
-        one if one.reason else dataclasses.replace(one, matches=next(found), fingerprint=of(next(each)))
+        one
+        if one.reason or not any(more := next(each))
+        else dataclasses.replace(one, matches=more[0], fingerprint=more[1])
         for one in outcomes
     ]
 
