@@ -6,6 +6,7 @@ further than AdamW can move it (with --train-receipt, or --learning-rate and --s
 Against the checkpoint, if given: equal bit for bit, in samples of every tensor or, with --full, everywhere. An FP8
 model is compared code by code and factor by factor, and its dequantised values with the master weights. Tensors whose
 FP32 master weights equal the base bit for bit were never stepped, and fail.
+A verified model gets README.md, a card of what it was made from, where the receipts of its chain lie beside --receipt.
 Exit code 3 and the names of all failing tensors and files if a check fails; the receipt holds every file's sha256.
 """
 
@@ -21,7 +22,7 @@ from deepseek_sft.convert import base_model, output_tensors, zero
 from deepseek_sft.data import loss_rows
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.tensors import memory_bound
-from deepseek_sft.verify import verify
+from deepseek_sft.verify import model_card, verify
 from deepseek_sft.verify.weight_checks import ChangeBound
 
 
@@ -94,14 +95,18 @@ def main() -> None:
         inputs["checkpoint"] = {"path": str(args.checkpoint), "fingerprint": checkpoint.fingerprint}
     shown = ("dtype", "mtp", "learning_rate", "steps", "weight_decay", "adam_betas", "balance_bias_speed", "full")
     settings = {name: getattr(args, name) for name in shown}
+    verified = result.figures | {"checks": checks}
+    if model_card.write(args.model, args.receipt, args.base, verified):
+        card = args.model / model_card.NAME
+        verified["sha256"][card.name] = files.fingerprint_file(card, full=True).removeprefix("sha256:")
     receipts.write(
         args.receipt,
         "verify_model",
         inputs=inputs,
         settings=settings,
         result={"model": str(args.model)},
-        figures=result.figures
-        | {"checks": checks, "peak_rss_mib": round(memory_bound.peak_resident() / 2**20, 1)}
+        figures=verified
+        | {"peak_rss_mib": round(memory_bound.peak_resident() / 2**20, 1)}
         | trained_losses(checkpoint),
     )
 
