@@ -71,7 +71,8 @@ LONGEST = 1024  # of the rows of different lengths
 PACKED_BAR = 1 / 3
 OLD, NEW = "DeepSpeed's own", "ours"  # with as many experts a shard as the configuration: 8 before, auto now
 LOOP_SECONDS = 0.5  # of ten million additions in Python, on the processors that host seconds are told for
-HOST_BAR = 4.0  # seconds
+HOST_BAR, SPREAD_BAR = 4.0, 2.5  # seconds
+SPREAD = "ours, experts spread over 8 ranks"
 WIRE_BAR, OPERATIONS_BAR, READ_BAR, SLOPE_BAR = 1.05, 1.1, 1.05, 0.05
 BYTES = 2  # of a bf16 element
 
@@ -325,8 +326,14 @@ def scale(bench: Bench) -> None:
     """What one rank's host does in a micro batch of 671B on 256 ranks, the others faked: before and after."""
     layers = bench.layers
     found = {}
-    for name, shard, kind in ((OLD, 8, "stock"), ("ours, 8 a shard", 8, "ours"), (NEW, 16, "ours")):
-        command = [PROJECT / ".envs/train/bin/python", PROJECT / "benchmarks/scale_worker.py", layers, shard, kind]
+    for name, shard, parallel, kind in (
+        (OLD, 8, 1, "stock"),
+        ("ours, 8 a shard", 8, 1, "ours"),
+        (NEW, 16, 1, "ours"),
+        (SPREAD, 16, 8, "ours"),
+    ):
+        python, worker = PROJECT / ".envs/train/bin/python", PROJECT / "benchmarks/scale_worker.py"
+        command = [python, worker, layers, shard, parallel, kind]
         paths = ":".join(str(PROJECT / folder) for folder in ("workflow", "tests", "tests/gpu"))
         done = subprocess.run(
             list(map(str, command)),
@@ -351,6 +358,8 @@ def scale(bench: Bench) -> None:
     print(f"  host, before / after: {ratio:.2f} ×; the host waits once a layer and pass, for counts of experts")
     bench.bar("host seconds, 61 layers", seconds[NEW] * 61 / layers, HOST_BAR)
     bench.bar("gathered only when needed", found[NEW]["of it not prefetched"], 0.0)
+    bench.bar("host seconds, 61 layers, experts spread over 8 ranks", seconds[SPREAD] * 61 / layers, SPREAD_BAR)
+    bench.bar("gathered only when needed, experts spread", found[SPREAD]["of it not prefetched"], 0.0)
 
 
 def products() -> None:

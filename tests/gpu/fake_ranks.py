@@ -88,12 +88,14 @@ def measured(
     ours: bool = True,
     experts_per_shard: int = 8,
     expert_parallel_size: int = 1,
+    shape: tuple[int, int] = (2, 16),
 ) -> dict[str, Any]:
     """One micro batch of rank 0, the quickest of several after those in which DeepSpeed learns the order of modules.
 
     Args:
         base: of ``scaled_base``.
         offloaded: what is on the host, of ``optimizer`` and ``param``.
+        shape: rows and tokens of each.
         ours: with this project's thresholds and collectives' calls; else as DeepSpeed does by itself.
     """
     import deepspeed
@@ -131,6 +133,8 @@ def measured(
         read_weights=False,
         expert_parallel_size=expert_parallel_size,
         exchange_rows=1 << 30,  # at once: the counts of a few tokens are more uneven than those of many
+        ranks_per_node=8,
+        keep_experts=True,
     )
     for parameter in model.parameters():
         parameter.ds_tensor.data.normal_(0, 0.02)
@@ -148,9 +152,11 @@ def measured(
         gc.freeze()
     engine.train()
     built = time.perf_counter() - started
+    world = torch.distributed.get_world_size()
+    choose_at_random()
     counts = count_gathers()
     count_exchanges(counts)
-    ids = torch.randint(0, 1000, (2, 16), device=device)
+    ids = torch.randint(0, 1000, shape, device=device)
     timed = []
     for number in range(WARM_UP + MEASURED):
         counts.clear()
@@ -159,6 +165,7 @@ def measured(
             timed.append((forward + backward - counts["seconds"], forward, backward, counts["seconds"]))
     _, forward, backward, faked = min(timed)
     total = sum(parameter.ds_numel for parameter in model.parameters())
+    spread = sum(p.ds_numel for p in model.parameters() if p.ds_zero_partition_world_size < world)
     figures = {
         "ranks": torch.distributed.get_world_size(),
         "layers": config["num_hidden_layers"],
@@ -168,6 +175,9 @@ def measured(
         "gathers": counts["gathers"],
         "scatters": counts["scatters"],
         "exchanges": counts["exchanges"],
+        "rows of other nodes": counts["rows of other nodes"],
+        "experts moved": round((counts["gathered experts"] + counts["scattered experts"]) / max(spread, 1), 3),
+        "others moved": round((counts["gathered others"] + counts["scattered others"]) / (total - spread), 3),
         "gathered, of all parameters": round(counts["gathered"] / total, 3),
         "of it not prefetched": round(counts["exposed"] / total, 3),
         "build s": round(built, 1),
@@ -175,6 +185,22 @@ def measured(
     engine.destroy()
     del keep
     return figures
+
+
+def choose_at_random() -> None:
+    """Have routers choose by random scores: gathered weights are one rank's part again and again, experts all alike."""
+    from deepseek_sft.model.router import Router
+
+    if hasattr(Router, "by_scores"):
+        return
+    Router.by_scores = Router.choose
+    Router.choose = lambda self, scores: self.by_scores(torch.rand_like(scores))
+
+
+def _kind(group=None, *more, **named) -> str:
+    """Of whose weights: experts that a part of the ranks share, or others."""
+    group = named.get("group", group)
+    return "others" if torch.distributed.get_world_size(group) == torch.distributed.get_world_size() else "experts"
 
 
 class Arrived:
@@ -186,7 +212,7 @@ class Arrived:
 
 def count_exchanges(counts: collections.Counter) -> None:
     """Count rows that expert parallelism sends; the fake group refuses to receive where this rank sends none."""
-    from deepseek_sft.model import expert_parallel
+    from deepseek_sft.model import expert_parallel, node_exchange
 
     if hasattr(expert_parallel.dist, "counted"):
         return
@@ -199,6 +225,17 @@ def count_exchanges(counts: collections.Counter) -> None:
             return Arrived()
         return send(output, rows, received, sent, group=group, async_op=async_op)
 
+    for way in ("to_nodes", "from_nodes"):
+        move = getattr(node_exchange.TokenExchange, way)
+
+        def moved(self, chunk, rows, move=move):
+            # Those of this rank's own tokens: what others send is not known here, and on average as much.
+            if rows.shape[1] > 2 * self.top_k:
+                sent = self.sent[chunk]
+                counts["rows of other nodes"] += sum(sent) - sent[self.nodes.node]
+            return move(self, chunk, rows)
+
+        setattr(node_exchange.TokenExchange, way, moved)
     torch.distributed.all_to_all_single = counted
     torch.distributed.counted = True
 
@@ -240,10 +277,12 @@ def count_gathers() -> collections.Counter:
     def counted_gather(part, whole, *more, **named):
         counts["gathers"] += 1
         counts["gathered"] += whole.numel()
+        counts[f"gathered {_kind(*more, **named)}"] += whole.numel()
         return timed(gather, part, whole, *more, **named)
 
     def counted_scatter(*arguments, **named):
         counts["scatters"] += 1
+        counts[f"scattered {_kind(*arguments[2:], **named)}"] += arguments[0].numel()
         return timed(scatter, *arguments, **named)
 
     def timed(call, *arguments, **named):
