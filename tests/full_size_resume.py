@@ -9,7 +9,6 @@ never, or where the rank needs 1 GiB or more beside its states.
 import argparse
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -69,13 +68,15 @@ def planned(folder: Path, new_ranks: int) -> dict[str, Any]:
     }
 
 
-def resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(kind: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most; getrusage's peak is inherited from who started it."""
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(kind))
+    return int(line.split()[1]) * 1024
 
 
 def read_share(folder: Path, rank: int, new_ranks: int, result: Any) -> None:
     """As a rank does whose states are on its GPU: all its bytes through one buffer, with their CRC-32."""
-    before, started = resident(), time.monotonic()
+    before, started = memory("VmRSS"), time.monotonic()
     source, buffer = repartition.Source(folder, MARKER), np.empty(BUFFER // 4, np.float32)
     first, *_ = repartition.old_ranks_of(rank, new_ranks, OLD)
     old = source.layout(first)
@@ -97,7 +98,7 @@ def read_share(folder: Path, rank: int, new_ranks: int, result: Any) -> None:
             "wanted": 12 * sum(copy.count for copy in wanted),
             "ranges": sum(map(len, ranges.values())),
             "seconds": round(time.monotonic() - started, 1),
-            "gib_beside_states": round((resident() - before) / GIB, 3),
+            "gib_beside_states": round((memory("VmHWM") - before) / GIB, 3),
         }
     )
 
