@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,47 @@ def test_what_no_copy_fills_is_known_as_padding():
         for rank in range(4)
     ]
     assert sum(sizes) == 4 * lengths[0] - sum(map(math.prod, ODD.values()))
+
+
+def expert_parallel(tmp_path, sharing=((0, 2), (1, 3), (0, 2), (1, 3))):
+    """Four ranks in two groups of experts: a dense sub-group over all, and one over those that hold the same shard."""
+    states = {}
+    for rank, shared in enumerate(sharing):
+        flat = SimpleNamespace(file=tmp_path / f"rank{rank}")
+        shapes = [{"a": (7, 3)}, {f"x.mlp.experts.{rank % 2}.w2": (2, 5)}]
+        states[rank] = SimpleNamespace(flat=[flat, flat], shapes=shapes, sharing=[[0, 1, 2, 3], list(shared)])
+    return repartition.Source(tmp_path, {"world_size": 4, "step": 1}, states)
+
+
+@pytest.mark.parametrize("asked", range(4))
+def test_files_of_an_expert_parallel_run_say_who_shares_what(tmp_path, asked):
+    layout = expert_parallel(tmp_path).layout(asked)
+    found = sorted((group.index, tuple(group.ranks), *group.shapes) for group in layout.groups)
+    assert found == [(0, (0, 1, 2, 3), "a"), (1, (0, 2), "x.mlp.experts.0.w2"), (1, (1, 3), "x.mlp.experts.1.w2")]
+    elements = {"a": np.arange(21)} | {f"x.mlp.experts.{i}.w2": 100 + 10 * i + np.arange(10) for i in range(2)}
+    whole = repartition.of_all_ranks([{name: (part.size,) for name, part in elements.items() if name == "a"}], 1)
+    assert layout.difference(whole), "experts are missing there"
+    other = repartition.of_all_ranks([{"a": (7, 3), "x.mlp.experts.0.w2": (4, 5)}], 3)
+    assert not layout.difference(other)
+    joined = elements | {"x.mlp.experts.0.w2": np.concatenate([elements[f"x.mlp.experts.{i}.w2"] for i in range(2)])}
+    found = moved(layout, other, flat_tensors(layout, elements, 4), 3)
+    wanted = flat_tensors(other, joined, 3)
+    assert {key: part.tolist() for key, part in found.items()} == {key: part.tolist() for key, part in wanted.items()}
+
+
+@pytest.mark.parametrize("sharing", [((0, 2), (1, 3), (0, 2), (2, 3)), ((0, 2), (1, 2), (0, 2), (1, 3)), ((1, 2),) * 4])
+def test_files_that_contradict_each_other_on_who_shares_what_are_refused(tmp_path, sharing):
+    with pytest.raises(BadInputError, match="which ranks share its parameters"):
+        source = expert_parallel(tmp_path, sharing)
+        states = dict(source._states)
+        source._states.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            for state in states.values():
+                state.optimizer_steps, state.hyperparameters, state.skipped_steps = [1.0], [], 0
+            patch.setattr(rank_state, "read", lambda _, rank, __: states[rank])
+            source.layout(0)
+            for rank in range(4):
+                source.state(rank)
 
 
 @pytest.fixture

@@ -212,6 +212,7 @@ class Source:
     folder: Path
     marker: Mapping[str, Any]
     _states: dict[int, RankState] = field(default_factory=dict)
+    _groups: list[SubGroup] = field(default_factory=list)
 
     @property
     def world_size(self) -> int:
@@ -233,6 +234,10 @@ class Source:
                         f"{state.flat[0].file}: {what.replace('_', ' ')} are others than in {first.flat[0].file.name}",
                         "the folder holds files of two checkpoints: restore those of one",
                     )
+            for group in self._groups:
+                told = list(state.sharing[group.index]), state.shapes[group.index]
+                if rank in group.ranks and told != (list(group.ranks), group.shapes):
+                    raise _contradicts(state, group.index, first)
             self._states[rank] = state
         return self._states[rank]
 
@@ -251,15 +256,12 @@ class Source:
                 ranks = self.state(other).sharing[index]
                 groups.append(SubGroup(index, self.state(other).shapes[index], ranks))
                 if not told.isdisjoint(ranks) or other not in ranks:
-                    raise BadInputError(
-                        f"{self.state(other).flat[index].file} says of others than {self.state(rank).flat[index].file} "
-                        "which ranks share its parameters",
-                        "the folder holds files of two checkpoints: restore those of one",
-                    )
+                    raise _contradicts(self.state(other), index, self.state(rank))
                 told |= set(ranks)
                 if (rest := set(range(self.world_size)) - told) == set():
                     break
                 other = min(rest)
+        self._groups = groups
         return Layout(groups)
 
     def place(self, copy: Copy, moment: str | None = None) -> tuple[StoredTensor, int]:
@@ -271,6 +273,13 @@ class Source:
         state = self.state(copy.from_rank)
         stored = state.flat[copy.from_index] if moment is None else state.moments[copy.from_index][moment]
         return stored, stored.offset + copy.from_offset * ITEM_SIZES[stored.spec.dtype]
+
+
+def _contradicts(state: RankState, index: int, first: RankState) -> BadInputError:
+    return BadInputError(
+        f"{state.flat[index].file} says of others than {first.flat[index].file} which ranks share its parameters",
+        "the folder holds files of two checkpoints: restore those of one",
+    )
 
 
 def old_ranks_of(rank: int, new_world_size: int, old_world_size: int) -> range:
