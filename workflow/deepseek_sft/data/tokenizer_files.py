@@ -52,6 +52,16 @@ def tokenizer_text(folder: Path) -> str:
     return _made(path, path.stat().st_mtime_ns, (folder / CONFIG).stat().st_mtime_ns)
 
 
+def control_tokens(folder: Path) -> set[str]:
+    """Names of the control tokens of a folder's ``tokenizer.json``, read or made.
+
+    Raises:
+        As ``tokenizer_text``; also ValueError: it is no JSON object.
+    """
+    added = json_files.parse(tokenizer_text(folder)).get("added_tokens") or []
+    return {token["content"] for token in added}
+
+
 def fingerprint(folder: Path) -> str:
     """Of ``tokenizer.json``, read or made: the same for a model folder and for the one that is served."""
     path = vocabulary_file(folder)

@@ -9,11 +9,9 @@ import functools
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from ..data.base_template import read_chat_template
 from ..data.messages import THINK_CLOSE, THINK_OPEN
-from ..data.tokenizer_files import CONFIG, tokenizer_text, vocabulary_file
+from ..data.tokenizer_files import CONFIG, control_tokens, vocabulary_file
 
 IN_BARS = re.compile(r"<｜[^｜<>]{1,40}｜>|<\|[^|<>\s]{1,40}\|>")
 DEEPSEEK = r"<｜[^｜<>]{1,40}｜>"  # bars that no text has by itself: also a token that this tokenizer lacks is a leak
@@ -28,9 +26,7 @@ def of_folder(folder: Path | None) -> re.Pattern[str]:
     """
     if folder is None or not (vocabulary_file(folder).exists() and (folder / CONFIG).exists()):
         return IN_BARS
-    control = {
-        token.content for token in Tokenizer.from_str(tokenizer_text(folder)).get_added_tokens_decoder().values()
-    }
+    control = control_tokens(folder)
     chat = read_chat_template(folder)
     named = "".join(text for _, text in chat.named) if chat else ""
     counted = [name for name in control if name and (IN_BARS.fullmatch(name) or name in named)]

@@ -7,11 +7,9 @@ which control tokens there are, and how the template writes reasoning.
 import dataclasses
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from ..data.base_template import read_chat_template
 from ..data.messages import THINK_CLOSE
-from ..data.tokenizer_files import tokenizer_text, vocabulary_file
+from ..data.tokenizer_files import control_tokens, vocabulary_file
 from ..errors import BadInputError
 from ..families import rows
 from ..settings.serve import AUTO
@@ -49,7 +47,7 @@ def of_folder(model: Path) -> rows.Parsers:
     """
     if not vocabulary_file(model).exists():
         raise BadInputError(f"{model} has no tokenizer to know its family by", "name vLLM's parsers, or null")
-    tokens = {token.content for token in Tokenizer.from_str(tokenizer_text(model)).get_added_tokens_decoder().values()}
+    tokens = control_tokens(model)
     chat = read_chat_template(model)
     template = "".join(text for _, text in chat.named) if chat else ""
     found = rows.parsers_of(tokens, template)
