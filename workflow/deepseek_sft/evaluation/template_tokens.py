@@ -1,8 +1,8 @@
 """Which tokens of the chat template must not show up as text in an answer: those of the served folder.
 
-Of its tokenizer's control tokens these count: those in bars (``<｜User｜>``, ``<|im_end|>``), and those in brackets that
-the chat template names. Others, such as ``<s>`` or ``[PAD]``, may well be what an answer speaks of. Tags of thinking are judged
-apart: without a parser they belong into the text.
+Of its tokenizer's control tokens these count: those in bars (``<｜User｜>``, ``<|im_end|>``), and those in brackets
+that the chat template names. Others, such as ``<s>`` or ``[PAD]``, may well be what an answer speaks of. Tags of
+thinking are judged apart: without a parser they belong into the text.
 """
 
 import functools
