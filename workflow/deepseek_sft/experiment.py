@@ -98,7 +98,9 @@ class Experiment:
 
     def rehearsal_options(self) -> str:
         """Canonical JSON of what a rehearsal is judged by, training's resources apart."""
-        return files.canonical_json({"accelerator": self.config["accelerator"], **self.config["rehearse"]})
+        options = {"accelerator": self.config["accelerator"], **self.config["rehearse"]}
+        options["cost_per_gpu_hour"] = options["cost_per_gpu_hour"] or self.config["plan"]["price_per_gpu_hour"]
+        return files.canonical_json(options)
 
     def check_plan(self, resources: dict[str, Any], tokens_are_current: bool, node_mb: int | None = None) -> Plan:
         """Plan with what is known now, before any job starts.

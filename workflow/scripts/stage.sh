@@ -24,6 +24,9 @@ if [ "$attempt" -gt 1 ] && [ -e "$marker" ]; then
     exit 3
 fi
 rm -f "$marker"
+# What the attempt takes, for the cost that status and report tell; who is killed writes no end, the log's time stands for it.
+took() { printf '%s\t%s\t%s\t%s\n' "$1" "${file##*/}" "$(date +%s)" "$2" >> "$folder/attempts.tsv"; }
+took begin "${SLURM_JOB_NUM_NODES:-1}"$'\t'"${SLURM_GPUS_ON_NODE:-}" 2>/dev/null
 run() { # COMMAND… [--then COMMAND…]
     local words=()
     while [ $# -gt 0 ] && [ "$1" != --then ]; do
@@ -44,6 +47,7 @@ if [ "$code" -eq 0 ]; then
     run "$@" >> "$file" 2>&1
     code=$?
 fi
+took end "$code" 2>/dev/null
 if [ "$code" -ne 0 ]; then
     if [ -n "${SLURM_JOB_ID-}" ]; then # the log of the Slurm job then says why; at a terminal the run's end does
         echo "exit code $code; last lines of $file:" >&2

@@ -130,6 +130,18 @@ def test_moonlight_overlay_fits_one_node(project, plan, tmp_path):
     assert json.loads(done.stdout)["gpu_hours"][0] > 0
 
 
+def test_price_of_a_gpu_hour_gives_the_cost(project, plan, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(models.MOONLIGHT_16B))
+    overlay = tmp_path / "overlay.yaml"
+    priced = {"storage_tb": 10, "price_per_gpu_hour": 2.5}
+    overlay.write_text(yaml.safe_dump({"model": {"base": str(tmp_path)}, "plan": priced}))
+    overlays = [project / "config/experiments/moonlight-16b.yaml", overlay]
+    arguments = ("--resources", '{"nodes": 1, "gres": "gpu:8"}')
+    found = json.loads(plan(*arguments, "--json", overlays=overlays).stdout)
+    assert found["cost"] == pytest.approx([hours * 2.5 for hours in found["gpu_hours"]], abs=1)
+    assert " at 2.5 an hour" in plan(*arguments, overlays=overlays).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

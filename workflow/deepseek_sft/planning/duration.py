@@ -382,5 +382,8 @@ def figures(found: Duration, cluster: Cluster) -> dict[str, Any]:
     if found.run:
         result |= {"run_fastest_s": round(found.run.fastest), "run_slowest_s": round(found.run.slowest)}
         result["starts"] = list(starts(found, cluster) or ())
-        result["gpu_hours"] = [round(hours, 1) for hours in found.gpu_hours(cluster.ranks) or ()]
+        hours = found.gpu_hours(cluster.ranks) or ()
+        result["gpu_hours"] = [round(each, 1) for each in hours]
+        if price := cluster.price_per_gpu_hour:
+            result["cost"] = [round(each * price) for each in hours]
     return result

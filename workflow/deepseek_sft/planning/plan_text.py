@@ -115,7 +115,9 @@ def _time(plan: Plan) -> list[str]:
         )
         hours = found.gpu_hours(plan.cluster.ranks)
         if hours:
-            lines.append(f"cost      {hours[0]:,.0f} to {hours[1]:,.0f} GPU hours")
+            price = plan.cluster.price_per_gpu_hour
+            money = f", {hours[0] * price:,.0f} to {hours[1] * price:,.0f} at {price:g} an hour" if price else ""
+            lines.append(f"cost      {hours[0]:,.0f} to {hours[1]:,.0f} GPU hours{money}")
     else:
         lines.append("          not estimated on CPU")
     if found.limit_s:

@@ -229,6 +229,7 @@ class Cluster:
         gpu: name of the GPU in planning/gpu_models.py; None where the configuration names none.
         nvlink_gb_per_second: between GPUs of a node, each direction.
         pcie_gb_per_second: between a GPU and its host, each direction.
+        price_per_gpu_hour: in whatever currency; None where it is not told.
     """
 
     nodes: int
@@ -249,6 +250,7 @@ class Cluster:
     gpu: str | None = None
     nvlink_gb_per_second: float = GPUS["h100"].nvlink_gb_per_second
     pcie_gb_per_second: float = GPUS["h100"].pcie_gb_per_second
+    price_per_gpu_hour: float | None = None
 
     @property
     def ranks(self) -> int:
@@ -302,4 +304,5 @@ class Cluster:
             gpu=None if cpu else gpu,
             nvlink_gb_per_second=GPUS[gpu or "h100"].nvlink_gb_per_second,
             pcie_gb_per_second=GPUS[gpu or "h100"].pcie_gb_per_second,
+            price_per_gpu_hour=plan.get("price_per_gpu_hour"),
         )

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from .. import __version__, formatting
 from .. import stages as stage_rows
 from ..data import loss_rows
-from . import calibration, collect, glance, overview, plots, sections
+from . import calibration, collect, cost, glance, overview, plots, sections
 from . import chat_section as chats
 from .collect import Stage, mapping
 from .drawing import Plot
@@ -51,13 +51,18 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
     compared = calibration.compare(planned, stages["train"], metrics)
     verdict = overview.verdict(stages)
     views = [_view(results, stage, metrics, samples, compared, planned) for stage in stages.values()]
+    config = collect.config(results)
+    costs, price = cost.of(stages, metrics, config, logs), cost.price_of(config)
+    if table := cost.grid(costs, price):
+        next(view for view in views if view["rule"] == "train")["grids"].append(table)
     html = page(
         "report.html.j2",
         experiment=formatting.clean(results.name),
         verdict=verdict,
         cards=overview.headline(stages, metrics),
         failures=glance.failures(stages),
-        facts=glance.facts(stages, collect.config(results), metrics),
+        facts=glance.facts(stages, config, metrics)
+        + [("cost", text) for text in [cost.sentence(costs, price)] if text],
         rejected=glance.rejected(stages),
         loss=as_figures(plots.training(metrics)[: sections.has_loss(metrics)]),
         stages=views,

@@ -18,7 +18,7 @@ from .. import stages as stage_rows
 from ..cluster_jobs import holders, record
 from ..errors import BadInputError
 from ..training import gpu_hours, run_folder, slow_nodes
-from . import collect, plots
+from . import collect, cost, plots
 from .collect import Stage, mapping
 
 JOB_FIELDS = ("id", "state", "comment", "nodes", "partition", "elapsed", "left", "reason", "folder")
@@ -116,6 +116,9 @@ def screen(results: Path, logs: Path | None) -> str:
         hours = gpu_hours.read(run)
         rows += [("GPU hours", hours.text())] if hours else []
         rows.append(("checkpoint", _last_checkpoint(run, newest)))
+    config = collect.config(results)
+    costs = cost.of(stages, collect.metrics(run / run_folder.METRICS if run else None), config, logs)
+    rows.append(("cost", cost.sentence(costs, cost.price_of(config))))
     rows += [("disk left", _disk(results, newest)), *_log_rows(now)]
     return "\n".join(f"{name:<12}{formatting.clean(text)}" for name, text in rows if text)
 

@@ -48,6 +48,10 @@ class Plan:
     failures_per_1000_node_days: AboveZero = 6.5
     """Failures of nodes, for the cadence of checkpoints."""
 
+    price_per_gpu_hour: AboveZero | None = setting(None, later=True)
+    """Price of a GPU's hour, in whatever currency, for what plan, status and report say of cost; null tells GPU hours
+    alone."""
+
     def problems(self) -> Iterator[str]:
         if self.mean_length and self.longest_row and self.mean_length > self.longest_row:
             yield "mean_length: is above longest_row"

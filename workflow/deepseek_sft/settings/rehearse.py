@@ -9,4 +9,5 @@ class Rehearse:
     """Relative difference by which the loss of a step that was resumed may lie off the unbroken one's on GPUs, whose
     attention kernels add in any order; gradient norms by ten times that. On CPUs none is allowed."""
     cost_per_gpu_hour: AboveZero | None = None
-    """Price of a GPU's hour, for the projected cost of the run, in whatever currency; null leaves it out."""
+    """Price of a GPU's hour, for the projected cost of the run, in whatever currency; null takes
+    `plan.price_per_gpu_hour`."""
