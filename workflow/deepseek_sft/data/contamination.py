@@ -53,7 +53,7 @@ class Match:
 
 @dataclass
 class Index:
-    """Texts of evaluation sets, made for being looked for: some 50 bytes a word.
+    """Texts of evaluation sets, made for being looked for: some 200 bytes a word.
 
     Attributes:
         runs: numbers of all runs, sorted; ``offsets`` says which ``texts`` and ``places`` (in them) each has.
@@ -115,9 +115,10 @@ class Index:
         at, width = np.repeat(at, counts), np.repeat(width, counts)
         text, place = self.texts[entry].astype(np.int64), self.places[entry].astype(np.int64)
         message = np.searchsorted(taken.starts, at, side="right") - 1
-        short = self.short[text] >= 0
+        count, most = _together(message * len(self.totals) + text, width)
+        short = (self.short[text] >= 0) & (count > self.long[text])  # of a longer text one run is no evidence
         found = self._aligned(taken.values, message[short], text[short], (at - place)[short])
-        long = np.flatnonzero(self.long[text])
+        long = np.flatnonzero(self.long[text] & (most >= SHARE * self.totals[text]))
         order = long[np.lexsort((at[long], text[long], message[long]))]
         message, text, at, place, width = (values[order] for values in (message, text, at, place, width))
         new = _changes(message, text)
@@ -151,9 +152,9 @@ class Index:
     ) -> dict[tuple[int, int], Match]:
         """Short texts of whose tokens enough stand at their places, where a text would begin there."""
         found: dict[tuple[int, int], Match] = {}
-        order = np.lexsort((begin, text, message))
-        message, text, begin = message[order], text[order], begin[order]
-        once = np.flatnonzero(_changes(message, text, begin))
+        _, once = np.unique(
+            text * (len(values) + 2 * self.rows.shape[1]) + begin + self.rows.shape[1], return_index=True
+        )
         for some in np.array_split(once, max(1, len(once) // ROWS)):
             which_rows = self.short[text[some]]
             rows = self.rows[which_rows]
@@ -304,6 +305,17 @@ def _whole_runs(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
     words = np.all([padded[i : i + len(kinds)] == WORD for i in range(RUN[WORD])], axis=0)
     unbroken = np.all([padded[i : i + len(kinds)] != BREAK for i in range(RUN[CHARACTER])], axis=0)
     return words | ((kinds == CHARACTER) & unbroken)
+
+
+def _together(pair: Integers, width: Integers) -> tuple[Integers, Integers]:
+    """For each run, the number and the tokens of all runs of its message and text."""
+    order = np.argsort(pair, kind="stable")
+    firsts = np.flatnonzero(_changes(pair[order]))
+    sizes = np.diff(np.append(firsts, len(order)))
+    count, most = np.empty((2, len(order)), np.int64)
+    count[order] = np.repeat(sizes, sizes)
+    most[order] = np.repeat(np.add.reduceat(width[order], firsts), sizes)
+    return count, most
 
 
 def _changes(*columns: NDArray[np.generic]) -> NDArray[np.bool_]:
