@@ -14,19 +14,19 @@ IMPORTS: dict[str, set[str]] = {
     "cluster_jobs": set(),
     "convert": {"data", "families", "tensors"},
     "data": {"families"},
-    "evaluation": {"data", "serving", "settings"},
+    "evaluation": {"data", "families", "serving", "settings"},
     "families": {"tensors"},
     "model": {"families", "tensors"},
     "planning": {"convert", "data", "families", "model", "slurm", "tensors"},
     "preflight": {"settings", "slurm", "tensors"},
     "report": {"cluster_jobs", "data", "training"},
-    "serving": {"cluster_jobs", "convert", "families", "settings", "tensors"},
+    "serving": {"cluster_jobs", "convert", "data", "families", "settings", "tensors"},
     "settings": {"data", "planning", "tensors"},
     "site": set(),
     "slurm": {"cluster_jobs", "site"},
     "tensors": set(),
     "training": {"cluster_jobs", "convert", "data", "families", "model", "planning", "settings", "slurm", "tensors"},
-    "verify": {"convert", "families", "tensors"},
+    "verify": {"convert", "data", "families", "tensors"},
 }
 SAME_EVERYWHERE = {"__init__", "settings", "stage", "config"}  # the same thing of another stage or engine
 
