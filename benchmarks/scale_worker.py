@@ -28,7 +28,7 @@ def loop_seconds() -> float:
 
 def main(layers: int, experts_per_shard: int, expert_parallel_size: int, ours: bool, tokens: int) -> None:
     torch.set_num_threads(1)
-    shape = (tokens // 128, 128) if tokens else (2, 16)
+    shape = (tokens // 128, 128) if tokens else fake_ranks.SHAPE
     fake_ranks.start("cpu", 256)
     with tempfile.TemporaryDirectory() as folder:
         base = fake_ranks.scaled_base(Path(folder) / "scaled", num_hidden_layers=layers)
