@@ -1,0 +1,86 @@
+"""Promises of plans with experts spread over ranks: what comes into a node, and which sizes are refused."""
+
+import dataclasses
+
+import pytest
+from planning_models import DEEPSEEK_V3
+from planning_plans import published
+
+from deepseek_sft import expert_shards
+from deepseek_sft.errors import BadInputError
+from deepseek_sft.planning import gate
+from deepseek_sft.planning import plan as planning
+from deepseek_sft.planning.expert_exchange import Exchange
+
+BF16_PASSES = 4 * 2  # bytes of a parameter in three gathers and one scatter
+
+
+def spread(size: int, **changes):
+    """The published plan on 32 nodes with experts over ``size`` ranks."""
+    plan = published(32, 4, "zero3_offload", 1)
+    shard = 16 if size <= 8 else 256 // size
+    values = {"expert_parallel_size": size, "experts_per_shard": shard, "stock_experts": False} | changes
+    training = dataclasses.replace(plan.training, **values)
+    return planning.make(plan.model, training, plan.samples, plan.cluster, plan.served_dtype)
+
+
+def into_node(plan, tokens: int) -> float:
+    """Terabytes of a micro batch."""
+    exchange = Exchange(plan.model, plan.training, plan.cluster)
+    weights = BF16_PASSES * (exchange.experts_into_node() + exchange.others_into_node())
+    return (weights + exchange.rows_into_node(tokens)) / 1e12
+
+
+@pytest.mark.parametrize(("tokens", "terabytes"), [(16_384, 2.5), (8_192, 1.6), (4_096, 1.1)])
+def test_experts_over_eight_nodes_bring_weights_and_rows_once_into_each(tokens, terabytes):
+    assert into_node(spread(64, recompute="without_experts"), tokens) == pytest.approx(terabytes, rel=0.03)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_inside_a_node_every_node_still_needs_all_weights(size):
+    assert into_node(spread(size), 16_384) == pytest.approx(5.2, rel=0.01)
+
+
+def test_a_recomputed_layer_exchanges_again_unless_its_experts_are_kept():
+    assert Exchange(*_parts(spread(64))).passes == 7
+    assert Exchange(*_parts(spread(64, recompute="without_experts"))).passes == 5
+
+
+def _parts(plan):
+    return plan.model, plan.training, plan.cluster
+
+
+def test_spreading_takes_memory_for_a_chunk_and_gives_the_host_less_to_do():
+    alone, over = spread(1), spread(8)
+    assert over.device_bytes > alone.device_bytes
+    assert _host_seconds(over) < _host_seconds(alone) / 2
+
+
+def _host_seconds(plan) -> float:
+    return next(part.fastest for part in plan.duration.parts if part.name == "host")
+
+
+@pytest.mark.parametrize(
+    ("each", "parallel", "ranks", "per_node", "said"),
+    [
+        (7, 1, 8, 8, "does not divide the base's 256 routed experts"),
+        (16, 32, 256, 8, "does not divide the 16 shards"),
+        (16, 8, 12, 12, "does not divide the 12 ranks"),
+        (8, 4, 24, 6, "neither divides the 6 ranks of a node"),
+        (8, 16, 32, 8, "in one shard, and train.experts_per_shard is 8"),
+    ],
+)
+def test_a_size_that_does_not_divide_is_refused_with_what_to_write(each, parallel, ranks, per_node, said):
+    found = list(expert_shards.problems(DEEPSEEK_V3, each, parallel, ranks, per_node))
+    assert said in found[0][0] and found[0][1]
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 8, 16, 64, 256])
+def test_auto_divides_whatever_the_size(parallel):
+    each = expert_shards.experts_per_shard(DEEPSEEK_V3, "auto", parallel)
+    assert not list(expert_shards.problems(DEEPSEEK_V3, each, parallel, 256, 8))
+
+
+def test_keeping_experts_inside_a_node_is_refused():
+    with pytest.raises(BadInputError, match="lies within a node"):
+        gate.check_possible(spread(8, recompute="without_experts"))
