@@ -34,6 +34,7 @@ OTHER_READERS = {
     # Lines between a process and its child, and records that are rendered: no files.
     *("data/template_child.py", "data/template_process.py", "data/base_rendering.py"),
     *("report/chat_section.py", "strict_yaml.py", "json_files.py"),
+    *("data/evaluation_sets.py", "data/held_out_split.py", "evaluation/server_checks.py"),
     "macros.sbatch.j2",  # slow_nodes.json in the job itself; torn, no node is left out
 }
 NOT_JSON = {

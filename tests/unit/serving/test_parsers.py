@@ -52,7 +52,7 @@ def test_parsers_that_have_names_are_left_alone():
 def test_a_parser_of_calls_comes_with_the_flag_that_uses_it():
     place = vllm_commands.Place(0, 1, "a", "lo", "a")
     command = vllm_commands.serve_command(
-        "vllm", "m", settings.parse({"tool_call_parser": "kimi_k2"}), place, host="a", port=1, master_port=2
+        "vllm", "m", settings.parse({"tool_call_parser": "kimi_k2"}), place, host="a", port=1, master_port=2, rpc_port=3
     )
     assert "--tool-call-parser kimi_k2 --enable-auto-tool-choice" in " ".join(command)
 

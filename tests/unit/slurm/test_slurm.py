@@ -102,7 +102,8 @@ def activated(line: str, folder: Path, **how) -> subprocess.CompletedProcess:
     assert found
     script = folder / "script"
     script.write_text(f"{begin}{found}echo loaded $CUDA_HOME\n")
-    command = ["bash", "-c", f"{MODULE}\nexec bash {script}"]
+    # A signal that this process ignores, as other tests may have it, could not be trapped.
+    command = ["env", "--default-signal=TERM", "bash", "-c", f"{MODULE}\nexec bash {script}"]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]}, **how)
 
 

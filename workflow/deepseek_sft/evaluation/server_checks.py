@@ -257,7 +257,7 @@ def tool_calls(context: Context) -> str:
         name, arguments = (answer_fields.text(function, field) for field in ("name", "arguments"))
         try:
             whole = isinstance(json.loads(arguments), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = answer_fields.text(choice, "finish_reason") == "length"  # cut while it was written
         if name != TOOL["function"]["name"] or not whole:
             raise CheckFailed(f"a call of {name!r} with {arguments[:80]!r}: offered was {TOOL['function']['name']}")
