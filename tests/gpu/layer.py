@@ -40,7 +40,7 @@ def rows(place: Place) -> list[Row]:
         leaf = hidden.detach().requires_grad_()
         output = layer(leaf)
         output.float().square().mean().backward()
-        return [output.detach(), leaf.grad, layer.experts[0].w1w3.grad]
+        return [output.detach(), leaf.grad, layer.experts["0"].w1w3.grad]
 
     first, second = step(), step()
     same = all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

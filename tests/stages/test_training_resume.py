@@ -47,7 +47,8 @@ def test_a_checkpoint_has_the_keys_that_it_had_under_xtuners_own_runner(resumed)
     before, now = (torch_pickle.load(torch_pickle.open_archive(folder / file)) for folder in folders)
     for part in ("meta", "message_hub", "optim_wrapper"):
         assert now[part].keys() == before[part].keys()
-    assert now.keys() == before.keys()
+    assert before.keys() - now.keys() == {"sparse_tensor_module_names"}, "of DeepSpeed up to 0.18, read by nothing"
+    assert now.keys() - before.keys() == {"checkpoint_parallel_dimensions"}, "of DeepSpeed 0.19"
     assert (before["meta"]["iter"], now["meta"]["iter"]) == (stored.STEP, 6)
 
 

@@ -146,7 +146,7 @@ def test_a_finished_run_is_recognised_and_its_receipt_written_again(uninterrupte
     assert uninterrupted.receipt["figures"] == before["figures"]
 
 
-def test_another_number_of_ranks_is_refused_with_what_to_do(trainer):
+def test_a_begun_run_refuses_ranks_that_make_another_batch_with_what_to_do(trainer):
     run = trainer()
     settings = {"micro_batch_size": 4, "max_steps": 50}
     process = run.start(1, **settings)
@@ -154,8 +154,8 @@ def test_another_number_of_ranks_is_refused_with_what_to_do(trainer):
     process.send_signal(signal.SIGUSR1)
     run.finish(process, expected=4)
     text = run.run(2, expected=2, **settings)
-    assert "written by 1 ranks, this start has 2" in text
-    assert "run_name" in text
+    assert "was trained in steps of 4 rows, this start would go on with 8" in text
+    assert "on_new_topology: continue" in text and "run_name" in text
 
 
 def test_a_first_loss_above_its_limit_stops_this_and_later_starts_until_the_limit_is_raised(trainer):

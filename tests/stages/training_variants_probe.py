@@ -149,7 +149,7 @@ def released_weights(folder: Path) -> dict[str, float]:
     from deepseek_sft.model.training_model import build
 
     model = build(folder, experts_per_shard=4, attention=attention.SDPA, dtype=torch.float32).train()
-    shard = model.model.layers[1].mlp.experts[0]
+    shard = model.model.layers[1].mlp.experts["0"]
     rows = torch.randn(6, SHAPE.hidden_size, requires_grad=True)
     output = shard(rows, expert_products.Counts([1, 0, 3, 2], None))
     weights = shard.w2.data
