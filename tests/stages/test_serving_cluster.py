@@ -99,7 +99,8 @@ def test_lasting_deployment_answers_whoever_has_the_key_and_ends_when_a_node_doe
     print(f"killed during a request: the job failed after {time.monotonic() - killed:.1f} s")
     request.wait(timeout=60)
     log = (site.clone / job["log"]).read_text(errors="replace")
-    assert "node2: vllm ended with exit code" in log
+    # Of its engine, or of the worker that was killed where the engine takes long to end: whoever is seen first.
+    assert re.search(r"node2: (vllm ended with exit code|VLLM::Worker\w* \(pid \d+\) has gone)", log)
     assert "node2| " in log
     assert not (Path(site.clone) / job["run_dir"] / "endpoint.json").exists()
     assert site.left_on_nodes() == NOTHING
