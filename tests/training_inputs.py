@@ -24,6 +24,17 @@ DEADLINE = 240.0
 SHAPE = tiny_model.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64)
 
 
+def probe_variables(project: Path, python: Path) -> dict[str, str]:
+    """The environment of a program of tests that runs ranks by the train environment's ``python``."""
+    return os.environ | {
+        "PYTHONPATH": f"{project / 'workflow'}:{project / 'tests'}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+    }
+
+
 def make_inputs(folder: Path, rows: int = 30, shape: tiny_model.TinyShape = SHAPE, longest: int = 40) -> Path:
     """Write base, tokens and their receipts below ``folder``."""
     tiny_model.write_tiny(folder / "base", shape, 0, 8_000_000)

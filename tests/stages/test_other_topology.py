@@ -1,12 +1,11 @@
 """Promises of a run that goes on with other ranks: the same states, the same curve, and no damaged byte believed."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from training_inputs import SHAPE, make_inputs
+from training_inputs import SHAPE, make_inputs, probe_variables
 
 STAGES = Path(__file__).resolve().parent
 COMMON = {"max_grad_norm": 1e6, "weight_decay": 0.1, "balance_bias_speed": 0.001}
@@ -41,13 +40,7 @@ def legs(environment, project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("legs")
     make_inputs(folder, 36, SHAPE, longest=24)
     python = environment("train")
-    variables = os.environ | {
-        "PYTHONPATH": f"{project / 'workflow'}:{project / 'tests'}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PATH": f"{python.parent}:{os.environ['PATH']}",
-    }
+    variables = probe_variables(project, python)
     told = [
         leg | {"settings": COMMON | {"experts_per_shard": SHARDS[leg["name"]]} | SETTINGS[leg["name"]]} for leg in LEGS
     ]

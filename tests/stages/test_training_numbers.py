@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training_inputs import probe_variables
 
 from deepseek_sft.convert import tiny_model
 from deepseek_sft.data import tokens
@@ -155,14 +156,7 @@ def figures(environment, project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("numbers")
     make_inputs(folder)
     python = environment("train")
-    variables = os.environ | {
-        "PYTHONPATH": f"{project / 'workflow'}:{project / 'tests'}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
-        "PATH": f"{python.parent}:{os.environ['PATH']}",
-    }
+    variables = probe_variables(project, python) | {"TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
 
     (folder / "cases.json").write_text(json.dumps({size: cases(size) for size in (1, 2, 4, 8)}))
     probe = [str(STAGES / "training_spread_probe.py"), str(folder), str(folder / "cases.json"), str(folder)]

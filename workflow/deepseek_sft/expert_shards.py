@@ -12,6 +12,7 @@ from . import json_files
 PRODUCTS = 3  # matrices of an expert
 LARGEST = 1.5e9  # bytes of a shard in bf16: 16 experts of the 671B model have 1.41 GB
 FEWEST = 4  # shards of a layer: one is gathered while another is computed
+CHUNK_ROWS = 32_768  # rows that a rank receives at once where nothing is said: 2.7 GB of the 671B model, both ways
 ONE_SHARD = 16  # ranks: more than nodes have
 AUTO: Literal["auto"] = "auto"
 

@@ -31,13 +31,17 @@ KIMI_NAMES = NAMES | {
     22: "<think>",
     23: "</think>",
 }
-KIMI_TEMPLATE = (
+# Tools, the place of the last answer, and the beginning of each message.
+KIMI_HEAD = (
     "{%- if tools -%}<|im_system|>tool_declare<|im_middle|>"
     "{{ tools | tojson(separators=(',', ':')) }}<|im_end|>{%- endif -%}"
     "{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}"
     "{%- if m.role == 'assistant' and not m.get('tool_calls') -%}{%- set ns.last = loop.index0 -%}{%- endif -%}"
     "{%- endfor -%}"
     "{%- for m in messages -%}{{ '<|im_system|>' if m.role in ('system', 'tool') else '<|im_' ~ m.role ~ '|>' }}"
+)
+KIMI_TEMPLATE = (
+    f"{KIMI_HEAD}"
     "{{ m.get('name') or m.role }}<|im_middle|>{%- if m.role == 'assistant' -%}"
     "<think>{{ m.get('reasoning_content') or '' if loop.index0 > ns.last else '' }}</think>{{ m.content }}"
     "{%- if m.get('tool_calls') -%}<|tool_calls_section_begin|>{%- for c in m.tool_calls -%}"

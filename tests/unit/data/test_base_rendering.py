@@ -20,12 +20,7 @@ from deepseek_sft.errors import BadInputError
 RECORDS = int(os.environ.get("BASE_RECORDS", 150))  # of each of the five templates
 # As Kimi-K2-Thinking: reasoning has a field, turns up to the last answer lose it, tools stand first.
 THINKING = (
-    "{%- if tools -%}<|im_system|>tool_declare<|im_middle|>"
-    "{{ tools | tojson(separators=(',', ':')) }}<|im_end|>{%- endif -%}"
-    "{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}"
-    "{%- if m.role == 'assistant' and not m.get('tool_calls') -%}{%- set ns.last = loop.index0 -%}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- for m in messages -%}{{ '<|im_system|>' if m.role in ('system', 'tool') else '<|im_' ~ m.role ~ '|>' }}"
+    f"{moonshot.KIMI_HEAD}"
     "{{ m.role }}<|im_middle|>{%- if m.role == 'assistant' -%}"
     "<think>{{ m.get('reasoning_content') or '' if loop.index0 > ns.last else '' }}</think>{%- endif -%}{{ m.content }}"
     "{%- for c in m.tool_calls or [] -%}<|im_user|>functions.{{ c.function.name }}<|im_middle|>"

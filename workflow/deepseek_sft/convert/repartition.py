@@ -8,7 +8,6 @@ Nothing here allocates by the size of the states: a rank holds descriptors, some
 """
 
 import math
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +20,8 @@ from ..errors import BadInputError
 from ..tensors.safetensors_files import ITEM_SIZES, StoredTensor
 from . import rank_state
 from .rank_state import RankState
+from .release_names import FUSED
 from .zero_files import RANK_FILE
-
-SHARD = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(w1w3|w2)")  # layer, shard, which of its parameters
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,14 @@ class _Extent:
 
 def key_of(name: str, shape: tuple[int, ...]) -> tuple[str, int]:
     """What a parameter's elements are known by, and which of those elements is its first."""
-    if match := SHARD.fullmatch(name):
+    if match := FUSED.fullmatch(name):
         return f"{match[1]}.*.{match[3]}", int(match[2]) * math.prod(shape)
     return name, 0
 
 
 def row_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """What of a shape stays however experts are fused."""
-    return shape[1:] if SHARD.fullmatch(name) else shape
+    return shape[1:] if FUSED.fullmatch(name) else shape
 
 
 class Layout:
@@ -172,7 +170,7 @@ def spread_over(
             groups.append(SubGroup(index, group, ranks))
             continue
         own = min(ranks) % parallel
-        held = {int(found[2]) for name in group if (found := SHARD.fullmatch(name))}
+        held = {int(found[2]) for name in group if (found := FUSED.fullmatch(name))}
         for place in range(parallel):
             shift = (place - own) * len(held)
             moved = {_shard_after(name, shift): shape for name, shape in group.items()}
@@ -182,7 +180,7 @@ def spread_over(
 
 def _shard_after(name: str, shift: int) -> str:
     """The name of the shard that many numbers further."""
-    found = SHARD.fullmatch(name)
+    found = FUSED.fullmatch(name)
     if found is None:
         raise ValueError(f"{name} is no shard of experts")
     return f"{found[1]}.{int(found[2]) + shift}.{found[3]}"

@@ -52,9 +52,7 @@ def check_groups(path: Path, groups: list[StoredTensor], shapes: Shapes, sharing
         sum(_partition(shape, len(ranks)) for shape in group.values())
         for group, ranks in zip(shapes, sharing, strict=False)
     ]
-    if len(shapes) != len(sharing):
-        expected = []
-    if found != expected:
+    if len(shapes) != len(found) or found != expected:
         raise BadInputError(
             f"{path}: its flat tensors have {found} elements, the parameters' shapes ask for {expected}",
             "this file belongs to another run or model, or keeps its weights elsewhere (NVMe offload)",

@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from .expert_products import Counts, products, products_backward
+from ..expert_shards import CHUNK_ROWS
+from .expert_products import Counts, by_expert, products, products_backward
 from .node_exchange import Nodes
-
-CHUNK_ROWS = 32_768  # rows that a rank receives and multiplies at once: 2.7 GB of the 671B model in bf16, both ways
 
 
 @dataclass(frozen=True)
@@ -170,13 +169,7 @@ class Exchange:
     def order(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """int64: which arrived row, in the order (source, expert), stands where in (expert, source), and back."""
         if chunk not in self._orders:
-            sizes = self._arriving_in(chunk)
-            experts = torch.arange(sizes.shape[1], device=sizes.device).repeat(len(sizes))
-            rows = sum(self.received[chunk])
-            order = torch.repeat_interleave(experts, sizes.flatten(), output_size=rows).argsort(stable=True)
-            places = torch.empty_like(order)
-            places[order] = torch.arange(rows, device=order.device)
-            self._orders[chunk] = order, places
+            self._orders[chunk] = by_expert(self._arriving_in(chunk), sum(self.received[chunk]))
         return self._orders[chunk]
 
 

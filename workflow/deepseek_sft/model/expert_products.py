@@ -60,6 +60,25 @@ def counts_of_shards(counted: torch.Tensor, experts_per_shard: int, grouped: boo
     return [Counts(rows, end) for rows, end in zip(shards.tolist(), ends, strict=True)]
 
 
+def inverse(places: torch.Tensor, size: int) -> torch.Tensor:
+    """int64 [size]: at which place of ``places`` each number stands, -1 for none."""
+    found = places.new_full((size,), -1)
+    found[places] = torch.arange(len(places), device=places.device)
+    return found
+
+
+def by_expert(sizes: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64: which row of (source, expert) stands where in (expert, source), and back.
+
+    Args:
+        sizes: int64 [source, expert], rows of each.
+        rows: their sum, which the device is not asked for.
+    """
+    experts = torch.arange(sizes.shape[1], device=sizes.device).repeat(len(sizes))
+    order = torch.repeat_interleave(experts, sizes.flatten(), output_size=rows).argsort(stable=True)
+    return order, inverse(order, rows)
+
+
 class ExpertProducts(torch.autograd.Function):
     """SwiGLU of several experts, each on its own rows.
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from .expert_parallel import Exchange, ExchangedProducts, ExpertParallel
-from .expert_products import Counts, ExpertProducts, counts_of_shards
+from .expert_products import Counts, ExpertProducts, counts_of_shards, inverse
 from .node_exchange import ProductsOverNodes, TokenExchange
 from .router import AddGradient, Router
 
@@ -189,9 +189,7 @@ class MixtureOfExperts(nn.Module):
         if self.parallel is not None:
             slots = self._sorted_by(slots.device)[slots]
         order = slots.argsort(stable=True)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        places = places.view_as(experts)
+        places = inverse(order, len(order)).view_as(experts)
         counted = torch.bincount(slots, minlength=self.routed_experts)
         rows = _Dispatch.apply(tokens, order // experts.shape[1], places)
         if self.parallel is None:

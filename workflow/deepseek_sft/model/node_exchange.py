@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .expert_products import Counts, products, products_backward
+from .expert_products import Counts, by_expert, inverse, products, products_backward
 
 BLOCKS = 16  # in which a rank's tokens are counted: the least that a chunk holds
 ROWS_AT_ONCE = 2048  # tokens summed in fp32 at once
@@ -97,13 +97,6 @@ def _first(flags: torch.Tensor, count: int) -> torch.Tensor:
     return (~flags).to(torch.uint8).argsort(stable=True)[:count]
 
 
-def _back(places: torch.Tensor, size: int) -> torch.Tensor:
-    """int64 [size]: at which place of ``places`` each number stands, -1 for none."""
-    found = places.new_full((size,), -1)
-    found[places] = torch.arange(len(places), device=places.device)
-    return found
-
-
 class TokenExchange:
     """How one layer's tokens travel, chunk by chunk; kept for the backward pass. A collective of the group.
 
@@ -181,7 +174,7 @@ class TokenExchange:
         flags = self._on_node[part].T.flatten()
         size = part.stop - part.start
         places = _first(flags, sum(self.sent[chunk]))
-        back = _back(places, len(flags)).view(self.nodes.count, size).T
+        back = inverse(places, len(flags)).view(self.nodes.count, size).T
         return places % max(size, 1) + part.start, back, part
 
     def spreading(self, chunk: int, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,18 +183,14 @@ class TokenExchange:
         last = self.held * self.nodes.ranks
         local = torch.where((local >= 0) & (local < last), local, last).flatten()
         pairs = local.argsort(stable=True)[: sum(self.spread[chunk])]
-        return pairs, _back(pairs, len(local)).view(experts.shape)
+        return pairs, inverse(pairs, len(local)).view(experts.shape)
 
     def order(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor, Counts]:
         """Which row of (lane, expert) stands where in (expert, lane), and back; rows of each expert."""
         arrivals = self._arrivals[chunk]
-        device = self.experts.device
-        sizes = torch.from_numpy(np.ascontiguousarray(arrivals)).to(device, non_blocking=True)
-        experts = torch.arange(self.held, device=device).repeat(len(arrivals))
-        rows = int(arrivals.sum())
-        order = torch.repeat_interleave(experts, sizes.flatten(), output_size=rows).argsort(stable=True)
+        sizes = torch.from_numpy(np.ascontiguousarray(arrivals)).to(self.experts.device, non_blocking=True)
         ends = sizes.sum(0).cumsum(0, dtype=torch.int32) if self.grouped else None
-        return order, _back(order, rows), Counts(arrivals.sum(0).tolist(), ends)
+        return *by_expert(sizes, int(arrivals.sum())), Counts(arrivals.sum(0).tolist(), ends)
 
 
 def _cuts(pairs: np.ndarray, moved: np.ndarray, most: int) -> np.ndarray:
@@ -254,10 +243,10 @@ class ProductsOverNodes(torch.autograd.Function):
             experts, of_lane = _with_experts(exchange, chunk, leaving, weights)
             arrived = exchange.to_nodes(chunk, tokens[leaving])
             pairs, places = exchange.spreading(chunk, experts)
-            order, inverse, counts = exchange.order(chunk)
+            order, unsorted, counts = exchange.order(chunk)
             rows = exchange.to_experts(chunk, arrived[pairs // exchange.top_k])
             done, _ = products(rows[order], w1w3, w2, counts)
-            returned = exchange.from_experts(chunk, done[inverse])
+            returned = exchange.from_experts(chunk, done[unsorted])
             summed = gathered_sums(returned, places, of_lane)
             result[part] = gathered_sums(exchange.from_nodes(chunk, summed), back)
         return result
@@ -274,7 +263,7 @@ class ProductsOverNodes(torch.autograd.Function):
             arrived = exchange.to_nodes(chunk, tokens[leaving])
             arrived_gradient = exchange.to_nodes(chunk, gradient[leaving])
             pairs, places = exchange.spreading(chunk, experts)
-            order, inverse, counts = exchange.order(chunk)
+            order, unsorted, counts = exchange.order(chunk)
             rows_of_pairs = pairs // exchange.top_k
             rows = exchange.to_experts(chunk, arrived[rows_of_pairs])[order]
             rows_gradient = exchange.to_experts(chunk, arrived_gradient[rows_of_pairs])[order]
@@ -283,8 +272,8 @@ class ProductsOverNodes(torch.autograd.Function):
             _, gate_up = products(rows, w1w3, w2, counts, outputs=False)
             found = products_backward(rows, gate_up, w1w3, w2, rows_gradient, counts, of_rows)
             del rows, rows_gradient, gate_up
-            summed = gathered_sums(exchange.from_experts(chunk, found.rows[inverse]), places)
-            of_pairs = exchange.from_experts(chunk, found.of_rows[inverse])
+            summed = gathered_sums(exchange.from_experts(chunk, found.rows[unsorted]), places)
+            of_pairs = exchange.from_experts(chunk, found.of_rows[unsorted])
             of_experts = torch.where(places >= 0, of_pairs[places.clamp(min=0)], 0.0) if len(of_pairs) else of_lane * 0
             tokens_gradient[part] = gathered_sums(exchange.from_nodes(chunk, summed), back)
             weights_gradient[part] = gathered_sums(exchange.from_nodes(chunk, of_experts), back)

@@ -76,7 +76,7 @@ def build(
         read_weights: False leaves weights and router biases undefined, for a start from a checkpoint that has them.
         keep_attention: activation checkpointing does not compute attention's kernel again.
         expert_parallel_size: ranks over which a layer's routed experts are spread; divides all ranks and the shards.
-        exchange_rows: rows that a rank receives at once of others; None for ``expert_parallel.CHUNK_ROWS``.
+        exchange_rows: rows that a rank receives at once of others; None for ``expert_shards.CHUNK_ROWS``.
         ranks_per_node: neighbouring ranks on one node: expert parallelism of more of them sends a token once to each
             node.
         keep_experts: with it, activation checkpointing takes over what a layer's experts gave, and exchanges no rows

@@ -7,11 +7,11 @@ the different weights that a node needs, and the rows that leave it. docs/planni
 import math
 from dataclasses import dataclass
 
+from ..expert_shards import CHUNK_ROWS
 from .counting import Model
 from .settings import Cluster, Training
 from .terms import Term
 
-CHUNK_ROWS = 32_768  # as model/expert_parallel.py
 HOST_SECONDS = 1.5e-3  # of Python for a shard that exchanges rows, all passes: `benchmarks/train.py scale`
 
 

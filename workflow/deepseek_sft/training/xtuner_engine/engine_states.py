@@ -4,13 +4,14 @@ DeepSpeed is pinned: what is set here is what ``DeepSpeedZeroOptimizer_Stage3._r
 (deepspeed/runtime/zero/stage3.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ...convert import rank_state
 from ...convert.rank_state import RankState, RecordingFiles
 from ...errors import BadInputError
 from ...tensors.safetensors_files import StoredTensor
@@ -19,6 +20,24 @@ BLOCK = 1 << 26  # bytes read at a time, where the target is not in host memory
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
 # Hyperparameters that decide what a step does; the learning rate is set anew before each step.
 COMPARED = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+
+
+def judge(
+    folder: Path, ranges: dict[str, list[rank_state.Range]], names: Iterable[str], largest_gap: int = 0
+) -> tuple[list[str], str]:
+    """Compare what all ranks read of a checkpoint with its checksums; a collective.
+
+    Args:
+        ranges, names, largest_gap: of the files that this rank judges, see ``rank_state.check_ranges``.
+
+    Returns:
+        what is damaged, the same on all ranks; words for how much was compared.
+    """
+    verdicts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(verdicts, rank_state.check_ranges(folder, ranges, names, largest_gap))
+    checked, unchecked = (sum(verdict[i] for verdict in verdicts) for i in (0, 1))
+    without = f", {unchecked} without a checksum" if unchecked else ""
+    return [text for _, _, found in verdicts for text in found], f"checksums of {checked} records are right{without}"
 
 
 def check_hyperparameters(engine: Any, state: RankState, folder: Path) -> None:

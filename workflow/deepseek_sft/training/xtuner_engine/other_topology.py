@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ...cli import say
-from ...convert import rank_state, repartition
+from ...convert import repartition
 from ...convert.rank_state import RankState, RecordingFiles
 from ...convert.repartition import Copy, Layout, Source
 from ...errors import BadInputError
@@ -65,19 +65,14 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
         dist.all_gather_object(told, (problem, opened.bytes_read))
         ranges = exchange(opened.ranges())
     problems = list(dict.fromkeys(text for text, _ in told if text))
-    verdicts: list[Any] = [None] * world_size
-    dist.all_gather_object(verdicts, rank_state.check_ranges(checkpoint.folder, ranges, sorted(ranges), padding))
-    problems += [text for _, _, found in verdicts for text in found]
-    if problems:
+    damaged, compared = engine_states.judge(checkpoint.folder, ranges, sorted(ranges), padding)
+    if problems := problems + damaged:
         return problems
     engine_states.finish(engine, state)
     if rank == 0:
-        checked, unchecked = (sum(verdict[i] for verdict in verdicts) for i in (0, 1))
-        without = f", {unchecked} without a checksum" if unchecked else ""
         say(
             f"resumed from {checkpoint.folder.name}, which {source.world_size} ranks wrote, on {world_size}: "
-            f"{sum(count for _, count in told) / GIB:.2f} GiB in {time.monotonic() - started:.1f} s, "
-            f"checksums of {checked} records are right{without}"
+            f"{sum(count for _, count in told) / GIB:.2f} GiB in {time.monotonic() - started:.1f} s, {compared}"
         )
     return []
 

@@ -77,20 +77,13 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
         for name, some in of_rank.items():
             ranges.setdefault(name, []).extend(some)
     own = [name for number, name in enumerate(sorted(ranges)) if number % world_size == rank]
-    verdicts: list[Any] = [None] * world_size
-    dist.all_gather_object(verdicts, rank_state.check_ranges(checkpoint.folder, ranges, own))
-    problems += [text for _, _, found in verdicts for text in found]
-    if problems:
+    damaged, compared = engine_states.judge(checkpoint.folder, ranges, own)
+    if problems := problems + damaged:
         return problems
     engine_states.finish(engine, state)
     if rank == 0:
-        checked, unchecked = (sum(verdict[i] for verdict in verdicts) for i in (0, 1))
         size = sum(count for _, _, count in told) / GIB
-        without = f", {unchecked} without a checksum" if unchecked else ""
-        say(
-            f"resumed from {checkpoint.folder.name}: {size:.2f} GiB in {time.monotonic() - started:.1f} s, "
-            f"checksums of {checked} records are right{without}"
-        )
+        say(f"resumed from {checkpoint.folder.name}: {size:.2f} GiB in {time.monotonic() - started:.1f} s, {compared}")
     return []
 
 
