@@ -103,7 +103,7 @@ def measured(
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from deepseek_sft.model import attention, training_model  # noqa: F401 (registers the attention functions)
-    from deepseek_sft.training.xtuner_engine import zero_calls
+    from deepseek_sft.training.xtuner_engine import lean_modules, zero_calls
 
     config = json.loads((base / "config.json").read_text())
     pinned = {"device": "cpu", "pin_memory": device == "cuda"}
@@ -149,6 +149,8 @@ def measured(
     if ours:
         zero_calls.ALONE = int(zero_calls.ALONE / scale_of(config))
         zero_calls.install(engine.module)
+        if not lean_modules.install(engine.optimizer):
+            raise RuntimeError("this DeepSpeed keeps its own way around modules")
         gc.collect()
         gc.freeze()
     engine.train()
@@ -264,28 +266,46 @@ def micro_batch(device: str, engine, ids: torch.Tensor) -> tuple[float, float]:
 
 
 def count_gathers() -> collections.Counter:
-    """Have DeepSpeed count its gathers and scatters, and what a layer needs that no prefetch has brought."""
+    """Have DeepSpeed and ours count gathers and scatters, and what a layer needs that no prefetch has brought."""
     from deepspeed.runtime.comm import coalesced_collectives
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
+
+    from deepseek_sft.training.xtuner_engine import lean_modules, zero_calls
 
     counts: collections.Counter = collections.Counter()
     coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
     if hasattr(coordinator, "counted"):
         return coordinator.counted
     gather, scatter = partition_parameters._dist_allgather_fn, coalesced_collectives._torch_reduce_scatter_fn
-    fetch = coordinator._fetch_sub_module_impl
+    our_gather, our_scatter = zero_calls._all_gather, zero_calls._reduce_scatter
+    fetch, ours = coordinator._fetch_sub_module_impl, lean_modules.PartitionedParameterCoordinator
+    our_fetch = ours.fetch_sub_module
     missing = partition_parameters.ZeroParamStatus.NOT_AVAILABLE
 
     def counted_gather(part, whole, *more, **named):
-        counts["gathers"] += 1
-        counts["gathered"] += whole.numel()
-        counts[f"gathered {_kind(*more, **named)}"] += whole.numel()
+        count_gather(whole, _kind(*more, **named))
         return timed(gather, part, whole, *more, **named)
 
-    def counted_scatter(*arguments, **named):
+    def our_counted_gather(whole, part, group=None, async_op=False):
+        count_gather(whole, _kind(group))
+        return timed(our_gather, whole, part, group=group, async_op=async_op)
+
+    def count_gather(whole, kind):
+        counts["gathers"] += 1
+        counts["gathered"] += whole.numel()
+        counts[f"gathered {kind}"] += whole.numel()
+
+    def counted_scatter(whole, part, *more, **named):
+        count_scatter(whole, _kind(*more, **named))
+        return timed(scatter, whole, part, *more, **named)
+
+    def our_counted_scatter(part, whole, group=None):
+        count_scatter(whole, _kind(group))
+        return timed(our_scatter, part, whole, group=group)
+
+    def count_scatter(whole, kind):
         counts["scatters"] += 1
-        counts[f"scattered {_kind(*arguments[2:], **named)}"] += arguments[0].numel()
-        return timed(scatter, *arguments, **named)
+        counts[f"scattered {kind}"] += whole.numel()
 
     def timed(call, *arguments, **named):
         begin = time.process_time()  # the fake group copies a rank's part once for each rank: no rank's host does
@@ -293,14 +313,18 @@ def count_gathers() -> collections.Counter:
         counts["seconds"] += time.process_time() - begin
         return result
 
-    def counted_fetch(self, module, *more, **named):
-        for parameter in module.parameters(recurse=False):
-            if parameter.ds_status == missing:
-                counts["exposed"] += parameter.ds_numel
-        return fetch(self, module, *more, **named)
+    def counting(fetch):
+        def counted_fetch(self, module, *more, **named):
+            for parameter in module.parameters(recurse=False):
+                if parameter.ds_status == missing:
+                    counts["exposed"] += parameter.ds_numel
+            return fetch(self, module, *more, **named)
+
+        return counted_fetch
 
     partition_parameters._dist_allgather_fn = counted_gather
     coalesced_collectives._torch_reduce_scatter_fn = counted_scatter
-    coordinator._fetch_sub_module_impl = counted_fetch
+    zero_calls._all_gather, zero_calls._reduce_scatter = our_counted_gather, our_counted_scatter
+    coordinator._fetch_sub_module_impl, ours.fetch_sub_module = counting(fetch), counting(our_fetch)
     coordinator.counted = counts
     return counts

@@ -144,8 +144,24 @@ def test_experts_are_multiplied_in_a_loop_on_cpu_unless_grouped_is_asked_for(var
     assert variants["rule"] == {"auto on CPU": False, "grouped on CPU": True, "loop": False}
 
 
-def test_gathers_and_sums_over_ranks_give_the_bits_of_deepspeeds_own(probe, tmp_path):
-    ranks = probe("zero_calls_probe.py", tmp_path)
-    assert len(ranks) == 3
-    for rank in ranks:
-        assert rank == {"reduced differently": [], "gathered alike": [True, True, True]}
+@pytest.fixture(scope="module")
+def zero_calls(probe, tmp_path_factory):
+    return probe("zero_calls_probe.py", tmp_path_factory.mktemp("zero_calls"))
+
+
+def test_gathers_and_sums_over_ranks_give_the_bits_of_deepspeeds_own(zero_calls):
+    assert len(zero_calls) == 3
+    for rank in zero_calls:
+        assert rank["reduced differently"] == []
+        assert rank["gathered alike"] == [True, True, True]
+
+
+def test_modules_gather_and_train_as_under_deepspeeds_own_hooks_bit_for_bit(zero_calls):
+    for rank in zero_calls:
+        assert rank["gathers, trained alike"] > 100
+        assert rank["trained alike"]
+
+
+def test_modules_with_frozen_parameters_gather_and_train_as_under_deepspeeds_own_hooks(zero_calls):
+    for rank in zero_calls:
+        assert rank["trained alike with a frozen norm"]

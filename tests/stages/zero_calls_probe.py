@@ -1,4 +1,4 @@
-"""Our reduce-scatter and gathers of ZeRO-3 against DeepSpeed's own, on three real ranks; prints JSON.
+"""Our reduce-scatter, gathers and hooks of ZeRO-3 against DeepSpeed's own, on three real ranks; prints JSON.
 
 Usage: zero_calls_probe.py FOLDER
 """
@@ -65,9 +65,89 @@ def gathers_alike(deepspeed, zero_calls) -> bool:
     return True
 
 
+class Bare(torch.nn.Module):
+    """Of no parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(12, 20), torch.nn.Linear(20, 12)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(rows)))
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(12))
+        self.norm, self.inner = torch.nn.LayerNorm(12), Bare()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        def layer(rows: torch.Tensor) -> torch.Tensor:
+            return rows + self.scale * self.inner(self.norm(rows))
+
+        return torch.utils.checkpoint.checkpoint(layer, rows, use_reentrant=True)
+
+
+def train(folder: Path, lean: bool, frozen: str | None) -> None:
+    """Three steps of two micro batches: what was gathered when, losses, and this rank's weights at the end.
+
+    Args:
+        lean: with our hooks, else with DeepSpeed's.
+        frozen: in the names of parameters that are not trained.
+    """
+    import deepspeed
+
+    from deepseek_sft.training.xtuner_engine import lean_modules, zero_calls
+
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(*(Block() for _ in range(5)), torch.nn.Linear(12, 4))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = frozen is None or frozen not in name
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 4, "stage3_prefetch_bucket_size": 400}
+    zero |= {"stage3_max_live_parameters": 1500, "stage3_max_reuse_distance": 300, "reduce_bucket_size": 300}
+    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "zero_optimization": zero}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    settings |= {"zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    assert zero_calls.install(engine.module)
+    if lean:
+        assert lean_modules.install(engine.optimizer)
+    parameters, gathers, losses = list(engine.module.parameters()), [], []
+    first = min(parameter.ds_id for parameter in parameters)
+
+    def logged(asked, **options):
+        gathers.append(sorted(parameter.ds_id - first for parameter in asked))
+        return zero_calls.gather(asked, **options)
+
+    for parameter in parameters:
+        parameter.all_gather_coalesced = logged
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    for _ in range(6):
+        rows = torch.randn(3, 12, generator=generator).requires_grad_()
+        loss = engine(rows).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    rank, weights = torch.distributed.get_rank(), []
+    for parameter in parameters:  # without what pads the last rank's part, which is anything
+        part = parameter.ds_tensor.ds_numel
+        weights.append(parameter.ds_tensor.view(-1)[: max(0, parameter.ds_numel - rank * part)].tolist())
+    figures = {"gathers": gathers, "losses": losses, "weights": weights}
+    (folder / f"{frozen}{lean}{rank}.json").write_text(json.dumps(figures))
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     os.environ["DS_ACCELERATOR"] = "cpu"
     training_ranks.import_libraries()
     training_ranks.group(RANKS, compare, out / "meeting", out)
-    print(json.dumps([json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]))
+    for variant in range(4):
+        lean, frozen = variant % 2 == 1, (None, "norm")[variant // 2]
+        training_ranks.group(RANKS, train, out / f"meeting{variant}", out, lean, frozen)
+    figures = [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]
+    for rank, found in enumerate(figures):
+        for name, frozen in (("trained alike", None), ("trained alike with a frozen norm", "norm")):
+            own, ours = (json.loads((out / f"{frozen}{lean}{rank}.json").read_text()) for lean in (False, True))
+            found |= {name: own == ours, f"gathers, {name}": len(ours["gathers"])}
+    print(json.dumps(figures))

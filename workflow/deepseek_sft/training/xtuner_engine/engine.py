@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from xtuner.engine import DeepSpeedStrategy
 
-from . import sft_model, zero_calls
+from . import lean_modules, sft_model, zero_calls
 from .config import EngineConfig
 
 
@@ -48,7 +48,8 @@ class XtunerEngine:
         wrapper = _optimizer_wrapper(_optimizer(config, self.model))
         self._strategy.prepare(self.model, optim_wrapper=wrapper, dispatch_kwargs={})
         self.deepspeed = self._strategy.model.model
-        zero_calls.install(self.deepspeed.module)
+        if zero_calls.install(self.deepspeed.module):
+            lean_modules.install(self.deepspeed.optimizer)
 
     @property
     def device(self) -> torch.device:

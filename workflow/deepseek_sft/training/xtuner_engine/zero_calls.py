@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.comm import coalesced_collectives
 from deepspeed.runtime.zero import partition_parameters, stage3
 
 # Elements from which a parameter is gathered into memory of its own, which saves a copy, and not with others.
 ALONE = 1 << 24
+# torch's own, past the wrappers that DeepSpeed has for other back ends; older torch has the second name only.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def install(model: torch.nn.Module) -> bool:
@@ -109,7 +111,7 @@ def _gather_alone(parameter: Any) -> Any:
         parameter.data = part.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
         return None
     whole = part.new_empty(part.numel() * ranks)
-    handle = partition_parameters._dist_allgather_fn(part, whole, parameter.ds_process_group)
+    handle = _all_gather(whole, part, group=parameter.ds_process_group, async_op=True)
     parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
     return handle
 
@@ -121,7 +123,7 @@ def _gather_together(parameters: Sequence[Any]) -> tuple[Any, torch.Tensor]:
     gathered = parts[0].new_empty(dist.get_world_size(group), sum(part.numel() for part in parts))
     own = gathered[dist.get_rank(group)]
     torch.cat(parts, out=own)
-    return partition_parameters._dist_allgather_fn(own, gathered.view(-1), group), gathered
+    return _all_gather(gathered.view(-1), own, group=group, async_op=True), gathered
 
 
 def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
@@ -147,6 +149,6 @@ def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch
             start += size
     buffer.div_(ranks)  # before the sum, as DeepSpeed does
     part = buffer[rank]
-    coalesced_collectives._torch_reduce_scatter_fn(buffer.view(-1), part, group=group)
+    _reduce_scatter(part, buffer.view(-1), group=group)
     ends = [max(0, min(size, tensor.numel() - rank * size)) for tensor, size in zip(tensors, sizes, strict=True)]
     return [piece[:end] for piece, end in zip(part.split(sizes), ends, strict=True)]
