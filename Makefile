@@ -44,6 +44,7 @@ envs:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(PYTHON) workflow/scripts/build_env.py train
 	@$(PYTHON) workflow/scripts/build_env.py serve-cpu
+	@$(PYTHON) workflow/scripts/build_env.py evaluate
 
 test: envs
 	@cluster/install

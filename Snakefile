@@ -18,6 +18,7 @@ include: "workflow/rules/rehearse.smk"  # rehearse
 include: "workflow/rules/train.smk"  # train
 include: "workflow/rules/convert.smk"  # convert_checkpoint, verify_model
 include: "workflow/rules/serve.smk"  # smoke_test, serve
+include: "workflow/rules/evaluate.smk"  # evaluate_base, evaluate
 include: "workflow/rules/report.smk"  # build_report
 include: "workflow/rules/render.smk"  # render_sbatch
 include: "workflow/rules/clean.smk"  # clean, clean_preview
@@ -35,6 +36,7 @@ rule all:
     default_target: True
     input:
         [receipt(rule) for rule in stages.NEEDS],
+        [receipt("evaluate")] if EXPERIMENT.evaluated() else [],
 
 
 rule data:

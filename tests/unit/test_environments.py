@@ -27,6 +27,8 @@ def test_every_stage_runs_in_a_kind_that_a_user_may_name_or_in_the_workflows_own
         ("train", "cuda", "train-cuda"),
         ("serve", "cpu", "serve-cpu"),
         ("serve", "cuda", "serve-cuda"),
+        ("evaluate", "cpu", "evaluate"),
+        ("evaluate", "cuda", "evaluate"),
     ],
 )
 def test_the_accelerator_chooses_the_locked_environment_which_is_built_before_jobs_start(

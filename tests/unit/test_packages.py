@@ -24,6 +24,7 @@ IMPORTS: dict[str, set[str]] = {
     "settings": {"data", "planning", "tensors"},
     "site": set(),
     "slurm": {"cluster_jobs", "site"},
+    "task_evaluation": {"evaluation", "settings"},
     "tensors": set(),
     "training": {"cluster_jobs", "convert", "data", "families", "model", "planning", "settings", "slurm", "tensors"},
     "verify": {"convert", "data", "families", "tensors"},

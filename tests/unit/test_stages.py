@@ -17,10 +17,21 @@ TARGETS = {
     *("render", "render_sbatch", "render_submission", "status", "stop", "clean", "clean_preview"),
 }
 TOOLS = {
-    *("adopt", "build_env", "clean", "document_config", "measure_held_out", "receipt_path", "render_sbatch", "serve"),
+    *(
+        "adopt",
+        "build_env",
+        "clean",
+        "document_config",
+        "evaluate",
+        "measure_held_out",
+        "receipt_path",
+        "render_sbatch",
+        "serve",
+    ),
     *("slurm_command", "status", "stop", "_bootstrap", "_single_threaded"),
 }
-MAYBE = {"tokenize_data": {"prepare_model"}}  # where the tokenizer comes with the tiny model
+# where the tokenizer comes with the tiny model; where a gate asks for the base's results
+MAYBE = {"tokenize_data": {"prepare_model"}, "evaluate": {"evaluate_base"}}
 OWN_RULE = [stage for stage in stages.ROWS if not stage.first_step_of]
 
 

@@ -16,6 +16,8 @@ from .local_copies import LocalCopies, copies_of
 # Kinds beside the workflow's own: built when jobs start, or the user's (``envs.<kind>``).
 CHOSEN = tuple(dict.fromkeys(stage.environment for stage in stages.ROWS if stage.environment != "workflow"))
 
+EVALUATE = "evaluate"  # beside them: lm-eval, started by what runs in `serve`
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -57,13 +59,15 @@ class Environment:
 
 
 def of(kind: str, config: dict[str, Any]) -> Environment:
-    """The environment of the stages of one kind: ``workflow``, or one of ``CHOSEN``."""
+    """The environment of the stages of one kind: ``workflow``, one of ``CHOSEN``, or ``EVALUATE``."""
     if kind == "workflow":
         return Environment(kind, sys.executable)
     accelerator, local = config["accelerator"], config["envs"]["local"]
     if kind == "train":
         name = ENGINES[config["train"]["engine"]].environment
         locked = f"{name}-cuda" if accelerator == "cuda" else name
+    elif kind == EVALUATE:
+        locked = kind
     else:
         locked = f"{kind}-{accelerator}"
     own = config["envs"].get(kind) or {}

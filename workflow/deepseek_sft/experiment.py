@@ -96,6 +96,18 @@ class Experiment:
         """Canonical JSON of the settings of the same rules that change no result."""
         return files.canonical_json(rule_settings.SETTINGS[rule](self)[1])
 
+    def evaluated(self) -> bool:
+        """Whether the model is evaluated on tasks."""
+        return bool(self.config["evaluate"]["tasks"])
+
+    def compared_with_base(self) -> bool:
+        """Whether a gate of the evaluation asks for the base's results."""
+        return any(task["max_drop"] is not None for task in self.config["evaluate"]["tasks"].values())
+
+    def kinds_of_environments(self) -> tuple[str, ...]:
+        """Kinds of environments that this experiment needs beside the workflow's own."""
+        return (*environments.CHOSEN, *([environments.EVALUATE] if self.evaluated() else []))
+
     def rehearsal_options(self) -> str:
         """Canonical JSON of what a rehearsal is judged by, training's resources apart."""
         options = {"accelerator": self.config["accelerator"], **self.config["rehearse"]}
@@ -181,6 +193,11 @@ class Experiment:
         paths = (self._own_prompts(), self.config["smoke_test"]["base_measured"])
         return ", ".join(_state(path) for path in paths if path)
 
+    def state_of_tasks(self) -> str:
+        """State of the evaluation's files, as far as the configuration names them."""
+        tasks = self.config["evaluate"]["tasks"].values()
+        return ", ".join(_state(path) for task in tasks for path in (task["data"], task["lm_eval"]) if path)
+
     def _own_prompts(self) -> str | None:
         """The smoke test's prompts, where they are not those that prepare_data holds out."""
         prompts = self.config["smoke_test"]["prompts"]
@@ -205,6 +222,9 @@ class Experiment:
             ("smoke_test", "smoke_test.prompts", self._own_prompts()),
             ("smoke_test", "smoke_test.base_measured", config["smoke_test"]["base_measured"]),
         ]
+        for name, task in config["evaluate"]["tasks"].items():
+            keys = [(f"evaluate.tasks.{name}.{key}", task[key]) for key in ("data", "lm_eval")]
+            named += [(rule, *key) for rule in ("smoke_test", "evaluate", "evaluate_base") for key in keys]
         return named
 
     def missing_paths(self, rules: Collection[str] = stages.CHAIN) -> list[str]:
@@ -214,6 +234,8 @@ class Experiment:
             own = envs.get(stage)
             if own and not own["activate"]:  # an activated environment may exist on compute nodes only
                 named += [(rule, f"envs.{stage}.python", own["python"]) for rule in stages.run_by(stage)]
+        if self.evaluated() and (own := envs["evaluate"]):
+            named += [(rule, "envs.evaluate.python", own["python"]) for rule in ("smoke_test", "evaluate")]
         missing = [
             f"{key}: {path} does not exist{_near(path)}"
             for rule, key, path in named

@@ -11,6 +11,9 @@ from .evaluation import gate_inputs
 from .experiment import Experiment
 from .planning import load as planning
 from .preflight import cuda_stack, software
+from .settings import reading
+from .settings.served_evaluation import ServedEvaluation
+from .task_evaluation import items, stage
 
 
 def unjudged_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> list[gate_inputs.Problem]:
@@ -38,7 +41,10 @@ def unjudged_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN
 def gate_warnings(experiment: Experiment) -> list[str]:
     """The same as warnings of a dry run, which may come before the prompts; an error once jobs start."""
     try:
-        return [f"{problem.text}; {problem.fix}" for problem in unjudged_gates(experiment)]
+        found = [f"{problem.text}; {problem.fix}" for problem in unjudged_gates(experiment)]
+        if not any(key.startswith("evaluate.") for key in experiment.missing_paths()):
+            check_tasks(experiment)
+        return found
     except BadInputError as error:
         return [error.problem]
 
@@ -49,6 +55,33 @@ def check_gates(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -
         raise BadInputError(
             "; ".join(problem.text for problem in found), "; ".join(dict.fromkeys(problem.fix for problem in found))
         )
+
+
+EVALUATING = ("smoke_test", "evaluate", "evaluate_base")
+
+
+def check_tasks(experiment: Experiment, rules: Collection[str] = stages.CHAIN) -> None:
+    """Raises BadInputError where a task of the evaluation could not be asked, or its answers not judged."""
+    if set(EVALUATING) & set(rules):
+        items.check(experiment.config["evaluate"]["tasks"])
+
+
+def evaluated_without_nodes(experiment: Experiment, rules: Collection[str], dry_run: bool) -> set[str]:
+    """Rules of the evaluation that need no nodes in this start; see ``task_evaluation/stage.py``.
+
+    What kept an earlier smoke test's job from evaluating is forgotten where the model is served for it now.
+    """
+    if not set(EVALUATING) & set(rules) or not experiment.evaluated():
+        return set()
+    results = Path(experiment.results)
+    settings = reading.parse(ServedEvaluation, rule_settings.evaluation(experiment), "evaluate")
+    try:
+        found = stage.without_nodes(settings, results, rules)
+    except BadInputError:  # a task that cannot be read: refused once jobs start
+        return set()
+    if not dry_run and "evaluate" in rules and "evaluate" not in found:
+        stage.reason(results).unlink(missing_ok=True)
+    return found
 
 
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import config as configuration
-from . import engines
+from . import engines, environments
 from .files import canonical_json
 from .planning import duration
 from .planning.settings import Training
+from .settings.evaluate import GATES
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -147,6 +148,36 @@ def _serve(experiment: "Experiment") -> Values:
     return configuration.shaping("serve", config) | {"smoke_test": smoke}, configuration.operational("serve", config)
 
 
+def _smoke_test(experiment: "Experiment") -> Values:
+    """Tasks that its job asks as well make no other smoke test."""
+    shaping, steering = _serve(experiment)
+    return shaping, steering | ({"evaluation": evaluation(experiment)} if experiment.evaluated() else {})
+
+
+def evaluation(experiment: "Experiment") -> dict[str, Any]:
+    """Section ``evaluate``, with what it is asked of."""
+    config = experiment.config
+    served = {key: config["serve"][key] for key in ("reasoning_parser", "dtype", "max_model_len")}
+    own = {"python": experiment.environment(environments.EVALUATE).python, "template": config["data"]["template"]}
+    return {**config["evaluate"], **own, "served": served}
+
+
+def _evaluate(experiment: "Experiment") -> Values:
+    shaping, steering = _serve(experiment)
+    whole = evaluation(experiment)
+    del shaping["smoke_test"]
+    asked = {key: whole[key] for key in ("tasks", "template", "served")}
+    return shaping | {"evaluation": asked}, steering | {"evaluation": whole}
+
+
+def _evaluate_base(experiment: "Experiment") -> Values:
+    """Gates are the model's."""
+    shaping, steering = _evaluate(experiment)
+    asked = shaping["evaluation"]
+    tasks = {name: {k: v for k, v in task.items() if k not in GATES} for name, task in asked["tasks"].items()}
+    return shaping | {"evaluation": asked | {"tasks": tasks}}, steering
+
+
 ARGUMENTS: dict[str, Callable[["Experiment"], Words]] = {
     "prepare_data": _prepare_data,
     "tokenize_data": _tokenize_data,
@@ -160,5 +191,8 @@ SETTINGS: dict[str, Callable[["Experiment"], Values]] = {
     "refine_plan": _refine_plan,
     "preflight": preflight,
     **dict.fromkeys(("rehearse", "train"), _train),
-    **dict.fromkeys(("smoke_test", "serve"), _serve),
+    "smoke_test": _smoke_test,
+    "serve": _serve,
+    "evaluate": _evaluate,
+    "evaluate_base": _evaluate_base,
 }

@@ -44,6 +44,7 @@ class Stage(NamedTuple):
 TRAINED_FROM = {"prepare_model": "base", "tokenize_data": "tokens", "refine_plan": ""}
 ASKED = {"chain": False, "advisory": True, "shown_where_run": True}  # by name on the command line
 ON_TRAINING_NODES = {"environment": "train", "over_nodes": True, "nodes_of": "train", "minutes": 60}
+EVALUATED = {"environment": "serve", "over_nodes": True, "nodes_of": "smoke_test", **ASKED}
 FIRST_STEP = {"environment": "train", "scripts": ("preflight",), **ASKED}
 
 # In the order in which the report shows them.
@@ -88,6 +89,20 @@ ROWS = (
         environment="serve",
         scripts=("serve_node", "smoke_test"),
         over_nodes=True,
+    ),
+    Stage(
+        "evaluate_base",
+        "Base model evaluated on tasks",
+        {"prepare_model": "base"},
+        scripts=("serve_node", "evaluate_served"),
+        **EVALUATED,
+    ),
+    Stage(
+        "evaluate",
+        "Model evaluated on tasks",
+        {"verify_model": "model", "smoke_test": ""},
+        scripts=("serve_node", "evaluate_served"),
+        **EVALUATED,
     ),
     # no sections of the report from here on
     Stage(

@@ -112,6 +112,14 @@ def rendered_stage(rule, folder, arguments="", more=""):
     return stage(f"{render(rule, folder)} {more} --then bash {RESULTS}/{folder}/{rule}.sbatch {arguments}".rstrip())
 
 
+def evaluated_stage(rule, folder):
+    """Shell text that makes a rule's results, on nodes where they are not there yet, and judges them."""
+    place = f"{RESULTS}/{folder}"
+    judged = f"{SCRIPT}/evaluate.py {rule} --results {RESULTS} --settings {place}/settings.json"
+    judged += f" --script {place}/{rule}.sbatch --receipt {{output.receipt}}"
+    return stage(f"{render(rule, folder)} --then {judged}")
+
+
 def deploy():
     """Shell text that submits the lasting deployment and tells on the terminal where it is reached."""
     rendering = render("serve", folder="serve/deployment", allocation="{params.allocation}")
@@ -221,11 +229,19 @@ def build_environments(rules):
     for kind in environments.CHOSEN:
         users, environment = sorted(rules & set(stages.run_by(kind))), EXPERIMENT.environment(kind)
         if users and environment.built:
-            command = [EXPERIMENT.environment("workflow").python, "workflow/scripts/build_env.py"]
-            if environment.archive:
-                command += ["--archive", environment.archive]
-            if subprocess.run([*command, environment.locked]).returncode:
-                raise WorkflowError(f"the environment of {', '.join(users)} could not be built, see the message above")
+            build_environment(environment, users)
+    users = sorted(rules & {"smoke_test", "evaluate", "evaluate_base"})
+    environment = EXPERIMENT.environment(environments.EVALUATE)
+    if users and environment.built and EXPERIMENT.evaluated():
+        build_environment(environment, users)
+
+
+def build_environment(environment, users):
+    command = [EXPERIMENT.environment("workflow").python, "workflow/scripts/build_env.py"]
+    if environment.archive:
+        command += ["--archive", environment.archive]
+    if subprocess.run([*command, environment.locked]).returncode:
+        raise WorkflowError(f"the environment of {', '.join(users)} could not be built, see the message above")
 
 
 def lock_files(wildcards):
@@ -269,6 +285,7 @@ def check_jobs():
     names = job_resources.rules_to_run(workflow)
     try:
         check_chain(workflow, names)
+        job_resources.run_here(workflow, known_at_start.evaluated_without_nodes(EXPERIMENT, names, TERMINAL.dry_run))
         if jobs := names & job_resources.submitted(workflow):
             starting.check_shared(EXPERIMENT.paths_of_nodes(jobs))
     except (StageError, OSError) as error:
@@ -292,6 +309,7 @@ def check_before_start(workflow):
             return
         EXPERIMENT.check_external_paths(rules)
         known_at_start.check_gates(EXPERIMENT, rules)
+        known_at_start.check_tasks(EXPERIMENT, rules)
         notes = list(EXPERIMENT.notes) if "tokenize_data" in rules or "train" in rules else []
         notes += known_at_start.check_template(EXPERIMENT, rules) + known_at_start.check_stack(EXPERIMENT, rules)
         for note in notes:

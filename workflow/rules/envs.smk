@@ -38,4 +38,4 @@ rule pack_env:
 
 rule envs:
     input:
-        [EXPERIMENT.environment(kind).files for kind in environments.CHOSEN],
+        [EXPERIMENT.environment(kind).files for kind in EXPERIMENT.kinds_of_environments()],

@@ -6,6 +6,7 @@ localrules:
 rule build_report:
     input:
         [receipt(rule) for rule in stages.CHAIN],
+        [receipt("evaluate")] if EXPERIMENT.evaluated() else [],
     output:
         receipt=receipt("build_report"),
     log:

@@ -82,6 +82,7 @@ def main() -> None:
             "local": arguments.archive
             and local_copies.LocalCopies(arguments.archive, arguments.environment, arguments.code),
             "spare_nodes": spare_nodes,
+            "evaluated": "evaluation" in settings,
         },
     )
     files.write_json(arguments.output / "settings.json", settings)

@@ -13,7 +13,6 @@ A last message of the assistant is the reference that the loss is measured on. `
 import dataclasses
 import json
 import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from ..data.messages import Rejection, normalise, split_reasoning
 from ..errors import BadInputError
 from . import template_tokens
 from .api import Reply
+from .final_answers import BOXED, final_answer, normalised
 
 THINK_TAG = re.compile(r"</?think>")
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 EXPECTED_CHARACTERS = 80  # a longer reference answer is an essay, which no other answer equals
 PLACEHOLDER = {"role": "assistant", "content": "."}
 
@@ -137,19 +136,6 @@ def leaked_tokens(
     return tokens.findall(text) + (THINK_TAG.findall(text) if reasoning_parser else [])
 
 
-def final_answer(reply: Reply, reasoning_parser: str | None) -> str:
-    """The answer without reasoning; empty where reasoning opened and never closed.
-
-    Without a parser reasoning is part of the text, and its opening tag may be part of the prompt, as in R1's template.
-    """
-    if reasoning_parser:
-        return reply.answer
-    _, closed, rest = reply.answer.rpartition("</think>")
-    if closed:
-        return rest
-    return "" if "<think>" in reply.answer else reply.answer
-
-
 def well_formed(reply: Reply, reasoning_parser: str | None, tokens: re.Pattern[str] = template_tokens.IN_BARS) -> bool:
     """Whether reasoning closed, an answer follows it, and the model ended by itself, with no template token as text.
 
@@ -176,8 +162,3 @@ def matches(answer: str, expected: str) -> bool:
     given = normalised(answer)
     whole = rf"(?<![\w])(?<!\d[.,]){re.escape(wanted)}(?![\w])(?![.,]\d)"
     return given == wanted or re.search(whole, given) is not None
-
-
-def normalised(text: str) -> str:
-    """Text as ``matches`` compares it; a full stop at the end does not count."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".").strip()

@@ -126,6 +126,7 @@ def default_logs(results: Path) -> Path | None:
 def stages(results: Path, logs: Path | None) -> dict[str, Stage]:
     """Every stage of the chain in order, then receipts of rules that are not part of it."""
     known = {path.stem for path in (results / "receipts").glob("*.json")} - {stage_rows.REPORT}
+    known |= {path.stem for path in (results / "failed").glob("*.json")} & set(stage_rows.SECTIONS)
     sections = [name for name in stage_rows.SECTIONS if name in known or not stage_rows.BY_NAME[name].shown_where_run]
     rules = sections + sorted(known - set(sections))
     found = {rule: _stage(results, logs, rule) for rule in rules}

@@ -49,8 +49,8 @@ class Node:
         model: model folder.
         run_dir: folder of this deployment, shared by the nodes.
         programs: vLLM, Ray and Python.
-        checks: given URL, seconds until ready and the nodes' names, the command of the smoke test, whose exit code
-            becomes this program's; None for a lasting deployment.
+        checks: given URL, seconds until ready and the nodes' names, the commands to run one after the other, by name,
+            until one fails; its exit code becomes this program's. None for a lasting deployment.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Node:
         model: Path,
         run_dir: Path,
         programs: Programs,
-        checks: Callable[[str, float, list[str]], list[str]] | None = None,
+        checks: Callable[[str, float, list[str]], dict[str, list[str]]] | None = None,
     ):
         self.settings = settings if checks else settings.lasting
         self.model = model
@@ -305,10 +305,13 @@ class Node:
             "if the log shows that it was still making progress, raise serve.ready_timeout_s",
         )
 
-    def _run_checks(self, command: list[str], environment: dict[str, str]) -> int:
-        child = self.watch.start("smoke_test", command, environment, ends=True, to_log=False)
-        self.watch.wait(lambda: child.exit_code() is not None, None, None)
-        code = child.exit_code()
+    def _run_checks(self, commands: dict[str, list[str]], environment: dict[str, str]) -> int:
+        code = 0
+        for name, command in commands.items():
+            child = self.watch.start(name, command, environment, ends=True, to_log=False)
+            self.watch.wait(lambda child=child: child.exit_code() is not None, None, None)
+            if code := child.exit_code():
+                break
         if code:
             # A dead engine fails checks too; then the engine is the news.
             with contextlib.suppress(StopRequest):

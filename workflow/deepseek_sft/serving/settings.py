@@ -12,6 +12,7 @@ from ..errors import BadInputError
 from ..settings import reading
 from ..settings.field_types import Positive, section
 from ..settings.serve import Serve
+from ..settings.served_evaluation import ServedEvaluation
 from ..settings.smoke_settings import SmokeSettings
 
 
@@ -25,6 +26,8 @@ class ServeSettings(Serve):
     """Groups of layers."""
     smoke_test: SmokeSettings = SmokeSettings()
     """Of its test."""
+    evaluation: ServedEvaluation | None = None
+    """Tasks that the served model is asked."""
 
     @property
     def lasting(self) -> "ServeSettings":

@@ -9,6 +9,7 @@ from ..data.held_out_prompts import LONGEST_QUESTION
 from .convert import Convert
 from .data import Data
 from .envs import Envs
+from .evaluate import Evaluate
 from .field_types import Text, matching, plain, section
 from .model import Model
 from .plan import Plan
@@ -40,6 +41,8 @@ class Configuration:
     convert: Convert
     serve: Serve
     smoke_test: SmokeTest
+    evaluate: Evaluate
+    """Tasks that the model is evaluated on, with gates (docs/evaluation.md)."""
     envs: Envs
     """Existing environments to use instead of the locked ones that `snakemake envs` builds."""
 
@@ -87,6 +90,13 @@ class Configuration:
         if self.serve.max_model_len < self.smoke_test.max_tokens:
             yield "smoke_test.max_tokens: is above serve.max_model_len, so that no request could be accepted"
 
+        for name, task in self.evaluate.tasks.items():
+            if self.serve.max_model_len <= task.max_tokens:
+                yield (
+                    f"evaluate.tasks.{name}.max_tokens: {task.max_tokens} leaves no room for a prompt in "
+                    f"serve.max_model_len ({self.serve.max_model_len})"
+                )
+
     def _paths(self) -> Iterator[tuple[str, str]]:
         """Keys that name files or folders, with their values."""
         sources = [source if isinstance(source, str) else source.path for source in self.data.sources]
@@ -96,8 +106,10 @@ class Configuration:
         found += [("results", self.results), ("data.tokenizer", self.data.tokenizer)]
         found += [("model.base", self.model.base), ("plan.model", self.plan.model)]
         found += [(f"smoke_test.{name}", getattr(self.smoke_test, name)) for name in ("prompts", "base_measured")]
+        for name, task in self.evaluate.tasks.items():
+            found += [(f"evaluate.tasks.{name}.{key}", getattr(task, key)) for key in ("data", "lm_eval")]
         found += [("train.secrets_file", self.train.secrets_file), ("serve.secrets_file", self.serve.secrets_file)]
         found.append(("serve.api_key_file", self.serve.api_key_file))
-        owns = [("train", self.envs.train), ("serve", self.envs.serve)]
+        owns = [("train", self.envs.train), ("serve", self.envs.serve), ("evaluate", self.envs.evaluate)]
         found += [(f"envs.{stage}.python", own.python) for stage, own in owns if own]
         yield from ((key, path) for key, path in found if path)

@@ -35,6 +35,8 @@ class Envs:
     """Environment of this stage: `python` and, where needed, a line that activates it."""
     serve: Own | None = None
     """Environment of this stage: `python` and, where needed, a line that activates it."""
+    evaluate: Own | None = setting(None, later=True)
+    """Environment with lm-eval; only its `python` is used."""
     local: Local = setting(Local())
     """Training's locked environment and our code on the nodes' own disks, brought there by each job: a start then asks
     the shared folder for little more than data (docs/cluster.md). No key of it re-runs anything."""

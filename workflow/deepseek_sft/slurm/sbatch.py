@@ -110,7 +110,7 @@ def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
     template = jinja_templates.load(f"{stage}.sbatch.j2", sh=_quoted)
     try:
         name = job_names.by_hand(context.get("experiment", ""), stage)
-        found = {"local": None, "spare_nodes": 0} | context
+        found = {"local": None, "spare_nodes": 0, "evaluated": False} | context
         return template.render(stage=stage, job=allocation, job_name=name, **found)
     except jinja2.UndefinedError as error:
         raise BadInputError(f"template {stage}.sbatch.j2: {error}") from None

@@ -286,6 +286,11 @@ def force(workflow: Any, names: Collection[str]) -> None:
     workflow.dag_settings.forcerun = frozenset(workflow.dag_settings.forcerun) | set(names)
 
 
+def run_here(workflow: Any, names: Collection[str]) -> None:
+    """Have rules run where Snakemake does, this time, without a job of their own."""
+    workflow._localrules.update(names)
+
+
 def is_asked_again(workflow: Any, name: str, forced: Collection[str]) -> bool:
     """Whether the person asked for a rule to run again: by name, with --forceall, or by changing its settings."""
     settings = workflow.dag_settings

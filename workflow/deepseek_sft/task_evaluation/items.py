@@ -10,9 +10,9 @@ import yaml
 from .. import files
 from ..errors import BadInputError
 from ..evaluation.held_out import read_prompts
+from ..settings.evaluate import GATES
 from . import judges
 
-GATES = ("min", "max_drop")  # they judge a result and do not shape it
 LOCAL_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}  # of the library datasets: they read files alone
 
 
@@ -123,7 +123,9 @@ def _data_files(values: dict[str, Any], where: str) -> list[Path]:
             "{test: FILE}}; see docs/evaluation.md",
         )
     if missing := next((file for file in paths if not file.is_file()), None):
-        raise BadInputError(f"{where}: its data {missing} does not exist", "relative paths begin at the project's folder")
+        raise BadInputError(
+            f"{where}: its data {missing} does not exist", "relative paths begin at the project's folder"
+        )
     return paths
 
 

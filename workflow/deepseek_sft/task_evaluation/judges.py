@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from ..errors import BadInputError
-from ..evaluation.held_out import BOXED, normalised
+from ..evaluation.final_answers import BOXED, normalised
 
 NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+")
 

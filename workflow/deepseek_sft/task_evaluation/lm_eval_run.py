@@ -1,4 +1,4 @@
-"""Runs lm-eval in its own environment against a served model: ``python -m …task_evaluation.lm_eval_run REQUEST``.
+"""Runs lm-eval in its own environment against a served model: ``python -m …lm_eval_run REQUEST MESSAGE``.
 
 lm-eval makes the prompts (few-shot examples, descriptions), filters and scores; questions are sent by our own client,
 which its OpenAI-compatible model does not replace: that one knows neither reasoning fields nor why an answer ended.
@@ -10,30 +10,27 @@ Request (JSON)::
                       "transcript": path, "result": path}}}
 
 Each result is written when its task is done; see ``measured``. An answer that is in the transcript already is not asked
-for again. The key of the API is read from VLLM_API_KEY. Nothing is fetched: the libraries are told to be offline.
+for again. What went wrong is written to MESSAGE. The key of the API is read from VLLM_API_KEY. Nothing is fetched: ``measure`` tells the libraries to be offline.
 """
 
 import importlib.metadata
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
-os.environ.update(dict.fromkeys(OFFLINE, "1"))  # before the libraries are imported, which read them once
 
 import httpx
 from lm_eval.api.model import LM
 
 from .. import cli, files, json_files
-from ..errors import BadInputError, CrashError
+from ..errors import BadInputError, CrashError, StageError
 from ..evaluation.api import Api, CheckFailed
-from ..evaluation.held_out import final_answer
+from ..evaluation.final_answers import final_answer
 from . import judges
 
 SEED = 1234  # of few-shot examples
@@ -103,8 +100,9 @@ class Deployment(LM):
         reply = self.api.chat(messages, task["max_tokens"], **sampling)
         entry = {"key": key, "sample": self.sample, "messages": messages, "reasoning": reply.reasoning}
         entry |= {"answer": reply.answer, "finish_reason": reply.finish_reason, "tokens": reply.completion_tokens}
-        # An answer whose reasoning never closed is none; of one that was cut later, what there is may still be right.
-        entry["final"] = final_answer(reply, self.request["reasoning_parser"])
+        # Nobody knows how an answer would have ended that its budget cut: "12" may be the start of "123".
+        cut = reply.finish_reason == "length"
+        entry["final"] = "" if cut else final_answer(reply, self.request["reasoning_parser"])
         with self._lock:
             self._transcript.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self._transcript.flush()
@@ -259,13 +257,20 @@ def _number(name: str, metric: str, sample: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    request = json_files.load(Path(sys.argv[1]))
-    # lm-eval and datasets keep what they make: for this run alone, on this node.
-    with tempfile.TemporaryDirectory(prefix="lm-eval-") as folder:
-        os.environ.update({"HF_HOME": folder, "HF_DATASETS_CACHE": f"{folder}/datasets", "LM_HARNESS_CACHE_PATH": folder})
-        for name, entry in request["tasks"].items():
+    request, message = json_files.load(Path(sys.argv[1])), Path(sys.argv[2])
+    for name, entry in request["tasks"].items():
+        try:
             files.write_json(entry["result"], run_task(name, entry, request))
-            cli.say(f"  task {name} is done")
+        except StageError as error:
+            files.write_json(message, {"problem": error.problem, "fix": error.fix})
+            sys.exit(error.exit_code)
+        except (LookupError, TypeError, ValueError, ImportError, OSError) as error:
+            # what lm-eval, datasets or the functions of a task raise: it is the task that cannot be used
+            traceback.print_exc()
+            problem = f"evaluate.tasks.{name}: lm-eval cannot run it: {type(error).__name__}: {error}"
+            files.write_json(message, {"problem": problem, "fix": "the log has the lines above it"})
+            sys.exit(BadInputError.exit_code)
+        cli.say(f"  task {name} is done")
 
 
 if __name__ == "__main__":
