@@ -1,6 +1,6 @@
 r"""Whether an answer to an item of one's own is right: exact match, the last number, a regular expression.
 
-All look at the answer after the reasoning. Where it has a ``\boxed{…}``, ``exact`` and ``numeric`` look into its last one.
+All look at the answer after the reasoning; ``exact`` and ``numeric`` into its last ``\boxed{…}``, where it has one.
 """
 
 import math

@@ -10,7 +10,8 @@ Request (JSON)::
                       "transcript": path, "result": path}}}
 
 Each result is written when its task is done; see ``measured``. An answer that is in the transcript already is not asked
-for again. What went wrong is written to MESSAGE. The key of the API is read from VLLM_API_KEY. Nothing is fetched: ``measure`` tells the libraries to be offline.
+for again. What went wrong is written to MESSAGE. The key of the API is read from VLLM_API_KEY. Nothing is fetched:
+``measure`` tells the libraries to be offline.
 """
 
 import importlib.metadata
@@ -250,7 +251,7 @@ def _number(name: str, metric: str, sample: dict[str, Any]) -> float:
     value = sample[metric]
     if not isinstance(value, bool | int | float) and not hasattr(value, "__float__"):
         raise BadInputError(
-            f"evaluate.tasks.{name}: the metric {metric} gives no number for each item, so that its mean has no interval",
+            f"evaluate.tasks.{name}: the metric {metric} gives no number for each item, so its mean has no interval",
             "choose another with `metric`",
         )
     return float(value)
