@@ -1,4 +1,4 @@
-"""Write the demo's chats: chats.jsonl, broken.jsonl and held_out.jsonl, beside this file or into the folder given.
+"""Write the demo's chats: chats.jsonl, broken.jsonl, held_out.jsonl, task.jsonl, beside this file or into the folder given.
 
 Small sums and comparisons of decimals with short worked reasoning, in English and Chinese, so that a tiny model on two
 CPU cores learns the form within a few hundred steps. The files are committed; a test checks that they are these.
@@ -111,6 +111,18 @@ def held_out(pool: list[Chat], chance: random.Random) -> list[Chat]:
     return found
 
 
+def task(pool: list[Chat]) -> list[Chat]:
+    """Items to evaluate the trained model on, with expected answers: each question alone, and after a greeting."""
+    found = []
+    for q in pool:
+        hello, reply = GREETING[q["language"]]
+        before = [{"role": "user", "content": hello}, {"role": "assistant", "content": reply}]
+        asked = {"role": "user", "content": q["question"]}
+        for messages in ([asked], [*before, asked]):
+            found.append({"id": f"task-{len(found) + 1:03d}", "messages": messages, "answer": q["answer"]})
+    return found
+
+
 def broken() -> list[str]:
     """Lines that prepare_data must reject, each for a reason of its own."""
     user = {"role": "user", "content": "What is 2 + 2?"}
@@ -147,6 +159,7 @@ def main() -> None:
     files = {
         "chats.jsonl": [json.dumps(chat, ensure_ascii=False) for chat in chats(inside, chance)],
         "held_out.jsonl": [json.dumps(chat, ensure_ascii=False) for chat in held_out(outside, chance)],
+        "task.jsonl": [json.dumps(item, ensure_ascii=False) for item in task(outside)],
         "broken.jsonl": broken(),
     }
     for name, lines in files.items():
