@@ -32,8 +32,8 @@ doc_to_text: "Q: {{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: ["Q:"]}}
 filter_list:
-  - {{name: first, filter: [{{function: regex, regex_pattern: "(-?[0-9]+)"}}, {{function: take_first}}]}}
-  - {{name: last, filter: [{{function: regex, regex_pattern: "(-?[0-9]+)", group_select: -1}}, {{function: take_first}}]}}
+  - {{name: first, filter: [{{function: regex, regex_pattern: "([0-9]+)"}}, {{function: take_first}}]}}
+  - {{name: last, filter: [{{function: regex, regex_pattern: "([0-9]+)", group_select: -1}}, {{function: take_first}}]}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
 

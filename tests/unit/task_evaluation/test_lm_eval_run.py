@@ -30,7 +30,7 @@ def test_nothing_is_fetched_at_run_time(found):
 
 
 def test_answers_are_judged_after_the_reasoning(found):
-    scores, answers, truncated, metric = found["own"]
+    scores, answers, _, metric = found["own"]
     assert scores == {f"i{number}": float(number not in (3, 4, 5)) for number in range(10)}
     assert (answers, metric) == (10, "numeric")
 

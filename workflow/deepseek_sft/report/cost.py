@@ -12,7 +12,14 @@ from typing import Any
 from . import glance, plots
 from .collect import Stage, mapping
 
-RULES = ("preflight", "rehearse", "train", "smoke_test")  # those that hold GPUs; a deployment is not counted
+RULES = (
+    "preflight",
+    "rehearse",
+    "train",
+    "smoke_test",
+    "evaluate_base",
+    "evaluate",
+)  # those that hold GPUs; a deployment is not counted
 TRAINING = ("preflight", "rehearse", "train")  # on training's nodes
 FILE = "attempts.tsv"
 HOUR = 3600

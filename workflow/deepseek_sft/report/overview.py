@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import formatting
 from .. import stages as stage_rows
-from . import chat_section, collect, plots
+from . import chat_section, collect, evaluation_section, plots
 from .collect import Stage, mapping
 
 LEVEL = {"complete": "good", "failed": "bad", "unreadable": "bad", "out of date": "warn", "result gone": "warn"}
@@ -113,6 +113,8 @@ def summary(results: Path, logs: Path | None) -> str:
     report = results / "report.html"
     rows = [("experiment", f"{results.name}: {verdict(stages)[1]}")]
     rows += [(name, " · ".join(filter(None, cards[name]))) for name in ("loss", "model", "smoke test")]
+    if evaluated := evaluation_section.line(stages["evaluate"]) if "evaluate" in stages else "":
+        rows.append(("evaluation", evaluated))
     for sample in shown:
         rows += [("asked", sample.question), ("reasoning", sample.reasoning or "none"), ("answer", sample.answer)]
     rows.append(("report", str(report) if report.exists() else "not built yet"))

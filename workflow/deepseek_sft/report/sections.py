@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import formatting
 from ..training import gpu_hours, slow_nodes
-from . import calibration, collect, data_section, plots, plots_experts, plots_memory, plots_stages
+from . import calibration, collect, data_section, evaluation_section, plots, plots_experts, plots_memory, plots_stages
 from . import chat_section as chats
 from .collect import Stage, mapping
 from .drawing import Plot
@@ -102,6 +102,10 @@ def smoke_test(seen: Seen) -> Parts:
     return Parts(plots=drawn, answered=answered)
 
 
+def evaluate(seen: Seen) -> Parts:
+    return Parts(grids=evaluation_section.grids(seen.stage.figures), shown=("tasks",))
+
+
 PARTS: dict[str, Callable[[Seen], Parts]] = {
     "prepare_data": prepare_data,
     "tokenize_data": tokenize_data,
@@ -110,6 +114,8 @@ PARTS: dict[str, Callable[[Seen], Parts]] = {
     "train": train,
     "convert_checkpoint": convert_checkpoint,
     "smoke_test": smoke_test,
+    "evaluate_base": evaluate,
+    "evaluate": evaluate,
 }
 
 
