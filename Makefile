@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap families drills drills-without soak soak-slurm resume-full-size mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -15,6 +15,7 @@ help:
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make families   a tiny base of each family (Moonlight, Kimi-K2, GigaChat3) through the whole chain; about 25 minutes"
+	@echo "make evaluation   the demo and an early step of it, both evaluated on 100 questions: one passes its gates, one fails; about 20 minutes"
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
@@ -61,6 +62,14 @@ families:
 	@$(PYTHON) workflow/scripts/build_env.py serve-cpu
 	@rm -f families.jsonl
 	@$(DEV)/python -m pytest -s tests/drills/family_drills.py
+
+evaluation:
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@$(PYTHON) workflow/scripts/build_env.py serve-cpu
+	@$(PYTHON) workflow/scripts/build_env.py evaluate
+	@$(DEV)/python -m pytest -s tests/drills/evaluation_drills.py
 
 drills:
 	@cluster/install --accounting
