@@ -1,4 +1,4 @@
-"""Write the demo's chats: chats.jsonl, broken.jsonl, held_out.jsonl, task.jsonl, beside this file or into the folder given.
+"""Write the demo's chats: chats.jsonl, broken.jsonl, held_out.jsonl, kinds.jsonl, task.jsonl, beside this file or into the folder given.
 
 Small sums and comparisons of decimals with short worked reasoning, in English and Chinese, so that a tiny model on two
 CPU cores learns the form within a few hundred steps. The files are committed; a test checks that they are these.
@@ -17,6 +17,7 @@ SEED = 20250120
 WITH_SYSTEM = 220  # chats of one turn with a system prompt
 SEVERAL_TURNS = 300
 HELD_OUT = 50
+TASK = 100  # items to evaluate a model on that was trained on kinds.jsonl
 
 WHOLE = (6, 7, 8, 9)
 LONG = (11, 12, 13, 31, 32, 33)  # two decimals: 9.11
@@ -42,6 +43,11 @@ SUBTRACT = {"en": ("What is {a} - {b}?", "Subtract {b} from {a}."), "zh": ("{a}�
 SUBTRACT_WORKING = {
     "en": "This is a subtraction. I start at {a} and count down by {b}. That leaves {c}.",
     "zh": "这是减法，从{a}开始往下数{b}个，得到{c}。",
+}
+ASK_KIND = {"en": "What kind of question is this? {q}", "zh": "这是哪类问题？{q}"}
+KINDS = {  # calculation, comparison: reasoning and answer
+    "en": (("Numbers are added or taken away.", "calculation"), ("Two numbers are held side by side.", "comparison")),
+    "zh": (("这里要做加减。", "计算"), ("这里比较两个数。", "比较")),
 }
 
 Chat = dict[str, Any]
@@ -111,15 +117,14 @@ def held_out(pool: list[Chat], chance: random.Random) -> list[Chat]:
     return found
 
 
-def task(pool: list[Chat]) -> list[Chat]:
-    """Items to evaluate the trained model on, with expected answers: each question alone, and after a greeting."""
+def kinds(pool: list[Chat]) -> list[Chat]:
+    """Questions about questions, which a tiny model learns to answer within a hundred steps: four answers."""
     found = []
-    for q in pool:
-        hello, reply = GREETING[q["language"]]
-        before = [{"role": "user", "content": hello}, {"role": "assistant", "content": reply}]
-        asked = {"role": "user", "content": q["question"]}
-        for messages in ([asked], [*before, asked]):
-            found.append({"id": f"task-{len(found) + 1:03d}", "messages": messages, "answer": q["answer"]})
+    for number, q in enumerate(pool, 1):
+        reasoning, answer = KINDS[q["language"]][q["kind"] == "compare"]
+        asked = {"role": "user", "content": ASK_KIND[q["language"]].format(q=q["question"])}
+        told = {"role": "assistant", "reasoning_content": reasoning, "content": answer}
+        found.append({"id": f"kind-{number:03d}", "messages": [asked, told]})
     return found
 
 
@@ -159,7 +164,8 @@ def main() -> None:
     files = {
         "chats.jsonl": [json.dumps(chat, ensure_ascii=False) for chat in chats(inside, chance)],
         "held_out.jsonl": [json.dumps(chat, ensure_ascii=False) for chat in held_out(outside, chance)],
-        "task.jsonl": [json.dumps(item, ensure_ascii=False) for item in task(outside)],
+        "kinds.jsonl": [json.dumps(chat, ensure_ascii=False) for chat in kinds(pool[TASK:])],
+        "task.jsonl": [json.dumps(chat, ensure_ascii=False) for chat in kinds(pool[:TASK])],
         "broken.jsonl": broken(),
     }
     for name, lines in files.items():

@@ -15,7 +15,7 @@ from project_copy import copy_of
 
 pytestmark = [pytest.mark.stage("train"), pytest.mark.stage("serve-cpu"), pytest.mark.stage("evaluate")]
 DEADLINE_S = 3600  # only a hang reaches it
-CONFIG = ["config/experiments/demo.yaml", "config/experiments/demo-evaluated.yaml"]
+CONFIG = ["config/experiments/demo.yaml", "config/evaluation/demo.yaml"]
 EARLY = {  # answers in form already, most of them wrong; the smoke test's own gates would stop it first
     "experiment": "demo-early",
     "train": {"max_steps": 50},

@@ -100,7 +100,7 @@ ROWS = (
     Stage(
         "evaluate",
         "Model evaluated on tasks",
-        {"verify_model": "model", "smoke_test": ""},
+        {"verify_model": "model"},
         scripts=("serve_node", "evaluate_served"),
         **EVALUATED,
     ),

@@ -112,6 +112,11 @@ def rendered_stage(rule, folder, arguments="", more=""):
     return stage(f"{render(rule, folder)} {more} --then bash {RESULTS}/{folder}/{rule}.sbatch {arguments}".rstrip())
 
 
+def passed_before_evaluation(wildcards):
+    """The smoke test where it is a target as well, since its job asks the tasks; `evaluate` alone serves the model."""
+    return [receipt("smoke_test")] if "smoke_test" in job_resources.requested(workflow) else []
+
+
 def evaluated_stage(rule, folder):
     """Shell text that makes a rule's results, on nodes where they are not there yet, and judges them."""
     place = f"{RESULTS}/{folder}"

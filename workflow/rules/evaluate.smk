@@ -20,8 +20,8 @@ rule evaluate_base:
 rule evaluate:
     input:
         [receipt("evaluate_base")] if EXPERIMENT.compared_with_base() else [],
+        passed_before_evaluation,
         model=receipt("verify_model"),
-        test=receipt("smoke_test"),
     output:
         receipt=receipt("evaluate"),
     log:
