@@ -1,4 +1,4 @@
-"""Write the demo's chats: chats.jsonl, broken.jsonl, held_out.jsonl, kinds.jsonl, task.jsonl, beside this file or into the folder given.
+"""Write the demo's chats, broken.jsonl, held_out.jsonl, kinds.jsonl and task.jsonl: here or into the folder given.
 
 Small sums and comparisons of decimals with short worked reasoning, in English and Chinese, so that a tiny model on two
 CPU cores learns the form within a few hundred steps. The files are committed; a test checks that they are these.

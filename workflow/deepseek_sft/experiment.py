@@ -245,7 +245,8 @@ class Experiment:
 
     def check_external_paths(self, rules: Collection[str] = stages.CHAIN) -> None:
         """Raises BadInputError naming every missing path that ``rules`` read."""
-        for rule, section in (("train", "train"), ("rehearse", "train"), ("smoke_test", "serve"), ("serve", "serve")):
+        readers = [("train", "train"), ("rehearse", "train"), *((rule, "serve") for rule in stages.run_by("serve"))]
+        for rule, section in readers:
             if rule in rules and (path := self.config[section]["secrets_file"]):
                 secrets_file.check(Path(path))
         if problems := self.missing_paths(rules):

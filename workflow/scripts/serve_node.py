@@ -49,6 +49,8 @@ def main() -> int:
         "--transcript", type=Path, help="the test's transcript [transcript.jsonl beside the run folder]"
     )
     arguments = parser.parse_args()
+    if arguments.base_receipt and (arguments.smoke_test or not arguments.evaluate):
+        parser.error("--base-receipt is for --evaluate alone")
     if not (arguments.run_dir or arguments.show_commands):
         parser.error("--run-dir is required")
 
