@@ -37,7 +37,8 @@ def test_preview_of_a_submission_equals_its_golden_file(site: Site, rule: str) -
 def test_every_rule_with_a_job_of_its_own_is_previewed(site: Site) -> None:
     files = (site.clone / "results/deepseek-r1-sft/render").glob("*/*.submission.txt")
     jobs = {"prepare_data", "tokenize_data", "prepare_model", "preflight", "rehearse", "train", "snapshot"}
-    assert {file.parent.name for file in files} == jobs | {"convert_checkpoint", "verify_model", "smoke_test"}
+    jobs |= {"convert_checkpoint", "verify_model", "smoke_test", "evaluate_base", "evaluate"}
+    assert {file.parent.name for file in files} == jobs
 
 
 def test_preview_is_what_the_plugin_hands_to_sbatch(site: Site) -> None:

@@ -10,6 +10,7 @@ from deepseek_sft import receipts
 from deepseek_sft.errors import BadInputError, CrashError, GateError
 from deepseek_sft.settings import reading
 from deepseek_sft.settings.served_evaluation import ServedEvaluation
+from deepseek_sft.slurm import sbatch
 from deepseek_sft.task_evaluation import measured, stage
 
 BOTH = {"evaluate", "evaluate_base"}
@@ -125,3 +126,20 @@ def test_what_kept_the_smoke_tests_job_from_evaluating_is_told_by_evaluate(kind,
     stage.keep_reason(site.results, kind("a request was refused", "mend it"))
     with pytest.raises(kind, match="smoke test's job could not evaluate the model: a request was refused"):
         stage.raise_reason(site.results)
+
+
+@pytest.mark.parametrize(
+    "rule, evaluated, words",
+    [
+        ("smoke_test", False, ["--model-receipt results/x/receipts/verify_model.json"]),
+        ("smoke_test", True, ["--smoke-test results/x/receipts/smoke_test.json", "--evaluate results/x"]),
+        ("evaluate", True, ["--model-receipt results/x/receipts/verify_model.json", "--evaluate results/x"]),
+        ("evaluate_base", True, ["--base-receipt results/x/receipts/prepare_model.json", "--evaluate results/x"]),
+    ],
+)
+def test_a_job_asks_the_tasks_where_they_are_configured_and_of_whom_it_is_to(rule, evaluated, words):
+    context = {"project": "/p", "results": "results/x", "logs": "logs/x", "python": "python", "activate": ""}
+    context |= {"experiment": "x", "environment": {}, "evaluated": evaluated}
+    script = sbatch.render(rule, sbatch.Allocation(nodes=2), context)
+    assert all(word in script for word in words) and ("--evaluate" in script) is evaluated
+    assert ("--smoke-test" in script) is (rule == "smoke_test")
