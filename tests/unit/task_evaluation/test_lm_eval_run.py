@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.stage("evaluate")
 PROJECT = Path(__file__).resolve().parents[3]
 
 
