@@ -21,7 +21,7 @@ help:
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
 	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
-	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, from files of holes; about 5 minutes"
+	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, and planned for conversion with its experts spread over 1, 8, 64; about 6 minutes"
 	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
 	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
 	@echo "make check  linters and unit tests of what changed since this branch left main; SINCE=COMMIT for another one"
@@ -94,6 +94,7 @@ soak:
 resume-full-size:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python tests/full_size_resume.py
+	@FULL_SIZES=1 $(DEV)/python -m pytest tests/stages/test_checkpoint_large.py -k full_size
 
 soak-slurm:
 	@cluster/install

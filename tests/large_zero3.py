@@ -130,17 +130,67 @@ def _values(elements, seed, block):
         elements -= count
 
 
+def _rank_groups(shapes, world_size, sub_group_size, rank, parallel_size):
+    """A rank's sub-groups, name → shape, and of each the ranks that share it: of its own experts after all others."""
+    if parallel_size == 1:
+        groups = _groups(shapes, world_size, sub_group_size)
+        return groups, [list(range(world_size))] * len(groups)
+    others = {name: shape for name, shape in shapes.items() if synthetic_zero3.EXPERTS not in name}
+    experts = synthetic_zero3.of_rank({n: s for n, s in shapes.items() if n not in others}, rank, parallel_size)
+    sharing = synthetic_zero3.sharing(world_size, rank, parallel_size)
+    dense = _groups(others, world_size, sub_group_size)
+    sparse = _groups(experts, len(sharing), sub_group_size)
+    return dense + sparse, [list(range(world_size))] * len(dense) + [sharing] * len(sparse)
+
+
 def write_checkpoint(
-    folder, specs, world_size, experts_per_shard=8, sub_group_size=10**9, filled=True, step=7, prefix="llm."
+    folder,
+    specs,
+    world_size,
+    experts_per_shard=8,
+    sub_group_size=10**9,
+    filled=True,
+    step=7,
+    prefix="llm.",
+    expert_parallel_size=1,
 ):
     """A checkpoint of a model with the release's tensors ``specs``; returns the bytes of its FP32 weights."""
     folder.mkdir(parents=True)
     shapes, buffers = fused_shapes(specs, experts_per_shard, prefix)
-    groups = _groups(shapes, world_size, sub_group_size)
-    lengths = [sum(-(-math.prod(shape) // world_size) for shape in group.values()) for group in groups]
-    model = {
+    block = np.random.default_rng(3).standard_normal(BLOCK, np.float32) * np.float32(0.02)
+    held = [
+        _rank_groups(shapes, world_size, sub_group_size, place, expert_parallel_size)
+        for place in range(expert_parallel_size)
+    ]
+    states = [_optimizer(*of_place, world_size, step, expert_parallel_size) for of_place in held]
+    written = {}  # place in its expert-parallel group and number of digits → model state file
+    for rank in range(world_size):
+        place = rank % expert_parallel_size
+        optimizer, masters = states[place]
+        optimizer_name, model_name = synthetic_zero3.rank_names(rank)
+        seeds = itertools.count(1000 * rank)
+
+        def content(values, seeds=seeds, masters=masters):
+            if values.size == 1 or values.dtype != np.float32:
+                return [values.tobytes()]
+            is_master = any(values is master.values for master in masters)
+            return _values(values.size, next(seeds), block) if filled and is_master else None
+
+        save(optimizer, folder / optimizer_name, content)
+        first = written.setdefault((place, len(str(rank))), folder / model_name)
+        if first.name == model_name:
+            save(_model(held[place][0], buffers, world_size, step), first, lambda values: [values.tobytes()])
+        else:  # the same but for the archive's own name, of equal length
+            alike = first.read_bytes().replace(first.stem.encode(), model_name.removesuffix(".pt").encode())
+            (folder / model_name).write_bytes(alike)
+    return 4 * sum(math.prod(shape) for shape in shapes.values())
+
+
+def _model(groups, buffers, world_size, step):
+    names = [name for group in groups for name in group]
+    return {
         "module": OrderedDict(
-            [(name, hollow(0, np.uint16)) for name in shapes]
+            [(name, hollow(0, np.uint16)) for name in names]
             + [(name, Tensor(np.zeros(shape, np.float32))) for name, shape in buffers.items()]
         ),
         "buffer_names": list(buffers),
@@ -151,40 +201,29 @@ def write_checkpoint(
         "dp_world_size": world_size,
         "global_steps": step,
     }
+
+
+def _optimizer(groups, sharing, world_size, step, parallel_size):
+    """What a rank's optimizer file holds, and its flat master weights."""
+    partitions = [
+        [-(-math.prod(shape) // len(ranks)) for shape in group.values()]
+        for group, ranks in zip(groups, sharing, strict=True)
+    ]
+    lengths = [sum(sizes) for sizes in partitions]
     moments = {
         i: {"step": Tensor(np.float32(step).reshape(()), ()), "exp_avg": hollow(n), "exp_avg_sq": hollow(n)}
         for i, n in enumerate(lengths)
     }
     masters = [hollow(length) for length in lengths]
-    optimizer = {
-        "optimizer_state_dict": {
-            "zero_stage": ZeroStage(3),
-            "partition_count": world_size,
-            "optimizer_state_dict": {"state": moments, "param_groups": [{"params": list(moments)}]},
-            "fp32_flat_groups": masters,
-        },
-        "ds_version": "0.18.9",
+    state = {
+        "zero_stage": ZeroStage(3),
+        "partition_count": world_size,
+        "optimizer_state_dict": {"state": moments, "param_groups": [{"params": list(moments)}]},
+        "fp32_flat_groups": masters,
     }
-    block = np.random.default_rng(3).standard_normal(BLOCK, np.float32) * np.float32(0.02)
-    for rank in range(world_size):
-        optimizer_name, model_name = synthetic_zero3.rank_names(rank)
-        seeds = itertools.count(1000 * rank)
-
-        def content(values, seeds=seeds):
-            if values.size == 1 or values.dtype != np.float32:
-                return [values.tobytes()]
-            is_master = any(values is master.values for master in masters)
-            return _values(values.size, next(seeds), block) if filled and is_master else None
-
-        save(optimizer, folder / optimizer_name, content)
-        digits = 10 ** (len(str(rank)) - 1) if rank else 0
-        if rank == digits:
-            save(model, folder / model_name, lambda values: [values.tobytes()])
-        else:  # the same but for the archive's own name, of equal length
-            first = folder / synthetic_zero3.rank_names(digits)[1]
-            content = first.read_bytes().replace(first.stem.encode(), model_name.removesuffix(".pt").encode())
-            (folder / model_name).write_bytes(content)
-    return 4 * sum(math.prod(shape) for shape in shapes.values())
+    if parallel_size > 1:
+        state["ds_zero_partition_groups"] = synthetic_zero3.partition_groups(sharing, world_size)
+    return {"optimizer_state_dict": state, "ds_version": "0.19.8" if parallel_size > 1 else "0.18.9"}, masters
 
 
 def write_base(folder, shape, largest_shard=5_000_000_000):

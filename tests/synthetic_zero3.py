@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 
+EXPERTS = ".mlp.experts."
 STORAGE_NAMES = {"float32": "FloatStorage", "uint16": "BFloat16Storage", "int64": "LongStorage"}
 
 
@@ -112,11 +113,51 @@ def rank_names(rank):
     return f"bf16_{middle}_optim_states.pt", f"{middle}_model_states.pt"
 
 
-def write_checkpoint(folder, groups, world_size, buffers=None, frozen=None, step=7, rng=None, shared=None):
+def sharing(world_size, rank, parallel_size):
+    """Ranks that hold the same experts as ``rank``: one of each expert-parallel group."""
+    return list(range(rank % parallel_size, world_size, parallel_size))
+
+
+def of_rank(experts, rank, parallel_size):
+    """Of name → value of shards, those that a rank holds: the first rank of a group the first of every layer."""
+
+    def shard(name):
+        return int(name.partition(EXPERTS)[2].split(".")[0])
+
+    shards = {name: shard(name) for name in experts}
+    each = (1 + max(shards.values())) // parallel_size
+    return {name: value for name, value in experts.items() if shards[name] // each == rank % parallel_size}
+
+
+def partition_groups(shared, world_size):
+    """What DeepSpeed's optimizer file says of sub-groups, each of which some ranks share."""
+    return [
+        {
+            "sub_group": number,
+            "partition_count": len(ranks),
+            "partition_ranks": ranks,
+            "families": ["replicated" if len(ranks) == world_size else "autoep_expert"],
+        }
+        for number, ranks in enumerate(shared)
+    ]
+
+
+def write_checkpoint(
+    folder,
+    groups,
+    world_size,
+    buffers=None,
+    frozen=None,
+    step=7,
+    rng=None,
+    shared=None,
+    expert_parallel_size=1,
+):
     """Write a whole checkpoint.
 
     Args:
-        groups: one dict per sub-group, name → float32 array (master weights).
+        groups: one dict per sub-group, name → float32 array (master weights); with expert parallelism those of experts
+            hold nothing else.
         buffers: name → array in rank 0's and every other rank's model state.
         frozen: name → array that is not trained.
         shared: name → the name that holds the same parameter.
@@ -126,14 +167,27 @@ def write_checkpoint(folder, groups, world_size, buffers=None, frozen=None, step
     rng = rng or np.random.default_rng(0)
     frozen = frozen or {}
 
-    def partition(values, rank):
-        length = -(-values.size // world_size)
-        padded = np.full(length * world_size, 7e7, values.dtype)  # padding must never be read
+    def partition(values, rank, ranks=range(world_size)):
+        length = -(-values.size // len(ranks))
+        padded = np.full(length * len(ranks), 7e7, values.dtype)  # padding must never be read
         padded[: values.size] = values.reshape(-1)
-        return padded[rank * length : (rank + 1) * length]
+        place = ranks.index(rank)
+        return padded[place * length : (place + 1) * length]
 
+    everything, told = groups, {}
     for rank in range(world_size):
-        flats = [np.concatenate([partition(values, rank) for values in group.values()]) for group in groups]
+        spread = [expert_parallel_size > 1 and all(EXPERTS in name for name in group) for group in everything]
+        among = [sharing(world_size, rank, expert_parallel_size) if one else list(range(world_size)) for one in spread]
+        groups = [
+            of_rank(group, rank, expert_parallel_size) if one else group
+            for group, one in zip(everything, spread, strict=True)
+        ]
+        if expert_parallel_size > 1:
+            told = {"ds_zero_partition_groups": partition_groups(among, world_size)}
+        flats = [
+            np.concatenate([partition(values, rank, ranks) for values in group.values()])
+            for group, ranks in zip(groups, among, strict=True)
+        ]
         moments = {
             i: {
                 "step": Tensor(np.float32(step).reshape(()), ()),
@@ -148,6 +202,7 @@ def write_checkpoint(folder, groups, world_size, buffers=None, frozen=None, step
                 "partition_count": world_size,
                 "optimizer_state_dict": {"state": moments, "param_groups": []},
                 "fp32_flat_groups": [Tensor(flat) for flat in flats],
+                **told,
             },
             "ds_version": "0.18.9",
         }

@@ -15,6 +15,7 @@ from training_helpers import write_settings
 from deepseek_sft import receipts
 from deepseek_sft.convert import base_sums, tiny_model
 from deepseek_sft.data import tokens
+from deepseek_sft.tensors import torch_pickle
 
 PROJECT = Path(__file__).resolve().parents[1]
 VOCABULARY = 1024
@@ -59,6 +60,12 @@ def make_inputs(folder: Path, rows: int = 30, shape: tiny_model.TinyShape = SHAP
             base_sums.write(folder / base_sums.NAME, folder / "base", sorted((folder / "base").glob("*.safetensors")))
         receipts.write(folder / f"{rule}.json", rule, inputs={}, settings={}, result=place, figures={})
     return folder
+
+
+def tensors_of(folder: Path) -> list[Any]:
+    """Names, sizes and checksums of all tensors of a checkpoint."""
+    files = sorted(folder.glob("*_states.pt"))
+    return [part for file in files for part in torch_pickle.open_archive(file).directory if "/data/" in part[0]]
 
 
 class Trainer:

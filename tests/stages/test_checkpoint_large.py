@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import resource
 import subprocess
@@ -39,10 +40,17 @@ sys.exit(code)
 """
 
 
-def test_full_size_checkpoint_is_planned_within_a_gibibyte(tmp_path, script):
+SPREADS = {1: 8, 64: 4}  # ranks over which experts are spread → experts of a shard
+if "FULL_SIZES" in os.environ:
+    SPREADS |= {8: 16}
+
+
+@pytest.mark.parametrize(("parallel", "experts_per_shard"), SPREADS.items())
+def test_full_size_checkpoint_is_planned_within_a_gibibyte(tmp_path, script, parallel, experts_per_shard):
     specs = large_zero3.write_base(tmp_path / "base", small_models.FULL_SIZE)
     assert len(specs) == 45_395
-    fp32 = large_zero3.write_checkpoint(tmp_path / "step", specs, world_size=256, filled=False)
+    spread = {"experts_per_shard": experts_per_shard, "expert_parallel_size": parallel}
+    fp32 = large_zero3.write_checkpoint(tmp_path / "step", specs, world_size=256, filled=False, **spread)
     assert fp32 == 4 * 671_026_404_352  # biases are buffers
     command = [*script, *arguments(tmp_path, tmp_path), "--dry-run", "--nodes=4"]
     done = subprocess.run([sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, check=True)

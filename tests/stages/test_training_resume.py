@@ -7,17 +7,11 @@ import subprocess
 
 import pytest
 import stored_checkpoint as stored
-from training_inputs import PROJECT, Trainer
+from training_inputs import PROJECT, Trainer, tensors_of
 
 from deepseek_sft.tensors import torch_pickle
 
 SAVED_OFTEN = stored.SETTINGS | {"save_every_steps": 1, "keep_checkpoints": 9}
-
-
-def tensors_of(folder):
-    """Names, sizes and checksums of all tensors of a checkpoint."""
-    files = sorted(folder.glob("*_states.pt"))
-    return [part for file in files for part in torch_pickle.open_archive(file).directory if "/data/" in part[0]]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from training_inputs import Trainer, make_inputs, ranks_of
+from training_inputs import Trainer, make_inputs, ranks_of, tensors_of
 
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
@@ -184,33 +184,63 @@ def test_a_stop_file_saves_and_while_it_is_there_nothing_starts(trainer, tmp_pat
     assert "exists" in run.run(1, "--stop-file", str(stop), expected=4, **settings)
 
 
-def test_two_nodes_train_together_and_the_first_writes_the_receipt(trainer, uninterrupted):
+def on_two_nodes(run: Trainer, job: str, **settings) -> tuple:
+    """Start one rank on each of two nodes; the processes of both and where the second writes."""
+    variables = {"SLURM_JOB_ID": job, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2"}
+    variables["GLOO_SOCKET_IFNAME"] = "lo"
+    second = run.start(1, environment=variables | {"SLURM_NODEID": "1"}, **settings)
+    told = run.log
+    return run.start(1, environment=variables | {"SLURM_NODEID": "0"}, **settings), second, told
+
+
+SPREAD_EXPERTS = {
+    "sequence_parallel_size": 1,
+    "micro_batch_size": 2,
+    "max_steps": 8,
+    "save_every_steps": 3,
+    "strategy": "zero3_offload",
+    "expert_parallel_size": 2,
+} | BALANCE
+
+
+@pytest.fixture(scope="module")
+def two_nodes(trainer):
+    """8 steps on two nodes of one rank, between which experts are spread."""
     run = trainer()
-    settings = {
-        "sequence_parallel_size": 1,
-        "micro_batch_size": 2,
-        "max_steps": 3,
-        "strategy": "zero3_offload",
-    } | BALANCE
-    job = {"SLURM_JOB_ID": "777", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2"}
-    job["GLOO_SOCKET_IFNAME"] = "lo"
-    second = run.start(1, environment=job | {"SLURM_NODEID": "1"}, **settings)
-    first = run.start(1, environment=job | {"SLURM_NODEID": "0"}, **settings)
+    first, second, _ = on_two_nodes(run, "777", **SPREAD_EXPERTS)
     run.finish(first, expected=0)
     run.finish(second, expected=0)
-    assert run.receipt["figures"]["nodes"] == 2
-    assert run.receipt["figures"]["world_size"] == 2
-    assert run.losses() == pytest.approx(uninterrupted.losses()[:3], rel=1e-5)
+    return run
+
+
+def test_two_nodes_train_together_and_the_first_writes_the_receipt(two_nodes, uninterrupted):
+    assert two_nodes.receipt["figures"]["nodes"] == 2
+    assert two_nodes.receipt["figures"]["world_size"] == 2
+    assert two_nodes.losses() == pytest.approx(uninterrupted.losses()[:8], rel=1e-5)
+
+
+def test_a_kill_on_one_of_two_nodes_between_which_experts_are_spread_changes_no_bit(trainer, two_nodes):
+    run = trainer()
+    first, second, told = on_two_nodes(run, "779", **SPREAD_EXPERTS)
+    run.wait_for(first, lambda: run.steps_done() >= 4)
+    ranks_of(second)[0].kill()
+    run.finish(first, expected=5)
+    assert second.wait(60) == 5, told.read_text()
+    assert run.steps_done() < 8
+
+    first, second, told = on_two_nodes(run, "780", **SPREAD_EXPERTS)
+    run.finish(first, expected=0)
+    assert second.wait(60) == 0, told.read_text()
+    assert run.receipt["figures"]["resumed_from_step"] in (3, 6)
+    assert run.losses() == two_nodes.losses()
+    ended, wanted = (sorted(part[1:] for part in tensors_of(one.run_folder / "step_8")) for one in (run, two_nodes))
+    assert ended == wanted, "sizes and checksums, which a resumed run's file holds in another order"
 
 
 def test_a_termination_that_reaches_the_nodes_one_after_the_other_is_no_crash(trainer):
     run = trainer()
-    job = {"SLURM_JOB_ID": "778", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2"}
-    job["GLOO_SOCKET_IFNAME"] = "lo"
     settings = {"sequence_parallel_size": 1, "micro_batch_size": 2, "max_steps": 10_000}
-    second = run.start(1, environment=job | {"SLURM_NODEID": "1"}, **settings)
-    told = run.log
-    first = run.start(1, environment=job | {"SLURM_NODEID": "0"}, **settings)
+    first, second, told = on_two_nodes(run, "778", **settings)
     run.wait_for(first, lambda: run.steps_done() > 0)
     first.terminate()
     run.finish(first, expected=143)

@@ -17,6 +17,7 @@ from deepseek_sft.convert import base_model, convert, zero
 from deepseek_sft.errors import BadInputError, CrashError
 from deepseek_sft.families import deepseek_v3
 from deepseek_sft.tensors.progress_folder import ProgressFolder
+from deepseek_sft.verify import verify
 
 LEARNING_RATE = 1e-3
 BIASES = deepseek_v3.CORRECTION_BIAS
@@ -32,7 +33,11 @@ def write_trained(folder, tensors, world_size=3, largest_group=3000, experts_per
     fused = synthetic_zero3.fuse(tensors, experts_per_shard, prefix)
     buffers = {name: values for name, values in fused.items() if name.endswith(BIASES)}
     parameters = {name: values for name, values in fused.items() if name not in buffers}
-    groups = synthetic_zero3.split_groups(parameters, largest_group)
+    apart = [parameters]
+    if options.get("expert_parallel_size", 1) > 1:  # DeepSpeed puts what other ranks share into sub-groups of its own
+        of_experts = {name: values for name, values in parameters.items() if synthetic_zero3.EXPERTS in name}
+        apart = [{name: values for name, values in parameters.items() if name not in of_experts}, of_experts]
+    groups = [group for one in apart for group in synthetic_zero3.split_groups(one, largest_group)]
     assert len(groups) > 1
     return synthetic_zero3.write_checkpoint(folder, groups, world_size, buffers, **options)
 
@@ -68,6 +73,19 @@ def test_every_value_arrives_rounded_once_whatever_the_layout(tmp_path, base, tr
     folder = write_trained(tmp_path / "step", trained, world_size, experts_per_shard=experts_per_shard)
     run(folder, base, tmp_path / "model")
     assert_model_is(tmp_path / "model", trained)
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "experts_per_shard"), [(64, 8, 4), (256, 64, 1)])
+def test_every_value_arrives_rounded_once_from_experts_spread_over_ranks(tmp_path, ranks, parallel, experts_per_shard):
+    base = small_models.make_base(tmp_path / "base", routed_experts=64, groups=8, groups_used=4, experts_per_token=4)
+    trained = small_models.train(small_models.read_tensors(base), LEARNING_RATE)
+    spread = {"experts_per_shard": experts_per_shard, "expert_parallel_size": parallel, "largest_group": 10**9}
+    folder = write_trained(tmp_path / "step", trained, ranks, **spread)
+    run(folder, base, tmp_path / "model")
+    assert_model_is(tmp_path / "model", trained)
+    opened = base_model.open_model(base), zero.open_checkpoint(folder)
+    result = verify.verify(tmp_path / "model", *opened, full=True)
+    assert not [name for name, check in result.checks.items() if check.failures]
 
 
 def test_experts_that_were_never_fused_are_converted_too(tmp_path, base, trained):
