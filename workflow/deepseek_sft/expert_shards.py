@@ -37,13 +37,14 @@ def experts_per_shard(config: dict[str, Any], stated: int | Literal["auto"], exp
 
 
 def problems(
-    config: dict[str, Any], each: int, parallel: int, ranks: int, ranks_per_node: int
+    config: dict[str, Any], each: int, parallel: int, ranks: int, ranks_per_node: int, recompute: str = "full"
 ) -> Iterator[tuple[str, str]]:
     """Sizes that do not divide what they must: problem and fix.
 
     Args:
         each: experts of a shard.
         parallel: ranks over which a layer's experts are spread.
+        recompute: ``train.recompute``.
     """
     experts = config["n_routed_experts"]
     if experts % each:
@@ -70,6 +71,12 @@ def problems(
             f"train.expert_parallel_size {parallel} neither divides the {ranks_per_node} ranks of a node nor is a "
             "multiple of them: a group would lie across nodes that it fills in part",
             "set it to a divisor or a multiple of a node's ranks",
+        )
+    if recompute == "without_experts" and parallel <= ranks_per_node:
+        yield (
+            "train.recompute without_experts keeps what expert parallelism over several nodes gave, and "
+            f"train.expert_parallel_size {parallel} lies within a node",
+            "set recompute: full, or a multiple of a node's ranks",
         )
 
 

@@ -30,7 +30,11 @@ def main() -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--base-receipt", type=Path, required=True, help="receipt of prepare_model")
     parser.add_argument("--tokens-receipt", type=Path, required=True, help="receipt of tokenize_data")
-    parser.add_argument("--plan-receipt", type=Path, help="receipt of plan or refine_plan: its times decide limits")
+    parser.add_argument(
+        "--plan-receipt",
+        type=Path,
+        help="receipt of plan or refine_plan: its times decide limits, and where they are `auto` over how many ranks experts are spread",
+    )
     parser.add_argument("--settings", type=Path, required=True, help="JSON file of training settings")
     parser.add_argument("--output", type=Path, required=True, help="folder of runs")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
@@ -56,12 +60,12 @@ def train(options: argparse.Namespace) -> int:
     node = nodes.detect(options.accelerator, options.ranks_per_node)
     inputs = options.base_receipt, options.tokens_receipt, options.settings, options.output, node
     try:
-        plan = stage.planned(options.plan_receipt)
+        plan, spread = stage.planned(options.plan_receipt), stage.planned_spread(options.plan_receipt)
         if options.rehearse:
-            run = rehearsal.prepare(*inputs)
+            run = rehearsal.prepare(*inputs, spread=spread)
             rehearsal.train(run, node, options.accelerator, options.rehearse, options.receipt, plan)
         else:
-            run = stage.prepare(*inputs)
+            run = stage.prepare(*inputs, spread=spread)
             stage.train(run, node, options.accelerator, options.stop_file, options.receipt, plan)
     except launch.Terminated as end:
         cli.say("terminated: nothing was saved since the last checkpoint; the same command continues from it")

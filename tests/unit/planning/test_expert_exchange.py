@@ -8,7 +8,7 @@ from planning_plans import published
 
 from deepseek_sft import expert_shards
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.planning import gate
+from deepseek_sft.planning import expert_choice, gate
 from deepseek_sft.planning import plan as planning
 from deepseek_sft.planning.expert_exchange import Exchange
 
@@ -84,3 +84,30 @@ def test_auto_divides_whatever_the_size(parallel):
 def test_keeping_experts_inside_a_node_is_refused():
     with pytest.raises(BadInputError, match="lies within a node"):
         gate.check_possible(spread(8, recompute="without_experts"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "accumulation", "length", "spread_over"),
+    [(32, 1, 2_048, 64), (32, 16, 16_384, 1), (1, 16, 16_384, 1)],
+)
+def test_auto_spreads_experts_where_that_is_worth_it(nodes, accumulation, length, spread_over):
+    plan = published(nodes, 8, "zero3_offload", 1, longest_row=8 * length, host_bytes=8e12)
+    changes = {"stock_experts": False, "gradient_accumulation_steps": accumulation, "offload": "optimizer"}
+    samples = dataclasses.replace(plan.samples, mean_length=8 * length, spread=None)
+    plan = planning.make(plan.model, dataclasses.replace(plan.training, **changes), samples, plan.cluster)
+    chosen = expert_choice.choose(plan, "auto")
+    assert chosen.training.expert_parallel_size == spread_over
+    gate.check_possible(chosen)
+    assert planning.figures(chosen)["expert_parallel_size"] == spread_over, "where training looks for it"
+
+
+def test_auto_keeps_to_sizes_over_nodes_where_their_results_are_kept():
+    plan = spread(64, recompute="without_experts")
+    assert expert_choice.choose(plan, "auto").training.expert_parallel_size > plan.cluster.ranks_per_node
+
+
+def test_auto_spreads_nothing_where_no_time_is_known():
+    plan = spread(8)
+    unknown = planning.make(plan.model, plan.training, plan.samples, dataclasses.replace(plan.cluster, gpu_bytes=None))
+    assert unknown.duration.expected_step_s is None
+    assert expert_choice.choose(unknown, "auto").training.expert_parallel_size == 1

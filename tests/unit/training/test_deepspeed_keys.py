@@ -97,6 +97,20 @@ def test_how_many_experts_share_a_parameter_stays_with_a_run(tmp_path, kept, exp
     assert new_runs.settle(helpers.settings(experts_per_shard=8), tmp_path, "id", V3).experts_per_shard == 8
 
 
+@pytest.mark.parametrize(("kept", "size", "shard"), [(None, 64, 4), ({"expert_parallel_size": 16}, 16, 16)])
+def test_over_how_many_ranks_experts_are_spread_is_the_plan_s_choice_and_stays_with_a_run(tmp_path, kept, size, shard):
+    if kept:
+        (tmp_path / "settings.json").write_text(json.dumps({"settings": kept}))
+    left_open = helpers.settings(expert_parallel_size="auto", experts_per_shard="auto")
+    found = new_runs.settle(left_open, tmp_path, "id", V3, planned=64)
+    assert (found.expert_parallel_size, found.experts_per_shard) == (size, shard)
+
+
+def test_without_a_plan_it_is_not_guessed_over_how_many_ranks_experts_are_spread(tmp_path):
+    with pytest.raises(BadInputError, match="is the plan's choice"):
+        new_runs.settle(helpers.settings(expert_parallel_size="auto"), tmp_path, "id", V3)
+
+
 @pytest.mark.parametrize(
     ("experts", "hidden", "ffn", "expected"),
     [

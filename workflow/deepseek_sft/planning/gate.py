@@ -14,14 +14,8 @@ def check_possible(plan: Plan) -> None:
     """Raises BadInputError where a size divides not what it must: ranks of a node, heads, experts."""
     training, cluster = plan.training, plan.cluster
     sizes = (training.experts_per_shard, training.expert_parallel_size, cluster.ranks, cluster.ranks_per_node)
-    for problem, fix in expert_shards.problems(plan.model.config, *sizes):
+    for problem, fix in expert_shards.problems(plan.model.config, *sizes, training.recompute):
         raise BadInputError(problem, fix)
-    if training.recompute == "without_experts" and training.expert_parallel_size <= cluster.ranks_per_node:
-        raise BadInputError(
-            "train.recompute without_experts keeps what expert parallelism over several nodes gave, and "
-            f"train.expert_parallel_size {training.expert_parallel_size} lies within a node",
-            "set recompute: full, or a multiple of a node's ranks",
-        )
     if not alternatives.possible(plan):
         raise BadInputError(
             f"train.sequence_parallel_size {plan.training.sequence_parallel_size} does not divide the "

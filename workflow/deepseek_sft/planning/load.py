@@ -7,8 +7,9 @@ from typing import Any
 
 from .. import families
 from ..convert import tiny_model
+from ..expert_shards import AUTO
 from ..families import cut
-from . import deployment
+from . import deployment, expert_choice
 from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
@@ -75,6 +76,8 @@ def from_config(
     model, dtype = model_of(config), config["convert"]["dtype"]
     training = Training.from_config(config["train"], config["plan"], model.config).for_rows(samples)
     found = planning.make(model, training, samples, cluster, dtype)
+    if config["train"].get("expert_parallel_size") == AUTO:
+        found = expert_choice.choose(found, config["train"]["experts_per_shard"])
     if serve is None or cluster.gpu_bytes is None:
         return found
     served = deployment.plan(model, serve, dtype, cluster.gpu_bytes, cluster.ranks_per_node)

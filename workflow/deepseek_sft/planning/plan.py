@@ -154,6 +154,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "samples_are": plan.samples.source,
         "longest_row": plan.samples.longest_row,
         "longest_row_that_fits": longest_row_that_fits(plan),
+        "expert_parallel_size": plan.training.expert_parallel_size,
         "tokens_per_rank": device_memory.tokens_per_rank(plan.training, plan.samples),
         **plan.model.figures(),
         "rank_memory_bytes": round(plan.device_bytes),

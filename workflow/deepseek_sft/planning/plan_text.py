@@ -26,11 +26,13 @@ def text(plan: Plan, explain: bool = False, hang_minutes: dict[str, float | None
     cluster, training, samples, model = plan.cluster, plan.training, plan.samples, plan.model
     device = "CPU" if cluster.cpu else "GPU"
     rows = "unknown number of" if samples.rows is None else f"{samples.rows:,}"
+    size = training.expert_parallel_size
+    spread = f"; a layer's experts over {size} of them" if size > 1 else ""
     lines = [
         f"model     {model.total:,} parameters ({model.activated:,} activated) in {model.tensors:,} tensors",
         f"run       {training.strategy}, sequence parallel {training.sequence_parallel_size}, micro batch "
         f"{training.micro_batch_size}, accumulation {training.gradient_accumulation_steps}; "
-        f"{cluster.nodes} nodes × {cluster.ranks_per_node} {device} ranks",
+        f"{cluster.nodes} nodes × {cluster.ranks_per_node} {device} ranks{spread}",
         *_gpu(plan),
         f"samples   {rows} rows ({samples.source}), {samples.mean_length:,.0f} tokens on average, "
         f"up to {samples.longest_row:,}; {tokens_per_rank(training, samples):,} tokens per rank and micro batch",

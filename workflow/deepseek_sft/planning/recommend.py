@@ -87,7 +87,8 @@ def _spread_experts(plan: Plan) -> Iterator[Advice]:
         over_nodes = size > cluster.ranks_per_node
         shard = experts // size if over_nodes else min(plan.training.experts_per_shard, max(1, experts // size))
         values = {"expert_parallel_size": size, "experts_per_shard": max(1, shard)}
-        if any(expert_shards.problems(plan.model.config, max(1, shard), size, cluster.ranks, cluster.ranks_per_node)):
+        sizes = (max(1, shard), size, cluster.ranks, cluster.ranks_per_node)
+        if any(expert_shards.problems(plan.model.config, *sizes, plan.training.recompute)):
             continue
         if size != plan.training.expert_parallel_size:
             yield _advice(plan, "experts spread over ranks, rows travel to them", **values)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .. import engines
 from ..data import dealing
 from ..errors import BadInputError
-from ..expert_shards import experts_per_shard
+from ..expert_shards import AUTO, experts_per_shard
 from ..json_files import Maybe
 from .gpu_models import GPUS
 
@@ -64,9 +64,10 @@ class Training:
         """From the configuration's sections and the model's ``config.json``."""
         keys = [*cls.train_keys(), "engine"]
         values = {key: train[key] for key in keys if key in train}
-        values["experts_per_shard"] = experts_per_shard(
-            model, train["experts_per_shard"], train.get("expert_parallel_size", 1)
-        )
+        if values.get("expert_parallel_size") == AUTO:
+            values["expert_parallel_size"] = 1  # until a plan is there to choose by: ``expert_choice``
+        size = values.get("expert_parallel_size", 1)
+        values["experts_per_shard"] = experts_per_shard(model, train["experts_per_shard"], size)
         return cls(**values, stock_experts=plan["stock_experts"])
 
     @classmethod

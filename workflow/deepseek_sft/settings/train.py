@@ -99,9 +99,10 @@ class Training:
     experts_per_shard: Positive | Literal["auto"] = setting(8, topology=True)
     """Routed experts per fused parameter; divides their number. `auto` is as many as 1.5 GB of weights hold, at least
     four shards a layer (16 of the 671B model): fewer and larger gathers; a begun experiment keeps its number."""
-    expert_parallel_size: Positive = setting(1, later=True, topology=True)
+    expert_parallel_size: Positive | Literal["auto"] = setting(1, later=True, topology=True)
     """Ranks over which a layer's routed experts are spread, neighbours first; rows travel to them (docs/training.md). 1
-    spreads none. Divides the ranks of all nodes and the shards of a layer; divides a node's ranks or is a multiple."""
+    spreads none. Divides the ranks of all nodes and the shards of a layer; divides a node's ranks or is a multiple.
+    `auto` is the plan's choice when a run begins, which the run then keeps."""
     exchange_rows: Positive | None = setting(None, operational=True, later=True)
     """Rows of other ranks that a rank receives and multiplies at once with expert parallelism; null is 32,768. Less
     takes less memory and more collectives."""

@@ -35,14 +35,19 @@ def settings_of(chosen: Settings) -> Settings:
 
 
 def prepare(
-    base_receipt: Path, tokens_receipt: Path, settings_file: Path, output: Path, node: NodeEnvironment
+    base_receipt: Path,
+    tokens_receipt: Path,
+    settings_file: Path,
+    output: Path,
+    node: NodeEnvironment,
+    spread: int | None = None,
 ) -> stage.Run:
     """The rehearsal's run, with training's own schedule.
 
     Raises:
         BadInputError: as ``stage.prepare``; or the run is as short as a rehearsal.
     """
-    run = stage.prepare(base_receipt, tokens_receipt, settings_file, output, node, settings_of)
+    run = stage.prepare(base_receipt, tokens_receipt, settings_file, output, node, settings_of, spread)
     if run.schedule.steps <= END:
         raise BadInputError(
             f"the run has {run.schedule.steps} steps, a rehearsal takes {END}: there is nothing to rehearse",

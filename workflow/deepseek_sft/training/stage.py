@@ -16,7 +16,7 @@ from ..cli import say
 from ..data import loss_rows
 from ..data import tokens as token_files
 from ..errors import BadInputError, CrashError, StoppedError
-from ..expert_shards import AUTO, experts_per_shard
+from ..expert_shards import AUTO
 from ..settings import field_types
 from ..slurm.nodes import NodeEnvironment
 from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, same_training, schedule, settings
@@ -68,11 +68,13 @@ def prepare(
     output: Path,
     node: NodeEnvironment,
     change: Callable[[Settings], Settings] = lambda chosen: chosen,
+    spread: int | None = None,
 ) -> Run:
     """Read and check everything that can be checked before a process starts.
 
     Args:
         change: makes the settings of another run of the file's.
+        spread: ranks over which the plan spreads experts, where the settings leave it to it.
 
     Raises:
         BadInputError: a receipt, a setting, or a combination of them is wrong.
@@ -90,10 +92,11 @@ def prepare(
         "settings": receipts.input_entry(settings_file),
     }
     output = output.resolve()
-    stated = {"experts_per_shard": AUTO} if chosen.experts_per_shard == AUTO else {}
+    stated = {key: AUTO for key in ("experts_per_shard", "expert_parallel_size") if getattr(chosen, key) == AUTO}
     made_from = same_training.Inputs(base, tokens, statistics["rows"], statistics["samples"])
     found = same_training.find(output / "runs", chosen, made_from, node.world_size)
-    chosen = new_runs.settle(chosen, output / "runs" / found.run_id, found.run_id, config)
+    chosen = new_runs.settle(chosen, output / "runs" / found.run_id, found.run_id, config, spread)
+    _check_experts(chosen, config, node)
     chosen = schedule.with_accumulation(chosen, statistics["rows"], statistics["samples"])
     steps = schedule.plan(chosen, statistics["rows"], node.world_size)
     if found.newest:
@@ -119,6 +122,17 @@ def planned(plan_receipt: Path | None) -> time_limits.Planned:
     except BadInputError as error:
         say(f"warning: {error.problem}; time limits are the least ones, whatever the plan said")
         return time_limits.Planned()
+
+
+def planned_spread(plan_receipt: Path | None) -> int | None:
+    """Ranks over which the plan spreads experts; None without a plan that says it."""
+    if plan_receipt is None:
+        return None
+    try:
+        told = receipts.read(plan_receipt, plan_receipt.stem, {"figures": {"expert_parallel_size": int}})
+    except BadInputError:  # what is wrong with it says who needs it: `planned`, and who has left the size open
+        return None
+    return told["figures"]["expert_parallel_size"]
 
 
 def train(
@@ -157,6 +171,8 @@ def train(
         say(f"which trains the same as these settings on other ranks; a run of their own would be {run.under}")
     say(run.schedule.describe())
     say(time_limits.describe(start.limits))
+    for key in run.stated:
+        say(f"train.{key}: auto is {getattr(run.settings, key)} in this run")
     say(f"gradients are summed over the ranks in {run.settings.gradient_communication_dtype}")
     with lock.hold(run.folder, node.attempt) as held:
         if _is_finished(run, stop_file):
@@ -306,10 +322,6 @@ def _conclude(run: Run, node: NodeEnvironment, exit_code: int) -> None:
 
 
 def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any], node: NodeEnvironment) -> None:
-    parallel = chosen.expert_parallel_size
-    each = experts_per_shard(config, chosen.experts_per_shard, parallel)
-    for problem, fix in expert_shards.problems(config, each, parallel, node.world_size, node.ranks_per_node):
-        raise BadInputError(problem, fix)
     if config["num_attention_heads"] % chosen.sequence_parallel_size:
         raise BadInputError(
             f"train.sequence_parallel_size {chosen.sequence_parallel_size} does not divide the base's "
@@ -333,6 +345,16 @@ def _check(chosen: Settings, config: dict[str, Any], statistics: dict[str, Any],
             f"train.optimizer cpu_adam is compiled at start: node {node.node_rank} has no C++ compiler ({compiler})",
             "install one on every node (g++), name it in CXX through `train.environment`, or set optimizer adamw",
         )
+
+
+def _check_experts(chosen: Settings, config: dict[str, Any], node: NodeEnvironment) -> None:
+    """
+    Args:
+        chosen: with what was open settled.
+    """
+    sizes = (chosen.experts_per_shard, chosen.expert_parallel_size, node.world_size, node.ranks_per_node)
+    for problem, fix in expert_shards.problems(config, *sizes, chosen.recompute):
+        raise BadInputError(problem, fix)
 
 
 def _sums(base: dict[str, Any]) -> str | None:
