@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--plan-receipt",
         type=Path,
-        help="receipt of plan or refine_plan: its times decide limits, and where they are `auto` over how many ranks experts are spread",
+        help="receipt of plan or refine_plan: its times decide limits, and its size is expert_parallel_size: auto",
     )
     parser.add_argument("--settings", type=Path, required=True, help="JSON file of training settings")
     parser.add_argument("--output", type=Path, required=True, help="folder of runs")

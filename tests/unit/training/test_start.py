@@ -75,7 +75,6 @@ def test_an_impossible_place_is_refused(accelerator, change, message):
     [
         ({"sequence_parallel_size": 8}, 100, "does not divide the base's 4 attention heads"),
         ({"sequence_parallel_size": 4}, 100, "does not divide the 6 ranks of a node"),
-        ({"experts_per_shard": 3}, 100, "does not divide the base's 8 routed experts"),
         ({}, 4097, "the longest row has 4097 tokens, the base has 4096 positions"),
     ],
 )
@@ -84,6 +83,22 @@ def test_settings_that_the_base_or_the_node_cannot_take_are_refused_on_gpus_too(
     node = nodes.detect("cuda", None, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"})
     with pytest.raises(BadInputError, match=message):
         stage._check(settings(**changes), base, {"longest": longest}, node)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts_per_shard": 3}, "does not divide the base's 8 routed experts"),
+        ({"expert_parallel_size": 4}, "does not divide the 2 shards of a layer"),
+        ({"expert_parallel_size": 4, "experts_per_shard": 2}, "does not divide the 6 ranks"),
+        ({"expert_parallel_size": 2, "recompute": "without_experts"}, "lies within a node"),
+        ({"recompute": "without_experts"}, "lies within a node"),
+    ],
+)
+def test_a_start_by_hand_refuses_how_experts_cannot_be_spread(changes, message):
+    node = nodes.detect("cuda", None, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"})
+    with pytest.raises(BadInputError, match=message):
+        stage._check_experts(settings(**changes), {"n_routed_experts": 8}, node)
 
 
 def test_an_optimizer_that_nothing_can_compile_is_refused_before_the_start(monkeypatch):

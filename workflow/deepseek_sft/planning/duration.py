@@ -223,6 +223,8 @@ class Step:
     @property
     def into_node(self) -> float:
         """Bytes of weights and gradients that a node gets of others in a micro batch."""
+        if self.training.expert_parallel_size > 1:
+            return self.exchange.weights_into_node()
         each = self.traffic.value / self.model.trained
         return each * (self.exchange.experts_into_node() + self.exchange.others_into_node())
 

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from ..expert_shards import CHUNK_ROWS
+from . import zero_thresholds
 from .counting import Model
 from .settings import Cluster, Training
 from .terms import Term
@@ -43,6 +44,33 @@ class Exchange:
         """The same of all other parameters."""
         nodes = self.cluster.nodes
         return (self.model.trained - self.model.parameters["routed experts"]) * (nodes - 1) / nodes
+
+    def gathers(self) -> tuple[float, float]:
+        """How often a micro batch gathers a rank's routed experts, and all else.
+
+        Recomputation makes two of three, but what it gathers may stay for the backward pass: DeepSpeed leaves a module
+        gathered where less than ``reuse`` elements are used until its next use, or where what it prefetches reaches
+        that. Of a layer's experts so many shards stay, the last ones; of the rest all or nothing. As counted with
+        DeepSpeed itself (``benchmarks/train.py exchange``), but for the last layers' forward pass and the dense layers.
+        """
+        training, model = self.training, self.model
+        if not training.activation_checkpointing or training.keep_layer_gathered:
+            return 2, 2
+        each = training.experts_per_shard
+        limits = zero_thresholds.of_model(model.config, each, training.thresholds_by_shard, False)
+        held = max(1, model["n_routed_experts"] // each // self.size)
+        shard, shared = each * model.expert_parameters, model.shared_experts * model.expert_parameters
+        after = [shared + index * shard for index in range(held)]  # elements used after a shard, from the last one on
+        stay = sum(2 * elements < limits.reuse or elements < limits.prefetched for elements in after)
+        alike = sum(model.parameters[part] for part in ("attention", "norms")) / model.layers
+        layer = alike + model.parameters["router"] / max(1, model.moe_layers) + shared + held * shard
+        return 3 - stay / held, 2 if 2 * layer < limits.reuse else 3
+
+    def weights_into_node(self) -> float:
+        """Bytes of weights and gradients that a node gets of others in a micro batch."""
+        training = self.training
+        experts, others = (each * training.width + training.communication_width for each in self.gathers())
+        return experts * self.experts_into_node() + others * self.others_into_node()
 
     @property
     def visits(self) -> float:
