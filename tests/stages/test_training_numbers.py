@@ -79,6 +79,7 @@ EXPERTS: dict[int, dict[str, dict]] = {
         },
     },
 }
+FROZEN = {"freeze": ["router"], "expert_parallel_size": 2, "micro_batch_size": 8}
 EXPERT_NAMES = [name for cases_of in EXPERTS.values() for name in cases_of]
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 COMPILES = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler (Debian: g++)")
@@ -115,6 +116,7 @@ def cases(world_size: int) -> dict:
         for strategy in BROKEN:
             settings = BF16 | {"strategy": strategy, "gradient_accumulation_steps": 2, "micro_batch_size": 1}
             found[f"broken-{strategy}"] = {"settings": settings, "steps": 2, "broken": True}
+        found["frozen"] = {"settings": EXACT | FROZEN, "steps": 3, "moments": True}
         found["kept-gathered"] = {"settings": gathered, "steps": 1, "moments": True}
         kept = {"recompute": "without_attention", "sequence_parallel_size": 2, "micro_batch_size": 16}
         found["kept-attention"] = {"settings": kept | {"max_grad_norm": 1e6}, "steps": 1, "moments": True}
@@ -200,6 +202,15 @@ def test_experts_spread_over_ranks_give_the_loss_and_every_gradient_of_a_plain_l
     assert found["losses"] == pytest.approx(wanted[: len(found["losses"])], rel=5e-5)
     assert found["losses"][0] == pytest.approx(wanted[0], rel=1e-5)
     assert max(found["moments"].values()) < 1e-5, max(found["moments"].items(), key=lambda item: item[1])
+
+
+def test_frozen_routers_keep_every_bit_and_all_others_their_gradients(figures):
+    found = figures["frozen"]
+    assert found["losses"][0] == pytest.approx(figures["reference-float32"]["losses"][0], rel=1e-5)
+    routers = {name: worst for name, worst in found["moments"].items() if name.endswith("mlp.gate.weight")}
+    assert set(routers.values()) == {1.0}, "their moments are zero"
+    assert max(worst for name, worst in found["moments"].items() if name not in routers) < 1e-5
+    assert found["router_kept"] and not figures["experts-2"]["router_kept"]
 
 
 @pytest.mark.parametrize("name", ["experts-4-two-nodes", "experts-8-four-nodes"])

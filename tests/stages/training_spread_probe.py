@@ -52,6 +52,7 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
                 if run.model.balance_bias is not None:
                     biases = [router.e_score_correction_bias.tolist() for router in run.model.llm.routers()]
                     figures["biases"].append(biases)
+            figures["router_kept"] = torch.equal(before, safe_get_full_fp32_param(broken))
             if case.get("visits"):
                 figures["visits"] = visits(newest[0])
             figures["deepspeed"] = [run.engine.steps_per_print(), run.engine.zero_sub_group_size()]

@@ -3,6 +3,7 @@
 Against the base: names, shapes, dtypes, config, tokenizer; all values finite; untouched tensors equal; no weight moved
 further than AdamW can move it (with --train-receipt, or --learning-rate and --steps), or than 100 % of a tensor's norm
 (without). Router biases equal the base's, unless the run moved them (--balance-bias-speed): then by no more than that.
+What the run froze (--freeze) equals the base's.
 Against the checkpoint, if given: equal bit for bit, in samples of every tensor or, with --full, everywhere. An FP8
 model is compared code by code and factor by factor, and its dequantised values with the master weights. Tensors whose
 FP32 master weights equal the base bit for bit were never stepped, and fail.
@@ -32,12 +33,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="model folder that training started from")
     parser.add_argument("--checkpoint", "--against", type=Path, help="checkpoint folder it was converted from")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt to write")
-    parser.add_argument("--train-receipt", type=Path, help="take the five settings below from this receipt of train")
+    parser.add_argument("--train-receipt", type=Path, help="take the six settings below from this receipt of train")
     parser.add_argument("--learning-rate", type=float, help="highest learning rate of the run")
     parser.add_argument("--steps", type=int, help="optimiser steps of the run")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW; a larger value loosens the bound")
     parser.add_argument("--adam-betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
     parser.add_argument("--balance-bias-speed", type=float, default=0.0, help="by which a router's bias moves a step")
+    parser.add_argument("--freeze", nargs="*", choices=["router"], default=[], help="what the run left as it was")
     parser.add_argument(
         "--dtype", choices=sorted(output_tensors.DTYPES), help="format that it must have (else: what it says)"
     )
@@ -57,6 +59,7 @@ def arguments() -> argparse.Namespace:
         for name in ("learning_rate", "weight_decay", "adam_betas"):
             setattr(args, name, train["settings"][name])
         args.balance_bias_speed = train["settings"].get("balance_bias_speed", 0.0)
+        args.freeze = train["settings"].get("freeze", [])
         args.steps = train["figures"]["steps"]
     return args
 
@@ -82,7 +85,15 @@ def main() -> None:
     checkpoint = zero.open_checkpoint(args.checkpoint) if args.checkpoint else None
     wanted = verify.Kind(args.dtype, args.mtp) if args.dtype else None
     result = verify.verify(
-        args.model, base, checkpoint, bound, args.full, max(1, args.workers), wanted, args.missing_from_base
+        args.model,
+        base,
+        checkpoint,
+        bound,
+        args.full,
+        max(1, args.workers),
+        wanted,
+        args.missing_from_base,
+        args.freeze,
     )
     for name, check in result.checks.items():
         cli.say(f"FAILED  {name}" if check.failures else f"passed  {name}: {check.detail}")
@@ -94,7 +105,7 @@ def main() -> None:
     if checkpoint:
         inputs["checkpoint"] = {"path": str(args.checkpoint), "fingerprint": checkpoint.fingerprint}
     shown = ("dtype", "mtp", "learning_rate", "steps", "weight_decay", "adam_betas", "balance_bias_speed", "full")
-    settings = {name: getattr(args, name) for name in shown}
+    settings = {name: getattr(args, name) for name in shown} | ({"freeze": args.freeze} if args.freeze else {})
     verified = result.figures | {"checks": checks}
     if model_card.write(args.model, args.receipt, args.base, verified):
         card = args.model / model_card.NAME

@@ -13,7 +13,6 @@ from deepseek_sft.planning import plan as planning
 from deepseek_sft.planning.expert_exchange import Exchange
 
 
-
 def spread(size: int, **changes):
     """The published plan on 32 nodes with experts over ``size`` ranks."""
     plan = published(32, 4, "zero3_offload", 1)

@@ -70,7 +70,7 @@ def test_settings_of_a_run_begun_before_later_keys_existed_read_with_the_default
     assert not later & SETTINGS.keys()  # which are those of d6e85d6
     read = training.read(write_settings(tmp_path / "settings.json"))
     known = field_types.keys(training.Settings)
-    assert {key: getattr(read, key) for key in later} == {key: known[key].default for key in later}
+    assert {key: field_types.plain(getattr(read, key)) for key in later} == {key: known[key].default for key in later}
     assert not later & read.shaping().keys()
 
 
@@ -121,3 +121,10 @@ def test_an_option_out_of_its_bounds_is_refused_with_them(words, capsys):
 def test_replaced_settings_are_checked_too():
     with pytest.raises(ValueError, match="micro_batch_size"):
         dataclasses.replace(settings(), micro_batch_size=0)
+
+
+@pytest.mark.parametrize("moving", [{"weight_decay": 0.1}, {"balance_bias_speed": 0.001}])
+def test_what_is_frozen_and_would_move_all_the_same_is_refused(moving):
+    assert list(Train(freeze=("router",)).problems()) == []
+    (problem,) = Train(freeze=("router",), **moving).problems()
+    assert problem.startswith("freeze: ")

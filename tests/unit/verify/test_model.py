@@ -415,3 +415,40 @@ def test_a_bound_that_is_not_a_number_is_refused(made, tmp_path, project):
         [sys.executable, script, *arguments, f"--receipt={tmp_path / 'r.json'}"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "--learning-rate nan is no bound" in done.stderr
+
+
+def frozen_run(made, folder, moved=0.0):
+    """Base, checkpoint and model of a run that left the routers as they were, but for one element that moved so far."""
+    base = made[0]
+    before = small_models.read_tensors(base)
+    trained = small_models.train(before, LEARNING_RATE)
+    routers = [name for name in trained if name.endswith(verify.ROUTER)]
+    trained |= {name: before[name].copy() for name in routers}
+    trained[routers[-1]].flat[-1] += moved
+    fused = synthetic_zero3.fuse(trained, 2)
+    buffers = {n: v for n, v in fused.items() if n.endswith(deepseek_v3.CORRECTION_BIAS)}
+    synthetic_zero3.write_checkpoint(
+        folder / "step7", [{n: v for n, v in fused.items() if n not in buffers}], 2, buffers
+    )
+    opened = zero.open_checkpoint(folder / "step7"), base_model.open_model(base)
+    convert.run(convert.prepare(*opened, folder / "model", convert.Options(largest_shard=20_000)))
+    return (base, folder / "step7", folder / "model"), routers
+
+
+def test_a_frozen_router_is_proven_to_be_the_base_s(made, tmp_path):
+    found, routers = frozen_run(made, tmp_path)
+    result = check(found, found[2], freeze=["router"])
+    assert failures(result) == {}
+    assert result.checks["frozen"].detail == f"{len(routers)} tensors of train.freeze [router] equal the base's"
+    assert failures(check(found, found[2])).keys() == {"stepped"}, "nobody says that it was frozen"
+
+
+def test_a_frozen_router_that_moved_by_less_than_bf16_shows_is_named(made, tmp_path):
+    found, routers = frozen_run(made, tmp_path, moved=1e-6)
+    assert failures(check(found, found[2], freeze=["router"])) == {
+        "frozen": [f"{routers[-1]} moved, and the run froze it"]
+    }
+
+
+def test_a_model_without_a_checkpoint_shows_a_frozen_router_that_moved(made, model):
+    assert failures(check(made, model, with_checkpoint=False, freeze=["router"])).keys() == {"frozen"}

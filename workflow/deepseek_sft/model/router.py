@@ -47,6 +47,21 @@ class AddGradient(torch.autograd.Function):
         return gradient, torch.ones((), dtype=torch.float32, device=gradient.device)
 
 
+class Unmoved(torch.autograd.Function):
+    """Passes a parameter on and gives it a gradient of zeros, with which AdamW leaves it and its moments as they are.
+
+    A parameter without any gradient would be missing in DeepSpeed's sums, and in checkpoints were it not trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(gradient)
+
+
 class Router(KeepsFloat32Buffers, native.DeepseekV3TopkRouter):
     """DeepSeek-V3's router: sigmoid scores in fp32, group-limited top-k chosen with the correction bias.
 
@@ -54,6 +69,7 @@ class Router(KeepsFloat32Buffers, native.DeepseekV3TopkRouter):
     negative biased score would lose to), and the scaling factor applies whether or not weights are normalised.
     """
 
+    frozen = False  # whether the weights stay as they are
     auxiliary: AuxiliaryLoss | None = None
     counted: torch.Tensor | None = None  # bool [rows, length / sp], positions whose experts are counted
     load: torch.Tensor | None = None  # int64 [experts], counts of the last forward pass
@@ -78,8 +94,9 @@ class Router(KeepsFloat32Buffers, native.DeepseekV3TopkRouter):
             chosen: the experts, where an earlier pass over the same tokens chose them.
         """
         rows, length, size = hidden.shape
+        weight = Unmoved.apply(self.weight) if self.frozen else self.weight
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            scores = F.linear(hidden.reshape(-1, size).float(), self.weight.float()).sigmoid()
+            scores = F.linear(hidden.reshape(-1, size).float(), weight.float()).sigmoid()
         experts = self.choose(scores) if chosen is None else chosen
         if self.training and self.counted is not None:
             # Set anew, not added to: activation checkpointing runs this twice for a micro batch.

@@ -6,7 +6,7 @@ but for ``mlp.experts.*``, which are fused shards.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def build(
     exchange_rows: int | None = None,
     ranks_per_node: int = 1 << 30,
     keep_experts: bool = False,
+    freeze: Collection[str] = (),
 ) -> TrainingModel:
     """Build the model of ``folder`` and fill it, split across all ranks where ZeRO-3 is configured.
 
@@ -81,6 +82,7 @@ def build(
             node.
         keep_experts: with it, activation checkpointing takes over what a layer's experts gave, and exchanges no rows
             to compute it again.
+        freeze: ``router``: the routers' weights get gradients of zero.
 
     Raises:
         BadInputError: grouped products are impossible here, the weights are incomplete, or the built model would not
@@ -102,6 +104,7 @@ def build(
     rotary.original_inv_freq = rotary.inv_freq
     for router in model.routers():
         router.e_score_correction_bias = router.e_score_correction_bias.float()
+        router.frozen = "router" in freeze
     if keep_attention:
         for layer in model.model.layers:
             layer.self_attn.kept_attention = KeptAttention()

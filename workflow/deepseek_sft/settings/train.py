@@ -117,6 +117,9 @@ class Training:
     balance_bias_speed: NotNegative = 0.0
     """Change of the routers' balance bias per step by the rule of DeepSeek-V3's pre-training (0.001 there); 0 leaves
     the base's biases as they are."""
+    freeze: tuple[Literal["router"], ...] = setting((), later=True)
+    """What stays as in the base: `[router]` is the routers' weights, whose gradients are zero; needs weight_decay 0 and
+    balance_bias_speed 0. verify_model proves it. Setting it begins a new run."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of parameters and activations; master weights are always fp32."""
     activation_checkpointing: Truth = True
@@ -180,6 +183,10 @@ class Training:
                 f"recompute: `{self.recompute}` needs activation_checkpointing and attention `auto` or `sdpa`; set "
                 "those, or recompute: full"
             )
+        if self.freeze and self.weight_decay > 0:
+            yield "freeze: AdamW's weight decay would move what is frozen; set weight_decay: 0, or freeze: []"
+        if self.freeze and self.balance_bias_speed > 0:
+            yield "freeze: balance_bias_speed moves the routers' biases; set it to 0, or freeze: []"
         if self.min_learning_rate > self.learning_rate:
             yield "min_learning_rate: is above learning_rate"
 

@@ -4,7 +4,7 @@ Each check has a name and lists every tensor or file that fails it; see docs/che
 """
 
 import concurrent.futures
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ FREE_KEYS = ("transformers_version",)
 LARGEST_RELATIVE_CHANGE = 1.0  # without learning rate and steps; an unrelated tensor of equal size changes by 1.41
 BIAS_ROUNDING = 1.01  # a bias is a sum of as many moves as there were steps
 SMALLEST_MOVE = 2.0**-23  # relative; a change of half of it is surely resolved by FP32
+ROUTER = ".mlp.gate.weight"
 SHOWN = 20  # failing tensors named per check
 
 
@@ -183,6 +184,21 @@ def check_tensors(base: BaseModel, tensors: dict[str, StoredTensor], kind: Kind)
     return {"names": names, "shapes": shapes, "dtypes": dtypes}
 
 
+def is_frozen(name: str, freeze: Collection[str]) -> bool:
+    """Whether a tensor belongs to what ``train.freeze`` left as it was."""
+    return "router" in freeze and name.endswith(ROUTER)
+
+
+def check_frozen(measured: dict[str, Measured], freeze: Collection[str]) -> Check:
+    """What the run froze is the base's, its master weights as well, every value of them."""
+    found = {name: figures for name, figures in sorted(measured.items()) if is_frozen(name, freeze)}
+    check = Check(f"{len(found)} tensors of train.freeze [{', '.join(freeze)}] equal the base's")
+    check.failures = [f"{name} moved, and the run froze it" for name, figures in found.items() if figures.moved]
+    if not found:
+        check.failures.append(f"there is nothing of train.freeze [{', '.join(freeze)}]")
+    return check
+
+
 def check_values(
     measured: dict[str, Measured],
     bound: ChangeBound | None,
@@ -253,6 +269,7 @@ def check_stepped(
     missing: list[str],
     base: BaseModel,
     bound: ChangeBound | None,
+    freeze: Collection[str] = (),
 ) -> Check:
     """Every trained tensor's master weights differ from the base: AdamW moves each one at every step.
 
@@ -263,8 +280,9 @@ def check_stepped(
     Args:
         trained: source of every tensor that the checkpoint holds.
         missing: names of those that it does not hold.
+        freeze: what the run left as it was, which ``check_frozen`` judges.
     """
-    judged = {name: figures for name, figures in measured.items() if figures.stepped is not None}
+    judged = {name: m for name, m in measured.items() if m.stepped is not None and not is_frozen(name, freeze)}
     never = [name for name, figures in sorted(judged.items()) if not figures.stepped]
     frozen = [name for name, source in trained.items() if getattr(source.parameter, "trained", None) is False]
     frozen += missing
@@ -294,7 +312,7 @@ def may_get_no_gradient(name: str, config: dict[str, Any]) -> bool:
     """Whether a run can leave this tensor without any gradient: an expert without tokens, a router without a choice."""
     if ".mlp.experts." in name:
         return True
-    return name.endswith(".mlp.gate.weight") and config["num_experts_per_tok"] == 1 and bool(config["norm_topk_prob"])
+    return name.endswith(ROUTER) and config["num_experts_per_tok"] == 1 and bool(config["norm_topk_prob"])
 
 
 def _named(names: list[str]) -> str:
@@ -310,6 +328,7 @@ def verify(
     workers: int = 8,
     wanted: Kind | None = None,
     missing_from_base: bool = False,
+    freeze: Collection[str] = (),
 ) -> Verification:
     """Run every check; each weight is read once, and once more where it is compared with the checkpoint.
 
@@ -322,6 +341,7 @@ def verify(
         workers: files checked at the same time.
         wanted: what kind the model must be; None takes what it says it is.
         missing_from_base: parameters that the checkpoint does not hold were taken from the base.
+        freeze: what the run left as it was (``train.freeze``).
 
     Raises:
         BadInputError: the checkpoint does not belong to the base.
@@ -362,7 +382,9 @@ def verify(
             raise
     checks |= check_values(measured, bound, copied, checkpoint is not None, families.of(base.config).CORRECTION_BIAS)
     if checkpoint:
-        checks["stepped"] = check_stepped(measured, trained, frozen, base, bound)
+        checks["stepped"] = check_stepped(measured, trained, frozen, base, bound, freeze)
+    if freeze:
+        checks["frozen"] = check_frozen(measured, freeze)
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name not in hashes:
             hashes[path.name] = files.fingerprint_file(path, full=True).removeprefix("sha256:")

@@ -101,6 +101,11 @@ class Measured:
     smallest: float = math.inf
 
     @property
+    def moved(self) -> bool:
+        """Whether it is another tensor than the base's: by the FP32 master weights where these were looked at."""
+        return self.differing > 0 if self.stepped is None else self.stepped
+
+    @property
     def relative_change(self) -> float:
         """‖change‖ / ‖base‖; infinite where the base is zero and the model is not."""
         if self.squared_change == 0:

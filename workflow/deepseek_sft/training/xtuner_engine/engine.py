@@ -99,6 +99,7 @@ def _model(config: EngineConfig, read_weights: bool) -> sft_model.DeepseekSFT:
         exchange_rows=chosen.exchange_rows,
         ranks_per_node=torch.distributed.get_world_size() // config.nodes,
         keep_experts=chosen.activation_checkpointing and chosen.recompute == "without_experts",
+        freeze=chosen.freeze,
     )
 
 

@@ -1,5 +1,6 @@
 """xtuner's SupervisedFinetune around the training model, with a loss that sequence parallelism does not change."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ class DeepseekSFT(SupervisedFinetune):
         exchange_rows: int | None = None,
         ranks_per_node: int = 1 << 30,
         keep_experts: bool = False,
+        freeze: Collection[str] = (),
     ):
         config = families.read_config(Path(base))
         sizes = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"])
@@ -62,6 +64,7 @@ class DeepseekSFT(SupervisedFinetune):
             exchange_rows=exchange_rows,
             ranks_per_node=ranks_per_node,
             keep_experts=keep_experts,
+            freeze=freeze,
         )
         super().__init__(llm=llm, use_activation_checkpointing=activation_checkpointing)
         self.auxiliary_loss_weight = auxiliary_loss_weight
