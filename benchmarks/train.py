@@ -4,6 +4,7 @@
     .envs/dev/bin/python benchmarks/train.py count memory    parts of it
     .envs/dev/bin/python benchmarks/train.py scale           256 faked ranks of 671B: host seconds, gathers, exposure
     .envs/dev/bin/python benchmarks/train.py exchange        the same with experts over 64 ranks: terabytes into a node
+    .envs/dev/bin/python benchmarks/train.py skew            all tokens on one rank's experts: memory, and exactness
     .envs/train/bin/python benchmarks/train.py --products    loop against grouped products on this machine's device
 
 A model of 100 M parameters in DeepSeek-V3's shape (head sizes 192 and 128, 32 experts, YaRN), random weights, in a
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from faked_ranks import exchange, faked
+from skew import skew
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT / "workflow"))
@@ -391,7 +393,15 @@ def products() -> None:
             print(f"  {tokens:5d} tokens per expert: {times[0]:8.2f} {times[1]:8.2f}")
 
 
-PARTS = {"count": count, "memory": memory, "speed": speed, "padding": padding, "scale": scale, "exchange": exchange}
+PARTS = {
+    "count": count,
+    "memory": memory,
+    "speed": speed,
+    "padding": padding,
+    "scale": scale,
+    "exchange": exchange,
+    "skew": skew,
+}
 
 
 def main() -> int:

@@ -229,17 +229,16 @@ def count_exchanges(counts: collections.Counter) -> None:
             return Arrived()
         return send(output, rows, received, sent, group=group, async_op=async_op)
 
-    for way in ("to_nodes", "from_nodes"):
-        move = getattr(node_exchange.TokenExchange, way)
+    start = node_exchange.TokenExchange._start
 
-        def moved(self, chunk, rows, move=move):
-            # Those of this rank's own tokens: what others send is not known here, and on average as much.
-            if rows.shape[1] > 2 * self.top_k:
-                sent = self.sent[chunk]
-                counts["rows of other nodes"] += sum(sent) - sent[self.nodes.node]
-            return move(self, chunk, rows)
+    def started(self, rows, there, here, group):
+        # Those of this rank's own tokens: what others send is not known here, and on average as much.
+        if group is self.nodes.across and rows.shape[1] > 2 * self.top_k:
+            sent = next(sent for sent, came in zip(self.sent, self.came, strict=True) if there in (sent, came))
+            counts["rows of other nodes"] += sum(sent) - sent[self.nodes.node]
+        return start(self, rows, there, here, group)
 
-        setattr(node_exchange.TokenExchange, way, moved)
+    node_exchange.TokenExchange._start = started
     torch.distributed.all_to_all_single = counted
     torch.distributed.counted = True
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ..expert_shards import CHUNK_ROWS
-from .expert_products import Counts, by_expert, products, products_backward
+from .expert_products import Counts, ParameterGradients, by_expert, products, products_backward
 from .node_exchange import Nodes
 
 
@@ -115,6 +115,7 @@ class Exchange:
         self.chunks = max(1, -(-longest // most))
         self.rows = int(of_ranks[own].sum())
         self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._begun: tuple[torch.Tensor, Any] | None = None
         if self.chunks == 1:
             self.sent: list[list[int]] = [of_ranks[own].tolist()]
             self.received: list[list[int]] = [of_ranks[:, own].tolist()]
@@ -154,6 +155,15 @@ class Exchange:
         )
         return there, handle
 
+    def begin(self, rows: torch.Tensor) -> None:
+        """Begin the first chunk, so that something else is computed while it travels; ``begun`` takes it over."""
+        self._begun = self.start(rows.detach(), 0)
+
+    def begun(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The first chunk, under way."""
+        begun, self._begun = self._begun, None
+        return begun if begun is not None else self.start(rows, 0)
+
     def give_back(self, rows: torch.Tensor, chunk: int, target: torch.Tensor) -> None:
         """Send what came of a chunk's rows to where they came from, and put it into ``target`` [rows, size]."""
         whole = self.chunks == 1
@@ -186,7 +196,7 @@ class ExchangedProducts(torch.autograd.Function):
         ctx.save_for_backward(rows, w1w3, w2)
         ctx.exchange = exchange
         outputs = torch.empty_like(rows)
-        underway = exchange.start(rows, 0)
+        underway = exchange.begun(rows)
         for chunk in range(exchange.chunks):
             (arrived, handle), last = underway, chunk + 1 == exchange.chunks
             handle.wait()
@@ -201,7 +211,7 @@ class ExchangedProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         rows, w1w3, w2 = ctx.saved_tensors
         exchange, gradient = ctx.exchange, gradient.contiguous()
-        rows_gradient, sums = torch.empty_like(rows), []
+        rows_gradient, parameters = torch.empty_like(rows), ParameterGradients(exchange.chunks)
         for chunk in range(exchange.chunks):
             arrived, first = exchange.start(rows, chunk)
             arrived_gradient, second = exchange.start(gradient, chunk)
@@ -214,10 +224,6 @@ class ExchangedProducts(torch.autograd.Function):
             found = products_backward(arrived, gate_up, w1w3, w2, arrived_gradient[order], counts)
             del arrived, arrived_gradient, gate_up
             exchange.give_back(found.rows[places], chunk, rows_gradient)
-            if exchange.chunks == 1:
-                return rows_gradient, found.w1w3, found.w2, None
-            if not sums:
-                sums = [torch.zeros_like(each, dtype=torch.float32) for each in (found.w1w3, found.w2)]
-            sums[0] += found.w1w3
-            sums[1] += found.w2
-        return rows_gradient, sums[0].to(w1w3.dtype), sums[1].to(w2.dtype), None
+            parameters.add(found)
+            del found
+        return rows_gradient, *parameters.of(w1w3, w2), None

@@ -159,6 +159,28 @@ def products_backward(
     return Gradients(_times(gate_up_gradient, w1w3, counts), w1w3_gradient, w2_gradient, of_rows)
 
 
+class ParameterGradients:
+    """Gradients of a shard's parameters over chunks: of the only one as they are, of several their sums in fp32."""
+
+    def __init__(self, chunks: int):
+        self._chunks = chunks
+        self._found: list[torch.Tensor] = []
+
+    def add(self, found: Gradients) -> None:
+        each = (found.w1w3, found.w2)
+        if self._chunks == 1:
+            self._found = list(each)
+            return
+        self._found = self._found or [torch.zeros_like(one, dtype=torch.float32) for one in each]
+        for total, one in zip(self._found, each, strict=True):
+            total += one
+
+    def of(self, w1w3: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Once all chunks are added, in the parameters' dtypes."""
+        first, second = self._found
+        return first.to(w1w3.dtype), second.to(w2.dtype)
+
+
 def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:
     """Experts that have rows, and their rows."""
     start = 0

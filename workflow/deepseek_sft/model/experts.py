@@ -1,6 +1,7 @@
 """The mixture-of-experts layer for training under ZeRO-3: experts fused into a few large parameters, sums in fp32."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,31 +161,46 @@ class MixtureOfExperts(nn.Module):
         kept = self.kept.take() if self.kept is not None else None
         experts, weights, loss = self.gate(hidden_states, kept.exchange.experts if kept else None)
         tokens = hidden_states.flatten(0, 1)
+        shared = functools.partial(self.shared_experts, hidden_states)
         if self.parallel is not None and self.parallel.nodes is not None:
-            routed = self._over_nodes(tokens, experts, weights, kept)
+            routed, alike = self._over_nodes(tokens, experts, weights, kept, shared)
         else:
-            routed = self._by_rows(tokens, experts, weights)
+            routed, alike = self._by_rows(tokens, experts, weights, shared)
         routed = routed.view_as(hidden_states)
         if loss is not None:
             routed = AddGradient.apply(routed, loss)
-        return routed + self.shared_experts(hidden_states)
+        return routed + alike
 
     def _over_nodes(
-        self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, kept: "Kept | None"
-    ) -> torch.Tensor:
-        """Each token once to each node of its experts."""
+        self,
+        tokens: torch.Tensor,
+        experts: torch.Tensor,
+        weights: torch.Tensor,
+        kept: "Kept | None",
+        shared: Callable[[], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token once to each node of its experts; the shared experts' outputs are computed while rows travel."""
         if kept is None:
             kept = Kept(
                 TokenExchange(self.parallel, experts, self.routed_experts, self.parallel.chunk_rows, self.grouped), None
             )
+        if kept.result is None:
+            kept.exchange.begin(tokens)
+        alike = shared()
         (shard,) = self.experts.values()
         routed = shard(tokens, kept.exchange, weights, kept.result)
         if self.kept is not None:
             self.kept.put(Kept(kept.exchange, routed))
-        return routed
+        return routed, alike
 
-    def _by_rows(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """A row for each token and expert: to the experts of this rank, or of this group of ranks."""
+    def _by_rows(
+        self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, shared: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A row for each token and expert: to the experts of this rank, or of this group of ranks.
+
+        Where rows travel the shared experts' outputs are computed meanwhile, else last; gradients are added up in the
+        same order either way.
+        """
         slots = experts.flatten()
         if self.parallel is not None:
             slots = self._sorted_by(slots.device)[slots]
@@ -198,9 +214,14 @@ class MixtureOfExperts(nn.Module):
         else:
             per_shard = self.parallel.exchanges(counted, self.experts_per_shard, self.grouped)
             sizes = [exchange.rows for exchange in per_shard]
-        shards = zip(self.experts.values(), rows.split(sizes), per_shard, strict=True)
+        parts, alike = rows.split(sizes), None
+        if self.parallel is not None:
+            per_shard[0].begin(parts[0])
+            alike = shared()
+        shards = zip(self.experts.values(), parts, per_shard, strict=True)
         outputs = torch.cat([shard(part, work) for shard, part, work in shards])
-        return _Combine.apply(outputs, weights, places)
+        routed = _Combine.apply(outputs, weights, places)
+        return routed, alike if alike is not None else shared()
 
     def _sorted_by(self, device: torch.device) -> torch.Tensor:
         """Place of each expert in the order in which rows travel; kept on the device."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .expert_products import Counts, by_expert, inverse, products, products_backward
+from .expert_products import Counts, ParameterGradients, by_expert, inverse, products, products_backward
 
 BLOCKS = 16  # in which a rank's tokens are counted: the least that a chunk holds
 ROWS_AT_ONCE = 2048  # tokens summed in fp32 at once
@@ -143,6 +143,7 @@ class TokenExchange:
         self._arrivals = here[:, :, lane].transpose(1, 0, 2)  # [chunk, from lane, expert]
         self.received = self._arrivals.sum(2).tolist()
         self.rows = sum(map(sum, self.spread))
+        self._begun: tuple[torch.Tensor, Any] | None = None
         self.pairs_held = int(pairs[..., own, :].sum())
 
     @property
@@ -152,12 +153,29 @@ class TokenExchange:
 
     def _move(self, rows: torch.Tensor, there: list[int], here: list[int], group: Any) -> torch.Tensor:
         """Rows to the ranks of a group, ``there`` to each, of which ``here`` come from each."""
-        arrived = rows.new_empty(sum(here), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), here, there, group=group)
+        arrived, handle = self._start(rows, there, here, group)
+        handle.wait()
         return arrived
+
+    def _start(self, rows: torch.Tensor, there: list[int], here: list[int], group: Any) -> tuple[torch.Tensor, Any]:
+        arrived = rows.new_empty(sum(here), *rows.shape[1:])
+        return arrived, dist.all_to_all_single(arrived, rows.contiguous(), here, there, group=group, async_op=True)
 
     def to_nodes(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
         return self._move(rows, self.sent[chunk], self.came[chunk], self.nodes.across)
+
+    def begin(self, tokens: torch.Tensor) -> None:
+        """Begin to send the first chunk's rows to their nodes, so that something else is computed while they travel."""
+        rows = tokens.detach()[self.leaving(0)[0]]
+        self._begun = self._start(rows, self.sent[0], self.came[0], self.nodes.across)
+
+    def arriving(self, chunk: int, tokens: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+        """Rows of a chunk that arrive in this lane; the first may be under way."""
+        if self._begun is None:
+            return self.to_nodes(chunk, tokens[leaving])
+        (arrived, handle), self._begun = self._begun, None
+        handle.wait()
+        return arrived
 
     def from_nodes(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
         return self._move(rows, self.came[chunk], self.sent[chunk], self.nodes.across)
@@ -241,7 +259,7 @@ class ProductsOverNodes(torch.autograd.Function):
         for chunk in range(exchange.chunks):
             leaving, back, part = exchange.leaving(chunk)
             experts, of_lane = _with_experts(exchange, chunk, leaving, weights)
-            arrived = exchange.to_nodes(chunk, tokens[leaving])
+            arrived = exchange.arriving(chunk, tokens, leaving)
             pairs, places = exchange.spreading(chunk, experts)
             order, unsorted, counts = exchange.order(chunk)
             rows = exchange.to_experts(chunk, arrived[pairs // exchange.top_k])
@@ -256,7 +274,7 @@ class ProductsOverNodes(torch.autograd.Function):
         tokens, weights, w1w3, w2 = ctx.saved_tensors
         exchange, gradient = ctx.exchange, gradient.contiguous()
         tokens_gradient, weights_gradient = torch.empty_like(tokens), torch.empty_like(weights)
-        sums: list[torch.Tensor] = []
+        parameters = ParameterGradients(exchange.chunks)
         for chunk in range(exchange.chunks):
             leaving, back, part = exchange.leaving(chunk)
             experts, of_lane = _with_experts(exchange, chunk, leaving, weights)
@@ -277,13 +295,9 @@ class ProductsOverNodes(torch.autograd.Function):
             of_experts = torch.where(places >= 0, of_pairs[places.clamp(min=0)], 0.0) if len(of_pairs) else of_lane * 0
             tokens_gradient[part] = gathered_sums(exchange.from_nodes(chunk, summed), back)
             weights_gradient[part] = gathered_sums(exchange.from_nodes(chunk, of_experts), back)
-            if exchange.chunks == 1:
-                return tokens_gradient, weights_gradient, found.w1w3, found.w2, None, None
-            if not sums:
-                sums = [torch.zeros_like(each, dtype=torch.float32) for each in (found.w1w3, found.w2)]
-            sums[0] += found.w1w3
-            sums[1] += found.w2
-        return tokens_gradient, weights_gradient, sums[0].to(w1w3.dtype), sums[1].to(w2.dtype), None, None
+            parameters.add(found)
+            del found
+        return tokens_gradient, weights_gradient, *parameters.of(w1w3, w2), None, None
 
 
 def _with_experts(

@@ -60,7 +60,7 @@ class Exchange:
         limits = zero_thresholds.of_model(model.config, each, training.thresholds_by_shard, False)
         held = max(1, model["n_routed_experts"] // each // self.size)
         shard, shared = each * model.expert_parameters, model.shared_experts * model.expert_parameters
-        after = [shared + index * shard for index in range(held)]  # elements used after a shard, from the last one on
+        after = [index * shard for index in range(held)]  # elements used after a shard, from the last one on
         stay = sum(2 * elements < limits.reuse or elements < limits.prefetched for elements in after)
         alike = sum(model.parameters[part] for part in ("attention", "norms")) / model.layers
         layer = alike + model.parameters["router"] / max(1, model.moe_layers) + shared + held * shard
