@@ -1,7 +1,7 @@
 """All tokens on the experts of one rank: what the exchange allocates at most, and whether it is exact.
 
-Usage: skew_worker.py RANKS RANKS_PER_NODE ROWS TOKENS OUTPUT, with ``workflow`` and ``tests`` on its path; run by the
-train environment's Python. ROWS is ``train.exchange_rows``. Rank 0, whose experts all tokens choose, writes JSON to OUTPUT.
+Usage: skew_worker.py RANKS RANKS_PER_NODE ROWS TOKENS OUTPUT, ``workflow`` and ``tests`` on its path; run by train's
+Python. ROWS is ``train.exchange_rows``. Rank 0, whose experts all tokens choose, writes JSON to OUTPUT.
 """
 
 import json
