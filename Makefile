@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -18,6 +18,7 @@ help:
 	@echo "make evaluation   the demo and an early step of it, both evaluated on 100 questions: one passes its gates, one fails; about 20 minutes, not run yet"
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
+	@echo "make expert-spreads   experts spread over ranks with every pair of other settings, 20 runs beside a plain loop; about 3 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
 	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
@@ -95,6 +96,11 @@ resume-full-size:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python tests/full_size_resume.py
 	@FULL_SIZES=1 $(DEV)/python -m pytest tests/stages/test_checkpoint_large.py -k full_size
+
+expert-spreads:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@$(DEV)/python tests/expert_spreads.py
 
 soak-slurm:
 	@cluster/install

@@ -130,8 +130,12 @@ def cases(world_size: int) -> dict:
     return found
 
 
-def make_inputs(folder: Path) -> None:
-    """A base, and rows of very uneven masks: packed rows, a row with one trained token, a row without any."""
+def make_inputs(folder: Path, packed: bool = True) -> None:
+    """A base, and rows of very uneven masks: packed rows, a row with one trained token, a row without any.
+
+    Args:
+        packed: whether every third row holds several samples; else all hold one.
+    """
     tiny_model.write_tiny(
         folder / "base", tiny_model.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64, heads=8), 0, 8_000_000
     )
@@ -140,7 +144,7 @@ def make_inputs(folder: Path) -> None:
     writer = tokens.TokenWriter(folder / "tokens")
     lengths = []
     for number in range(2 * GLOBAL_BATCH):
-        sizes = random.integers(3, 24, 3) if number % 3 == 0 else random.integers(6, 40, 1)
+        sizes = random.integers(3, 24, 3) if packed and number % 3 == 0 else random.integers(6, 40, 1)
         ids = random.integers(2, 60, sizes.sum()).astype(np.int32)
         trained = random.random(len(ids)) < random.choice([0.05, 0.5, 1.0])
         if number < 2:
