@@ -88,7 +88,16 @@ def run(folder: Path, packed: bool, chosen: dict[str, Combination]) -> bool:
     (folder / "cases.json").write_text(json.dumps(cases))
     python = PROJECT / ".envs/train/bin/python"
     probe = [python, PROJECT / "tests/stages/training_spread_probe.py", folder, folder / "cases.json", folder]
-    subprocess.run(list(map(str, probe)), env=probe_variables(PROJECT, python), cwd=folder, check=True)
+    done = subprocess.run(
+        list(map(str, probe)),
+        env=probe_variables(PROJECT, python),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-6000:])
     wanted, right = json.loads((folder / "reference-float32.json").read_text())["losses"], True
     for name, one in chosen.items():
         found = json.loads((folder / f"{name}.json").read_text())
