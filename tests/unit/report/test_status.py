@@ -13,7 +13,7 @@ from unit.report import results as made
 from deepseek_sft.cluster_jobs import holders
 from deepseek_sft.cluster_jobs.record import Record, Rule
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.report import status
+from deepseek_sft.report import slurm_jobs, status
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BEFORE_TRAIN = ("prepare_data", "tokenize_data", "plan", "prepare_model")
@@ -116,7 +116,7 @@ def test_run_that_saves_its_last_step_has_no_time_left(site):
     ("text", "seconds"), [("1:30", 90), ("2:01:30", 7290), ("3-21:33:50", 336830), ("UNLIMITED", None), ("", None)]
 )
 def test_times_of_squeue_are_understood(text, seconds):
-    assert status.job_seconds(text) == seconds
+    assert slurm_jobs.job_seconds(text) == seconds
 
 
 def test_conversion_shows_its_files(site):

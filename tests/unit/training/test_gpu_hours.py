@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from deepseek_sft.report import status
+from deepseek_sft.report import slurm_jobs, status
 from deepseek_sft.training import gpu_hours, run_folder
 
 HOUR = 3600
@@ -144,5 +144,5 @@ def test_the_screen_of_a_run_shows_them(story, monkeypatch):
     inner = Story(run)
     inner.start(4, 0, 900)
     inner.steps(1, 9)
-    monkeypatch.setattr(status, "jobs", lambda: None)
+    monkeypatch.setattr(slurm_jobs, "jobs", lambda: None)
     assert "GPU hours   1.00 trained (50.0% of those held), 0.00 saving" in status.screen(results, None)

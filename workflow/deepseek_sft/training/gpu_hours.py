@@ -110,10 +110,18 @@ def note_start(
 def read(run: Path) -> GpuHours | None:
     """GPU hours up to the last line of metrics; None for runs that were begun before starts were noted."""
     try:
-        starts = [one for one in _parsed(run / STARTS) if _is_start(one)]
-        metrics = _lines(run / run_folder.METRICS)
+        return of(run, _lines(run / run_folder.METRICS))
     except OSError:
         return None
+
+
+def of(run: Path, metrics: list[dict[str, Any]]) -> GpuHours | None:
+    """The same, with the lines of metrics, by step, where they have been read."""
+    try:
+        starts = [one for one in _parsed(run / STARTS) if _is_start(one)]
+    except OSError:
+        return None
+    metrics = [one for one in metrics if _is_line(one)]
     if not starts or starts[0]["resumed_step"]:
         return None
     spent = dict.fromkeys(("trained", "saved", "lost", "starting", "waiting"), 0.0)
@@ -154,7 +162,11 @@ def _parsed(path: Path) -> list[Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics with a step and its seconds; a torn or edited line counts as none."""
-    return [one for one in _parsed(path) if _has(one, step=int, seconds=(int, float))]
+    return [one for one in _parsed(path) if _is_line(one)]
+
+
+def _is_line(one: Any) -> bool:
+    return _has(one, step=int, seconds=(int, float))
 
 
 def _is_start(one: Any) -> bool:
