@@ -73,15 +73,18 @@ def _state_of(log: Path, job: Job | None, known: list[Job] | None, silent: float
     return "seems to run" if silent is not None and silent < FRESH_S else "stopped"
 
 
+def rule_of(job: Job, project: Path, experiment: str | None) -> str | None:
+    """The rule that Snakemake submitted a job for from this project, for this experiment; None for any other job."""
+    name, *more = job.comment.split() or [""]
+    rule = name.removeprefix("rule_")
+    fits = rule in stage_rows.BY_NAME and (not more or experiment in (None, more[0]))
+    return rule if fits and Path(job.folder).resolve() == project else None
+
+
 def _submitted(rule: str, known: list[Job] | None, project: Path, experiment: str | None) -> Job | None:
     """The job that Snakemake submitted from this project for a rule of an experiment."""
-
-    def fits(job: Job) -> bool:
-        name, *more = job.comment.split() or [""]
-        return name in (f"rule_{rule}", rule) and (not more or experiment in (None, more[0]))
-
-    named = [job for job in known or [] if fits(job) and job.state in (*ALIVE, "PENDING")]
-    return next((job for job in named if Path(job.folder).resolve() == project), None)
+    waiting = [job for job in known or [] if job.state in (*ALIVE, "PENDING")]
+    return next((job for job in waiting if rule_of(job, project, experiment) == rule), None)
 
 
 def _queue_state(job: Job) -> str:

@@ -59,17 +59,21 @@ class Seldom:
         clock: seconds that only grow.
     """
 
-    ask: Callable[[], Any]
+    ask: Callable[..., Any]
     clock: Callable[[], float] = time.monotonic
     answer: Any = None
     wait: float = 0.0
     asked: float | None = None
 
-    def __call__(self) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         begun = self.clock()
         if self.asked is None or begun - self.asked >= self.wait:
-            self.answer = self.ask()
+            self.answer = self.ask(*arguments)
             self.asked = self.clock()
             bad = self.answer is None or self.asked - begun > SLOW_S
             self.wait = min(RARELY_S, 2 * max(self.wait, SELDOM_S)) if bad else SELDOM_S
         return self.answer
+
+    def age(self) -> float:
+        """Seconds since it was asked for."""
+        return self.clock() - self.asked if self.asked is not None else 0.0

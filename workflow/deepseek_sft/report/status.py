@@ -35,8 +35,8 @@ def newest_experiment(results: Path, logs: Path) -> Path:
     times: dict[str, float] = {}
     for path in [*logs.glob("*/*.log"), *results.glob("*/receipts/*.json")]:
         name = path.parent.name if path.suffix == ".log" else path.parent.parent.name
-        # status.log is what target `status` showed
-        if (logs / name).is_dir() and name not in ("envs", "slurm") and path.name != "status.log":
+        # status.log and watch.log are of those who looked
+        if (logs / name).is_dir() and name not in ("envs", "slurm") and path.name not in ("status.log", "watch.log"):
             times[name] = max(times.get(name, 0.0), path.lstat().st_mtime)
     if not times:
         raise BadInputError(
@@ -115,7 +115,7 @@ def screen(results: Path, logs: Path | None) -> str:
         ("experiment", f"{results.name}, {results}, {time.strftime('%Y-%m-%d %H:%M:%S')}"),
         *_wrapped("stages", [f"{SYMBOLS.get(one.state, '!')} {one.rule}" for one in seen.found]),
         *rows_of(seen),
-        *_log_rows(seen.now),
+        *log_rows(seen.now),
     ]
     return "\n".join(f"{name:<12}{formatting.clean(text)}" for name, text in rows if text)
 
@@ -191,6 +191,15 @@ def _job_text(now: Progress, known: list[Job] | None) -> str:
     return f"{job.id} {job.state}{reason}{place}, partition {job.partition}{left}"
 
 
+def jobs_of(seen: Look) -> list[tuple[Job, str]]:
+    """The experiment's Slurm jobs, each with its stage: those that its logs are named by, and those it submitted."""
+    logged = {one.job.id: one.rule for one in seen.found if one.job}
+    project, name = project_of(seen.results, seen.logs), seen.results.name
+    return [
+        (job, rule) for job in seen.known or [] if (rule := logged.get(job.id) or progress.rule_of(job, project, name))
+    ]
+
+
 def newest_run(results: Path) -> Path | None:
     """Folder of the training run that started last."""
     runs = (results / "train" / "runs").glob("*/settings.json")
@@ -201,7 +210,7 @@ def newest_run(results: Path) -> Path | None:
 def training_rows(run: Path, now: Progress, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Step, losses, gradient, speed, memory and time left of a training run, from the lines of its metrics."""
     settings = mapping(collect.read_json(run / "settings.json"))
-    total = mapping(settings.get("schedule")).get("steps")
+    total = steps_of(run)
     if not lines:
         return [("step", f"none of {total} yet: loading the model, or the first step")]
     last, step = lines[-1], lines[-1]["step"]
@@ -228,6 +237,13 @@ def training_rows(run: Path, now: Progress, lines: list[dict[str, Any]]) -> list
     return rows
 
 
+def steps_of(run: Path) -> int | None:
+    """Steps of a whole training run."""
+    settings = mapping(collect.read_json(run / "settings.json"))
+    total = mapping(settings.get("schedule")).get("steps")
+    return total if isinstance(total, int) and total > 0 else None
+
+
 def _measured_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The last of what only some lines have."""
     rows = []
@@ -236,7 +252,9 @@ def _measured_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
         rows.append(("validation", f"{losses[-1]:.4f} at step {steps[-1]:,.0f}, {losses.min():.4f} at best"))
     _, norms = plots.series(lines, "grad_norm")
     if len(norms):
-        rows.append(("gradient", f"norm {norms[-1]:.3g}, {statistics.median(norms[-STEADY:].tolist()):.3g} of late"))
+        rows.append(
+            ("gradient", f"{norms[-1]:.3g} before clipping, {statistics.median(norms[-STEADY:].tolist()):.3g} of late")
+        )
     sizes = {key: plots.series(lines[-STEADY:], key)[1] for key in ("memory_gib", "host_memory_gib")}
     most = {key: formatting.byte_size(found[-1] * GIB) for key, found in sizes.items() if len(found)}
     if most:
@@ -308,7 +326,7 @@ def _trained(train: Stage) -> str:
     return f"{formatting.value('steps', figures.get('steps'))} steps{losses}"
 
 
-def _log_rows(now: Progress) -> list[tuple[str, str]]:
+def log_rows(now: Progress) -> list[tuple[str, str]]:
     """The last line of the current stage's log, and a warning where it has been silent for long."""
     if now.log is None or now.state == "complete":
         return []
