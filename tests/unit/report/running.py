@@ -1,16 +1,19 @@
-"""An experiment that is going, as its stages leave it meanwhile, and a squeue that answers what a test says."""
+"""An experiment that is going, as its stages leave it meanwhile, with its page; squeue answers what a test says."""
 
+import http.client
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
 from unit.report import results as made
 
-from deepseek_sft.report import status
+from deepseek_sft.report import live, live_server, status
 
 BEFORE_TRAIN = ("prepare_data", "tokenize_data", "plan", "prepare_model")
 GIB = 1 << 30
+PATIENCE_S = 60
 
 
 class Site:
@@ -64,3 +67,26 @@ class Site:
             name = line[:12].strip() or name
             rows[name] = f"{rows.get(name, '')} {line[12:]}".strip()
         return rows
+
+
+class Served:
+    """A page served for a test."""
+
+    def __init__(self, make, every: float = live.EVERY_S, port: int = 0):
+        self.refreshing = live.Refreshing(make, every)
+        self.server = live_server.Server(port, self.refreshing, "demo")
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.port = self.server.server_address[1]
+
+    def get(self, path: str = "", method: str = "GET", token: bool = True, **headers: str):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        connection.request(method, f"/{self.server.token}/{path}" if token else path, headers=headers)
+        answer = connection.getresponse()
+        answer.content = answer.read()
+        connection.close()
+        return answer
+
+    def end(self):
+        self.refreshing.end()
+        self.server.shutdown()
+        self.server.server_close()

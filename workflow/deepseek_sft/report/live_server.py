@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import hmac
 import http.server
+import re
 import secrets
 import socket
 import time
@@ -25,7 +26,7 @@ from . import build
 from .live import Page, Refreshing
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")  # by which a browser may call it
+NAMES = re.compile(rf"({re.escape(HOST)}|localhost)(:\d+)?", re.IGNORECASE)  # by which a browser may call it
 SCRIPT = (Path(build.TEMPLATES) / "watch.js").read_text(encoding="utf-8")
 POLICY = "; ".join(
     (
@@ -90,7 +91,7 @@ class Server(http.server.ThreadingHTTPServer):
             host: of the request's header.
             tag: of what the browser has.
         """
-        if urllib.parse.urlsplit(f"//{host}").hostname not in NAMES:
+        if not NAMES.fullmatch(host):
             return Answer(403, b"this page is for browsers on 127.0.0.1 alone\n", "text/plain"), None, ""
         token, _, name = path.removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self.token.encode()) or "/" not in path[1:]:
@@ -127,9 +128,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        path = urllib.parse.urlsplit(self.path).path
         answer, page, trouble = self.server.answer(
-            self.headers.get("Host") or "", path, self.headers.get("If-None-Match") or ""
+            self.headers.get("Host") or "", self.path.partition("?")[0], self.headers.get("If-None-Match") or ""
         )
         body = answer.body
         more = {"Age": str(max(0, round(time.time() - page.at)))} if page else {}
