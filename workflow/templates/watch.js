@@ -23,13 +23,14 @@
     if (answer.status === 404 || answer.status === 403) throw new Error("other");
     if (answer.status !== 200 && answer.status !== 304) throw new Error(answer.status);
     heard = Date.now();
-    const age = Number(answer.headers.get("Age"));
+    const as_of = "As of " + clock(heard - 1000 * Number(answer.headers.get("Age")));
     const trouble = decodeURIComponent(answer.headers.get("X-Trouble") || "");
-    if (trouble) say("As of " + clock(heard - 1000 * age) + "; it cannot be read at the moment: " + trouble, "warn");
-    else say("As of " + clock(heard - 1000 * age), "muted");
-    if (answer.status === 304 || isMarked(place)) return;
-    place.innerHTML = await answer.text();
-    tags[place.id] = answer.headers.get("ETag");
+    if (answer.status === 200 && !isMarked(place)) {
+      place.innerHTML = await answer.text();
+      tags[place.id] = answer.headers.get("ETag");
+    }
+    if (trouble) say(as_of + "; it cannot be read at the moment: " + trouble, "warn");
+    else say(as_of, "muted");
   }
   async function look() {
     if (!document.hidden) {

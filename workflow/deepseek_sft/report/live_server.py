@@ -138,7 +138,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(body) > 1000 and "gzip" in (self.headers.get("Accept-Encoding") or ""):
             body, more = gzip.compress(body, 5), more | {"Content-Encoding": "gzip"}
         self.send_response(answer.status)
-        for name, value in (HEADERS | more).items():
+        self.close_connection = True  # a connection kept alive would be answered after the end
+        for name, value in (HEADERS | more | {"Connection": "close"}).items():
             self.send_header(name, value)
         if answer.status != 304:
             self.send_header("Content-Type", answer.kind)
