@@ -13,6 +13,7 @@ Exit codes: 0 ended by Ctrl-C; 2 no such experiment, or the port is taken.
 """
 
 import getpass
+import os
 import signal
 import threading
 from pathlib import Path
@@ -21,6 +22,8 @@ import _bootstrap  # noqa: F401
 
 from deepseek_sft import cli
 from deepseek_sft.report import collect, live, live_server, status
+
+ENDING_S = 10.0
 
 
 def main() -> None:
@@ -45,9 +48,10 @@ def main() -> None:
     refreshing.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     end.wait()
-    refreshing.end()
     server.shutdown()
     server.server_close()
+    if not refreshing.end(ENDING_S):
+        os._exit(0)  # a file system that does not answer; to end Python beside a thread that draws would abort it
 
 
 if __name__ == "__main__":

@@ -87,6 +87,6 @@ class Served:
         return answer
 
     def end(self):
-        self.refreshing.end()
+        self.refreshing.end(PATIENCE_S)
         self.server.shutdown()
         self.server.server_close()

@@ -197,8 +197,7 @@ def test_nothing_is_done_while_nobody_looks(monkeypatch):
     refreshing = live.Refreshing(lambda: made_pages.append(1) or live.Page.of({"state": ""}), every=0)
     refreshing.start()
     refreshing.look()
-    refreshing.end()
-    refreshing.join(PATIENCE_S)
+    assert refreshing.end(PATIENCE_S)
     assert len(made_pages) == 1
 
 
@@ -228,7 +227,29 @@ def test_page_that_cannot_be_made_leaves_the_one_before_and_says_why():
     with refreshing._changed:
         assert refreshing._changed.wait_for(lambda: refreshing.page.parts["state"] == b"second", PATIENCE_S)
         assert refreshing.trouble == ""
-    refreshing.end()
+    assert refreshing.end(PATIENCE_S)
+
+
+def test_end_waits_for_the_page_that_is_being_made():
+    """Python aborts where it ends beside a thread that draws."""
+    begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def make():
+        if refreshing_began:
+            begun.set()
+            go_on.wait(PATIENCE_S)
+            done.append(1)
+        return live.Page.of({"state": ""})
+
+    refreshing_began = False
+    refreshing = live.Refreshing(make, every=0)
+    refreshing_began = True
+    refreshing.start()
+    assert begun.wait(PATIENCE_S)
+    assert refreshing.end(0.0) is False
+    go_on.set()
+    assert refreshing.end(PATIENCE_S) is True
+    assert done == [1]
 
 
 def test_whole_page_holds_its_parts_and_may_run_its_own_script_alone(served):

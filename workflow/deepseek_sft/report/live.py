@@ -130,11 +130,10 @@ class Refreshing(threading.Thread):
     def __init__(self, make: Callable[[], Page], every: float = EVERY_S):
         super().__init__(daemon=True, name="page")
         self.make, self.every = make, every
-        begun = time.monotonic()
         self.page = make()
         self.trouble = ""
         self._looked = time.monotonic()
-        self._next = self._time_after(begun)
+        self._next = self._looked + every  # the first took longer than any other: it read all there was
         self._ended = False
         self._changed = threading.Condition()
 
@@ -149,11 +148,14 @@ class Refreshing(threading.Thread):
                 self._changed.wait_for(lambda: self.page is not before or self.trouble, PATIENCE_S)
             return self.page, self.trouble
 
-    def end(self) -> None:
-        """Make no more pages."""
+    def end(self, patience: float) -> bool:
+        """Make no more pages; whether the one that is being made was done after so many seconds."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+        if self.is_alive():
+            self.join(patience)
+        return not self.is_alive()
 
     def run(self) -> None:
         while self._waited():
