@@ -133,12 +133,12 @@ def rows_of(seen: Look) -> list[tuple[str, str]]:
     elif seen.stages["train"].receipt:
         rows.append(("trained", _trained(seen.stages["train"])))
     newest = _newest_marker(run) if run else None
-    if run:
-        hours = gpu_hours.of(run, seen.metrics)
-        rows += [("GPU hours", hours.text())] if hours else []
-        rows.append(("checkpoint", _last_checkpoint(run, newest)))
     config = collect.config(seen.results)
-    costs = cost.of(seen.stages, seen.metrics, config, seen.logs)
+    hours = gpu_hours.of(run, seen.metrics) if run else None
+    costs = cost.of(seen.stages, seen.metrics, config, seen.logs, hours)
+    if run:
+        rows += [("GPU hours", hours.text(cost.spent_in_training(costs)))] if hours else []
+        rows.append(("checkpoint", _last_checkpoint(run, newest)))
     rows.append(("cost", cost.sentence(costs, cost.price_of(config))))
     return [*rows, ("disk left", _disk(seen.results, newest))]
 
