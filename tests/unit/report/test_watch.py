@@ -230,6 +230,26 @@ def test_page_that_cannot_be_made_leaves_the_one_before_and_says_why():
     assert refreshing.end(PATIENCE_S)
 
 
+def test_defect_is_told_once_in_the_shell_and_the_page_stays(capsys, monkeypatch):
+    monkeypatch.setattr(live, "SHARE", 0)
+    made_pages, often = [], threading.Event()
+
+    def make():
+        made_pages.append(1)
+        if len(made_pages) == 1:
+            return live.Page.of({"state": "first"})
+        if len(made_pages) > 4:
+            often.set()
+        raise ValueError("what nobody thought of")
+
+    refreshing = live.Refreshing(make, every=0)
+    refreshing.start()
+    assert often.wait(PATIENCE_S)
+    assert refreshing.end(PATIENCE_S)
+    assert capsys.readouterr().err.count("Traceback") == 1
+    assert (refreshing.page.parts["state"], refreshing.trouble) == (b"first", "ValueError: what nobody thought of")
+
+
 def test_end_waits_for_the_page_that_is_being_made():
     """Python aborts where it ends beside a thread that draws."""
     begun, go_on, done = threading.Event(), threading.Event(), []

@@ -167,7 +167,8 @@ class Refreshing(threading.Thread):
                 trouble = error.problem
             except Exception as error:  # whatever a file holds: the page goes on, and says so
                 trouble = f"{type(error).__name__}: {error}"
-                say(traceback.format_exc())
+                if trouble != self.trouble:  # once, not every few seconds
+                    say(traceback.format_exc())
             with self._changed:
                 self.page, self.trouble = page or self.page, trouble
                 self._next = self._time_after(begun)
