@@ -1,4 +1,4 @@
-# make demo · make status · make check · make test · make families · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
+# make demo · make status · make watch · make check · make test · make families · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
 PYTHON ?= python3
 # Test files run side by side: most of them wait for clusters and trainers more than they compute.
 WORKERS ?= 2
@@ -7,11 +7,12 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status watch envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
 	@echo "make status how far a run is; RESULTS=results/<experiment> for one that was not active last"
+	@echo "make watch  the same as a page that stays open, for a browser here or over ssh; RESULTS as above, PORT=8765"
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make families   a tiny base of each family (Moonlight, Kimi-K2, GigaChat3) through the whole chain; about 25 minutes"
@@ -40,6 +41,10 @@ demo:
 status:
 	@$(PYTHON) workflow/scripts/build_env.py workflow
 	@$(ENV)/python workflow/scripts/status.py $(RESULTS)
+
+watch:
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(ENV)/python workflow/scripts/watch.py $(RESULTS) --port $(or $(PORT),0)
 
 envs:
 	@$(PYTHON) workflow/scripts/build_env.py workflow

@@ -63,15 +63,15 @@ class Chromium:
             self.events.append((message["method"], message.get("params", {})))
         return message
 
-    def show(self, page: Path, width: int, dark: bool = False, height: int = 900) -> None:
-        """Load a page at a width in CSS pixels, and wait until it is drawn."""
+    def show(self, page: Path | str, width: int, dark: bool = False, height: int = 900) -> None:
+        """Load a page, a file or an address, at a width in CSS pixels, and wait until it is drawn."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media="screen", features=[scheme])
         self.events.clear()
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         deadline = time.monotonic() + ANSWER_S
         while not any(name == "Page.loadEventFired" for name, _ in self.events):
             self._receive(deadline)

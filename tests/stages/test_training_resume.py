@@ -1,5 +1,6 @@
 """Resuming: from checkpoints of earlier versions, and never from damaged or foreign ones."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -7,9 +8,10 @@ import subprocess
 
 import pytest
 import stored_checkpoint as stored
-from training_inputs import PROJECT, Trainer, tensors_of
+from training_inputs import PROJECT, Trainer, make_inputs, tensors_of
 
 from deepseek_sft.tensors import torch_pickle
+from deepseek_sft.training import checkpoints
 
 SAVED_OFTEN = stored.SETTINGS | {"save_every_steps": 1, "keep_checkpoints": 9}
 
@@ -122,3 +124,16 @@ def test_where_no_checkpoint_is_sound_nothing_is_trained_and_nothing_is_run(envi
     said = trainer.run(stored.RANKS, expected=2, **stored.SETTINGS)
     assert "none of the 1 checkpoints" in said and "it asks for" in said and "step_3.damaged" in said
     assert not (tmp_path / "canary").exists() and trainer.steps_done() == 0
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_left_where_it_is(environment, tmp_path):
+    """The base was exchanged for one with wider experts; nothing of the checkpoint is damaged."""
+    wider = dataclasses.replace(stored.SHAPE, moe_intermediate_size=32)
+    inputs = make_inputs(tmp_path / "inputs", stored.ROWS, wider, longest=24)
+    trainer = Trainer(environment("train"), inputs, tmp_path)
+    run = stored.place(tmp_path)
+    before = checkpoints.sizes(run / "step_3")
+    said = trainer.run(stored.RANKS, expected=2, **stored.SETTINGS)
+    assert "error: checkpoint step_3 does not fit:" in said and "holds other parameters than this model" in said
+    assert "is left in place" in said and "damaged" not in said and "Traceback" not in said
+    assert checkpoints.sizes(run / "step_3") == before and trainer.steps_done() == 0

@@ -115,3 +115,40 @@ def test_file_of_somebody_else_is_refused(tmp_path):
     os.chown(path, 12345, -1)
     with pytest.raises(BadInputError, match="belongs to user 12345"):
         secrets_file.read(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export WANDB_API_KEY=hunter2",
+        "0: serve --api-key hunter2 --port 8000",
+        "--api-key=hunter2",
+        '{"api_key": "hunter2", "port": 8000}',
+        "{'hf_token': 'hunter2'}",
+        "PASSWORD = 'hunter2 with spaces'",
+        "error: password: hunter2",
+        "cloning https://user:hunter2@example.org/x",
+        "Authorization: Bearer hunter2hunter2",
+        "token hf_hunter2hunter2hunter2hunter2",
+        "aws_secret_access_key=hunter2&region=x",
+    ],
+)
+def test_line_of_a_log_hides_what_looks_like_a_secret(line):
+    shown = secrets_file.masked(line)
+    assert "hunter2" not in shown
+    assert secrets_file.HIDDEN in shown
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0: step 60/240, loss 0.2724, 568 tokens/s, tokens: 3000",
+        "pad_token: <pad>, eos_token=</s>",
+        "error: unknown key: data.sources\n  fix: see config/README.md",
+        "--token-index 5 --max-tokens 100",
+        "trained_tokens=160000, HF_TOKEN=$HF_TOKEN",
+        "http://node1:8000/v1 answers; mail a@b",
+    ],
+)
+def test_line_of_a_log_without_secrets_is_shown_as_it_is(line):
+    assert secrets_file.masked(line) == line

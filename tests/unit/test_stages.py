@@ -14,7 +14,7 @@ WORKFLOW = PROJECT / "workflow"
 # Targets and tools, which make no receipt of a stage.
 TARGETS = {
     *("all", "data", "model", "convert", "report", "envs", "build_env", "pack_env"),
-    *("render", "render_sbatch", "render_submission", "status", "stop", "clean", "clean_preview"),
+    *("render", "render_sbatch", "render_submission", "status", "watch", "stop", "clean", "clean_preview"),
 }
 TOOLS = {
     *(
@@ -28,7 +28,7 @@ TOOLS = {
         "render_sbatch",
         "serve",
     ),
-    *("slurm_command", "status", "stop", "_bootstrap", "_single_threaded"),
+    *("slurm_command", "status", "stop", "watch", "_bootstrap", "_single_threaded"),
 }
 # where the tokenizer comes with the tiny model; where a gate asks for the base's results
 MAYBE = {"tokenize_data": {"prepare_model"}, "evaluate": {"evaluate_base"}}

@@ -32,6 +32,17 @@ _LOOKS = {
 }
 _ASSIGNED = re.compile(r"\b([A-Za-z_][A-Za-z0-9_]*)=(\"[^\"]*\"|'[^']*'|[^\s;&|]*)")
 
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]*@", re.IGNORECASE)
+_NAMED = r"[A-Za-z_][A-Za-z0-9_-]*"
+_SAID = (  # NAME="value" and "name": "value"; NAME=value; name: value; --name value
+    re.compile(rf"(\b({_NAMED})(?:\s*=|[\"']\s*:)\s*[\"'])([^\"']+)"),
+    re.compile(rf"(\b({_NAMED})\s*=\s*)([^\s\"',;&}}]+)"),
+    re.compile(rf"(\b({_NAMED}):\s+)(?!\S*:\s)([^\s\"',;&}}]+)"),
+    re.compile(rf"(--({_NAMED})\s+[\"']?)([^\s\"',;&}}]+)"),
+)
+_PLAIN = re.compile(r"[\d.,:]+|[$<-].*|(key|keys|token)")  # values, and names before a colon, that are no secrets
+HIDDEN = "(hidden)"
+
 
 def reason(name: str, value: Any) -> str:
     """Why a variable looks like a secret; empty where it does not."""
@@ -40,6 +51,25 @@ def reason(name: str, value: Any) -> str:
     if _TELLING.search(plain) and not _ELSEWHERE.search(plain) and text.lower() not in _HARMLESS:
         return "by its name it holds a secret"
     return next((f"its value looks like {what}" for what, pattern in _LOOKS.items() if pattern.search(text)), "")
+
+
+def masked(line: str) -> str:
+    """A line of a log with what looks like a secret hidden: tokens, passwords in addresses, values of telling names.
+
+    A page or a screen is passed around. What looks like nothing is shown: a log is no place for a secret.
+    """
+    if "://" in line and "@" in line:
+        line = _ADDRESS.sub(rf"\1{HIDDEN}@", line)
+    line = _LOOKS["a token"].sub(HIDDEN, line)
+
+    def assigned(found: re.Match[str]) -> str:
+        start, name, value = found.groups()
+        plain = _PLAIN.fullmatch(value) or HIDDEN in value or (start == f"{name}: " and _PLAIN.fullmatch(name))
+        return found[0] if plain or not reason(name, value) else f"{start}{HIDDEN}"
+
+    for pattern in _SAID:
+        line = pattern.sub(assigned, line)
+    return line
 
 
 def problems(config: dict[str, Any]) -> Iterator[str]:

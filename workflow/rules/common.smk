@@ -310,7 +310,7 @@ def check_before_start(workflow):
     """Stop before any job is submitted when a source is missing or the cluster is too small; else note the config."""
     try:
         rules = job_resources.rules_to_run(workflow)
-        if rules <= {"status", "stop"}:  # only looks, also while another start is at work
+        if rules <= {"status", "watch", "stop"}:  # only looks, also while another start is at work
             return
         EXPERIMENT.check_external_paths(rules)
         known_at_start.check_gates(EXPERIMENT, rules)

@@ -1,6 +1,7 @@
 localrules:
     build_report,
     status,
+    watch,
 
 
 rule build_report:
@@ -27,3 +28,13 @@ rule status:
         "How far the run is"
     shell:
         f"{SCRIPT}/status.py {RESULTS} --logs {LOGS} 2>&1 | tee {{log}}"
+
+
+# As status; the address goes to the terminal alone, since a log is read by others.
+rule watch:
+    log:
+        log_file("watch"),
+    message:
+        "A page on how far the run is"
+    shell:
+        f"{{{{ {SCRIPT}/watch.py {RESULTS} --logs {LOGS} 2>&1 1>&3 | tee {{log}} >&2; }}}} 3>&1"

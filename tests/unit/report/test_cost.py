@@ -1,14 +1,16 @@
 """GPU hours and money: what was planned, spent and lost, stage by stage, from what the stages' attempts left."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from deepseek_sft.report import cost
+from deepseek_sft.report import cost, slurm_jobs, status
 from deepseek_sft.report.collect import Stage
 from deepseek_sft.report.cost import Attempt, Cost
+from deepseek_sft.training import gpu_hours
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = {"accelerator": "cuda", "serve": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}}
@@ -66,6 +68,38 @@ def test_steps_between_logged_ones_count(tmp_path):
     logged = [line for line in steps(100, 27) if line["step"] % 10 == 0]
     found = one(cost.of(stages({"figures": {"world_size": 64}}), logged, CONFIG, tmp_path), "train")
     assert found.lost == pytest.approx(64 - 100 * 27 * 64 / HOUR)
+
+
+def test_lost_is_told_by_one_rule_in_cost_in_hours_and_in_status(tmp_path, monkeypatch):
+    """Two starts on 64 GPUs: two hours of steps that count, half an hour trained again, half an hour of starting."""
+    results, logs = tmp_path / "results/demo", tmp_path / "logs/demo"
+    run = results / "train/runs/abc"
+    run.mkdir(parents=True)
+    before = {"ended": 5400, "steps": 1, "seconds": 1800.0, "seconds_save": 0.0, "kept_save": 0.0}
+    starts = [
+        {"attempt": "7", "ranks": 64, "began": 100, "first_step": 1000, "resumed_step": 0, "before": None},
+        {"attempt": "7", "ranks": 64, "began": 8100, "first_step": 9000, "resumed_step": 2, "before": before},
+    ]
+    (run / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps(4, 1800)))
+    (run / "settings.json").write_text("{}")
+    (results / "config.yaml").write_text(json.dumps(CONFIG))
+    attempts_of(
+        *(logs, "train", "begin 7-1.log 0 8 8", "end 7-1.log 7200 1"),
+        *("begin 7-2.log 8000 8 8", "end 7-2.log 15200 0"),
+    )
+    monkeypatch.setattr(slurm_jobs, "jobs", lambda: None)
+    spent, trained = 4 * 64, 2 * 64
+    hours = gpu_hours.read(run)
+    assert (hours.trained, gpu_hours.lost(spent, hours.trained)) == (trained, spent - trained)
+    found = one(cost.of(stages(), steps(4, 1800), CONFIG, logs, hours), "train")
+    assert (found.spent, found.lost) == (spent, spent - trained)
+    assert dict(hours.rows(spent))["lost"].startswith("128.00,")
+    parts = (hours.saved, hours.again, hours.starting, spent - hours.held)
+    assert sum(parts) == pytest.approx(spent - trained) and min(parts[1:]) > 0
+    screen = status.screen(results, logs)
+    assert "128.00 trained (50.0% of those spent), 128.00 lost:" in screen
+    assert "256 GPU hours spent, 128 of them lost (50%)" in screen
 
 
 def test_elsewhere_failed_attempts_are_lost(tmp_path):

@@ -1,6 +1,5 @@
 """The status of a run on one screen, from folders as a running experiment leaves them and squeue's words."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,68 +8,14 @@ from pathlib import Path
 
 import pytest
 from unit.report import results as made
+from unit.report.running import BEFORE_TRAIN, Site
 
 from deepseek_sft.cluster_jobs import holders
 from deepseek_sft.cluster_jobs.record import Record, Rule
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.report import status
+from deepseek_sft.report import slurm_jobs, status
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-BEFORE_TRAIN = ("prepare_data", "tokenize_data", "plan", "prepare_model")
-GIB = 1 << 30
-
-
-class Site:
-    """A project folder with one experiment, and a squeue that answers what the test says."""
-
-    def __init__(self, root: Path, monkeypatch):
-        self.root, self.monkeypatch = root, monkeypatch
-        self.results, self.logs = root / "results" / "demo", root / "logs" / "demo"
-        self.logs.mkdir(parents=True)
-        self.run = self.results / "train/runs/3f9c01d2ab45"
-
-    def squeue(self, *rows: str, code: int = 0) -> None:
-        folder = self.root / "bin"
-        folder.mkdir(exist_ok=True)
-        (folder / "rows").write_text("".join(f"{row}|{self.root}\n" for row in rows))
-        (folder / "squeue").write_text(f'#!/bin/sh\ncat "{folder}/rows"\nexit {code}\n')
-        (folder / "squeue").chmod(0o755)
-        self.monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-    def no_squeue(self) -> None:
-        (self.root / "empty").mkdir()
-        self.monkeypatch.setenv("PATH", str(self.root / "empty"))
-
-    def log(self, rule: str, owner: str, text: str, age: float = 1.0) -> Path:
-        """Log of a stage as workflow/scripts/stage.sh makes it, last written ``age`` seconds ago."""
-        (self.logs / rule).mkdir(exist_ok=True)
-        path = self.logs / rule / f"{owner}-1.log"
-        path.write_text(text)
-        link = self.logs / f"{rule}.log"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"{rule}/{path.name}")
-        os.utime(path, (time.time() - age, time.time() - age))
-        return path
-
-    def training(self, steps: int, total: int, saved: int | None = 25) -> None:
-        """A run folder after ``steps`` steps, with a checkpoint of one GiB and one being written."""
-        made.write_results(self.root, BEFORE_TRAIN)
-        settings = {"schedule": {"steps": total}, "settings": {"max_hours": None}}
-        (self.run / "settings.json").write_text(json.dumps(settings))
-        (self.run / "metrics.jsonl").write_text("".join(json.dumps(made.line(n)) + "\n" for n in range(1, steps + 1)))
-        if saved:
-            (self.run / f"step_{saved}").mkdir()
-            marker = {"step": saved, "files": {"a.pt": GIB // 2, "b.pt": GIB // 2}}
-            (self.run / f"step_{saved}" / "committed.json").write_text(json.dumps(marker))
-            (self.run / f"step_{2 * saved}").mkdir()
-
-    def screen(self) -> dict[str, str]:
-        """Rows of the screen by name; continued ones are joined."""
-        rows, name = {}, ""
-        for line in status.screen(self.results, self.logs).splitlines():
-            name = line[:12].strip() or name
-            rows[name] = f"{rows.get(name, '')} {line[12:]}".strip()
-        return rows
 
 
 @pytest.fixture
@@ -116,7 +61,7 @@ def test_run_that_saves_its_last_step_has_no_time_left(site):
     ("text", "seconds"), [("1:30", 90), ("2:01:30", 7290), ("3-21:33:50", 336830), ("UNLIMITED", None), ("", None)]
 )
 def test_times_of_squeue_are_understood(text, seconds):
-    assert status.job_seconds(text) == seconds
+    assert slurm_jobs.job_seconds(text) == seconds
 
 
 def test_conversion_shows_its_files(site):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from deepseek_sft.report import status
+from deepseek_sft.report import slurm_jobs, status
 from deepseek_sft.training import gpu_hours, run_folder
 
 HOUR = 3600
@@ -55,29 +55,29 @@ def test_an_unbroken_run_has_trained_saved_and_started(story):
     story.steps(1, 10, save=50, save_after=(5,))
     found = story.hours
     assert found.trained == pytest.approx(8 * 1000 / HOUR) and found.saved == pytest.approx(8 * 50 / HOUR)
-    assert found.starting == pytest.approx(8 * 300 / HOUR) and (found.lost, found.waiting) == (0, 0)
+    assert found.starting == pytest.approx(8 * 300 / HOUR) and (found.again, found.waiting) == (0, 0)
     assert found.share_trained == pytest.approx(1000 / 1350)
 
 
-def test_steps_after_the_last_checkpoint_are_lost_and_the_gap_was_waited(story):
+def test_steps_after_the_last_checkpoint_are_trained_again_and_the_gap_was_waited(story):
     story.start(8, 0, 300)
     story.steps(1, 9, save=50, save_after=(4, 8))
     story.now += 700  # dies, and comes back
     story.start(8, 8, 200)
     story.steps(9, 10)
     found = story.hours
-    assert found.lost == pytest.approx(8 * 100 / HOUR)
+    assert found.again == pytest.approx(8 * 100 / HOUR)
     assert found.trained == pytest.approx(8 * 1000 / HOUR)
     assert found.saved == pytest.approx(8 * 100 / HOUR), "the save of step 8 stands in the line that was dropped"
     assert found.waiting == pytest.approx(8 * 700 / HOUR)
     assert found.starting == pytest.approx(8 * 500 / HOUR) and found.starts == 2
 
 
-def test_a_checkpoint_whose_folder_was_damaged_is_lost_with_its_steps(story):
+def test_a_checkpoint_whose_folder_was_damaged_counts_with_its_steps(story):
     story.start(2, 0, 10)
     story.steps(1, 9, save=50, save_after=(4, 8))
     story.start(2, 4, 10)
-    assert story.hours.lost == pytest.approx(2 * (500 + 50) / HOUR)
+    assert story.hours.again == pytest.approx(2 * (500 + 50) / HOUR)
     assert story.hours.saved == pytest.approx(2 * 50 / HOUR)
 
 
@@ -92,7 +92,7 @@ def test_every_second_of_a_run_on_the_same_ranks_is_in_one_place(story):
     story.start(4, 9, 15)
     story.steps(10, 12)
     found = story.hours
-    whole = found.trained + found.saved + found.lost + found.starting + found.waiting
+    whole = found.trained + found.saved + found.again + found.starting + found.waiting
     assert whole == pytest.approx(4 * (story.now - begun) / HOUR)
     assert found.typical() == {"start": 20, "save": 30, "again": 52.5}
 
@@ -144,5 +144,5 @@ def test_the_screen_of_a_run_shows_them(story, monkeypatch):
     inner = Story(run)
     inner.start(4, 0, 900)
     inner.steps(1, 9)
-    monkeypatch.setattr(status, "jobs", lambda: None)
-    assert "GPU hours   1.00 trained (50.0% of those held), 0.00 saving" in status.screen(results, None)
+    monkeypatch.setattr(slurm_jobs, "jobs", lambda: None)
+    assert "GPU hours   1.00 trained (50.0% of those held), 1.00 lost: 0.00 saving" in status.screen(results, None)

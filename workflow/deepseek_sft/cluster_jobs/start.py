@@ -21,7 +21,7 @@ from .retries import Retries
 
 COMMANDS = Path(__file__).resolve().parents[2] / "slurm_commands"
 LOCKS = Path(".snakemake/locks")
-BESIDE = {"status", "stop", "clean_preview"}  # rules that look at a run which another Snakemake works on
+BESIDE = {"status", "watch", "stop", "clean_preview"}  # rules that look at a run which another Snakemake works on
 ANSWER_S = 30.0  # how long a start waits for squeue before it goes on without
 CANCELLED_S = 60.0
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from .. import __version__, formatting
 from .. import stages as stage_rows
 from ..data import loss_rows
+from ..training import gpu_hours
 from . import calibration, collect, cost, glance, overview, plots, sections
 from . import chat_section as chats
 from .collect import Stage, mapping
@@ -50,9 +51,13 @@ def build(results: Path, logs: Path | None, samples: int = 8) -> Report:
     planned = glance.last_plan(stages)
     compared = calibration.compare(planned, stages["train"], metrics)
     verdict = overview.verdict(stages)
-    views = [_view(results, stage, metrics, samples, compared, planned) for stage in stages.values()]
     config = collect.config(results)
-    costs, price = cost.of(stages, metrics, config, logs), cost.price_of(config)
+    run = collect.run_of(results, stages["train"])
+    hours = gpu_hours.of(run, metrics) if run else None
+    costs, price = cost.of(stages, metrics, config, logs, hours), cost.price_of(config)
+    spent = cost.spent_in_training(costs)
+    seen = [sections.Seen(results, stage, metrics, compared, planned, hours, spent) for stage in stages.values()]
+    views = [_view(one, samples) for one in seen]
     if table := cost.grid(costs, price):
         next(view for view in views if view["rule"] == "train")["grids"].append(table)
     html = page(
@@ -111,15 +116,9 @@ def _config(results: Path) -> str:
     return formatting.clean(yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)).strip() if hidden else ""
 
 
-def _view(
-    results: Path,
-    stage: Stage,
-    metrics: list[dict[str, Any]],
-    samples: int,
-    compared: list[calibration.Comparison],
-    planned: Stage,
-) -> dict[str, Any]:
+def _view(seen: sections.Seen, samples: int) -> dict[str, Any]:
     """What the template shows of one stage."""
+    results, stage = seen.results, seen.stage
     receipt, figures = stage.receipt, stage.figures
     slurm = mapping(receipt.get("slurm"))
     hosts = receipt.get("hosts") if isinstance(receipt.get("hosts"), list) else []
@@ -130,7 +129,7 @@ def _view(
         ("Slurm job", slurm.get("job_id")),
         ("partition", slurm.get("partition")),
     ]
-    own = sections.parts(sections.Seen(results, stage, metrics, compared, planned))
+    own = sections.parts(seen)
     figures = {key: item for key, item in figures.items() if key not in own.shown}
     plain, tables = [], []
     grids = [] if own.instead else [grid for grid in (_speeds(figures.get("benchmark")),) if grid] + own.grids

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .. import formatting, json_files
+from .. import formatting, json_files, secrets_file
 from .. import stages as stage_rows
 from ..errors import BadInputError
 from ..training import run_folder
@@ -123,15 +123,19 @@ def default_logs(results: Path) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def stages(results: Path, logs: Path | None) -> dict[str, Stage]:
-    """Every stage of the chain in order, then receipts of rules that are not part of it."""
+def stages(results: Path, logs: Path | None, warnings: bool = True) -> dict[str, Stage]:
+    """Every stage of the chain in order, then receipts of rules that are not part of it.
+
+    Args:
+        warnings: whether whole logs are looked through for them.
+    """
     known = {path.stem for path in (results / "receipts").glob("*.json")} - {stage_rows.REPORT}
     known |= {path.stem for path in (results / "failed").glob("*.json")} & set(stage_rows.SECTIONS)
     sections = [name for name in stage_rows.SECTIONS if name in known or not stage_rows.BY_NAME[name].shown_where_run]
     rules = sections + sorted(known - set(sections))
     found = {rule: _stage(results, logs, rule) for rule in rules}
     for rule, stage in found.items():
-        stage.warnings = log_warnings(logs / f"{rule}.log") if logs else []
+        stage.warnings = log_warnings(logs / f"{rule}.log") if logs and warnings else []
     for rule in stage_rows.CHAIN:
         if rule not in found:
             continue
@@ -188,14 +192,15 @@ def _given_up(logs: Path | None, rule: str) -> str:
 
 
 def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
-    """Last lines of a log, without terminal sequences; empty if there is none."""
+    """Last lines of a log, without terminal sequences and secrets; empty if there is none."""
     try:
         with open(path, "rb") as stream:
             stream.seek(max(0, path.stat().st_size - 64_000))
             text = stream.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return [formatting.clean(line, 500) for line in text.rstrip("\n").split("\n")[-lines:]] if text.strip() else []
+    last = text.rstrip("\n").split("\n")[-lines:] if text.strip() else []
+    return [secrets_file.masked(formatting.clean(line, 500)) for line in last]
 
 
 def last_error(path: Path, most: int = 1500) -> str:
@@ -223,7 +228,7 @@ def log_warnings(path: Path) -> list[str]:
         return []
     for line in text.splitlines():
         if "warning: " in line and len(found) < WARNINGS and (match := WARNING.search(line)):
-            found[formatting.clean(match[0].removeprefix("warning: "), 500)] = None
+            found[secrets_file.masked(formatting.clean(match[0].removeprefix("warning: "), 500))] = None
     return list(found)
 
 

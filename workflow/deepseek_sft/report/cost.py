@@ -9,6 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..training import gpu_hours
+from ..training.gpu_hours import GpuHours
 from . import glance, plots
 from .collect import Stage, mapping
 
@@ -47,8 +49,8 @@ class Cost:
     """Of one stage, in GPU hours.
 
     Attributes:
-        lost: of what was spent: in training all but the steps that count (starts, saves, waiting, steps trained again);
-            elsewhere the attempts that failed.
+        lost: of what was spent: in training all but the steps that count (``gpu_hours.lost``); elsewhere the attempts
+            that failed.
         attempts: their number; None where only the receipt of the last one is known.
     """
 
@@ -90,7 +92,11 @@ def attempts(logs: Path | None, rule: str) -> list[Attempt]:
 
 
 def of(
-    stages: dict[str, Stage], metrics: list[dict[str, Any]], config: dict[str, Any], logs: Path | None
+    stages: dict[str, Stage],
+    metrics: list[dict[str, Any]],
+    config: dict[str, Any],
+    logs: Path | None,
+    hours: GpuHours | None = None,
 ) -> list[Cost]:
     """What each stage on GPUs cost that has begun or is planned; nothing on CPUs.
 
@@ -98,6 +104,7 @@ def of(
         metrics: of training.
         config: as resolved.
         logs: of the experiment.
+        hours: of the training run, where its starts were noted.
     """
     if config.get("accelerator") != "cuda":
         return []
@@ -105,21 +112,26 @@ def of(
     for rule in RULES:
         stage = stages.get(rule)
         made, gpus = attempts(logs, rule), _gpus(rule, stages, config)
-        hours = [one.seconds * (one.gpus or gpus) / HOUR for one in made]
+        each = [one.seconds * (one.gpus or gpus) / HOUR for one in made]
         if not made and stage and (seconds := _receipt_seconds(stage)):
-            hours = [seconds * gpus / HOUR]
+            each = [seconds * gpus / HOUR]
         planned = glance.last_plan(stages).figures.get("gpu_hours") if rule == "train" else None
         planned = (planned[0], planned[1]) if _numbers(planned) else None
-        spent = sum(hours)
+        spent = sum(each)
         if rule == "train":
-            lost = max(0.0, spent - _steps_seconds(metrics) * gpus / HOUR) if metrics else spent
+            lost = gpu_hours.lost(spent, hours.trained if hours else _steps_seconds(metrics) * gpus / HOUR)
         else:
             lost = sum(
-                each for each, one in zip(hours, made, strict=False) if one.code or (one.code is None and not one.last)
+                taken for taken, one in zip(each, made, strict=False) if one.code or (one.code is None and not one.last)
             )
         if spent or planned:
             found.append(Cost(rule, planned, spent, min(lost, spent), len(made) or None))
     return found
+
+
+def spent_in_training(costs: list[Cost]) -> float | None:
+    """GPU hours of all attempts of training; None where they are not told."""
+    return next((one.spent for one in costs if one.rule == "train" and one.spent), None)
 
 
 def sentence(costs: list[Cost], price: float | None) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import formatting
-from ..training import gpu_hours, slow_nodes
+from ..training import slow_nodes
+from ..training.gpu_hours import GpuHours
 from . import calibration, collect, data_section, evaluation_section, plots, plots_experts, plots_memory, plots_stages
 from . import chat_section as chats
 from .collect import Stage, mapping
@@ -22,6 +23,8 @@ class Seen:
     Attributes:
         compared: planned against measured.
         planned: the last plan before training.
+        hours: of the training run, where its starts were noted.
+        spent: GPU hours of all attempts of training, where they are told.
     """
 
     results: Path
@@ -29,6 +32,8 @@ class Seen:
     metrics: list[dict[str, Any]]
     compared: list[calibration.Comparison]
     planned: Stage
+    hours: GpuHours | None = None
+    spent: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +89,8 @@ def train(seen: Seen) -> Parts:
     # the loss curve stands at the top of the page
     drawn = [*plots.training(seen.metrics)[has_loss(seen.metrics) :], *plots_experts.experts(loads, seen.metrics)]
     tables = [("planned against measured", [(one.name, one.text(), None) for one in seen.compared])]
-    run = collect.run_of(seen.results, seen.stage)
-    hours = gpu_hours.read(run) if run else None
-    tables.append(("GPU hours", [(name, text, None) for name, text in hours.rows()] if hours else []))
+    hours = seen.hours.rows(seen.spent) if seen.hours else []
+    tables.append(("GPU hours", [(name, text, None) for name, text in hours]))
     slow = slow_nodes.read(seen.results / "train")
     texts = [(host, formatting.clean(str(entry.get("text", ""))), None) for host, entry in slow.items()]
     return Parts(plots=drawn, tables=[*tables, ("slow nodes, which the next start leaves out", texts)])

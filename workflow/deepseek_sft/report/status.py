@@ -8,62 +8,22 @@ import re
 import shutil
 import socket
 import statistics
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import engines, formatting
-from .. import stages as stage_rows
-from ..cluster_jobs import holders, record
 from ..errors import BadInputError
 from ..training import gpu_hours, run_folder, slow_nodes
-from . import collect, cost, plots
+from . import collect, cost, plots, progress, slurm_jobs
 from .collect import Stage, mapping
+from .progress import Progress
+from .slurm_jobs import ALIVE, Job, job_seconds
 
-JOB_FIELDS = ("id", "state", "comment", "nodes", "partition", "elapsed", "left", "reason", "folder")
-SQUEUE = ["squeue", "--me", "--noheader", "--format=%i|%T|%k|%N|%P|%M|%L|%r|%Z"]
-ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
-FRESH_S = 120.0  # a log that was written so recently belongs to a running stage, where nothing else can be asked
-ANSWER_S = 5.0  # for squeue to say whether the job of a Snakemake still runs
+GIB = 1 << 30
 SILENT_S = 600.0  # so long without a line deserves a look
 RECENT, STEADY = 10, 20  # steps of the mean loss, and of the median time that predicts the time left
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One Slurm job as squeue shows it; ``comment`` of Snakemake's is ``rule_<rule> <experiment> <fingerprint>``."""
-
-    id: str
-    state: str
-    comment: str
-    nodes: str
-    partition: str
-    elapsed: str
-    left: str
-    reason: str
-    folder: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """One stage as it is now.
-
-    Attributes:
-        state: those of ``collect.Stage``, and ``running``, ``seems to run``, ``queued``, ``stopped``.
-        log: its newest log; None where it has none.
-        job: its Slurm job, while squeue knows it.
-        since: seconds since its last start; None where unknown.
-        silent: seconds since the log's last line; None without a log.
-    """
-
-    rule: str
-    state: str
-    note: str = ""
-    log: Path | None = None
-    job: Job | None = None
-    since: float | None = None
-    silent: float | None = None
 
 
 def newest_experiment(results: Path, logs: Path) -> Path:
@@ -75,8 +35,8 @@ def newest_experiment(results: Path, logs: Path) -> Path:
     times: dict[str, float] = {}
     for path in [*logs.glob("*/*.log"), *results.glob("*/receipts/*.json")]:
         name = path.parent.name if path.suffix == ".log" else path.parent.parent.name
-        # status.log is what target `status` showed
-        if (logs / name).is_dir() and name not in ("envs", "slurm") and path.name != "status.log":
+        # status.log and watch.log are of those who looked
+        if (logs / name).is_dir() and name not in ("envs", "slurm") and path.name not in ("status.log", "watch.log"):
             times[name] = max(times.get(name, 0.0), path.lstat().st_mtime)
     if not times:
         raise BadInputError(
@@ -85,42 +45,102 @@ def newest_experiment(results: Path, logs: Path) -> Path:
     return results / max(times, key=lambda name: times[name])
 
 
-def screen(results: Path, logs: Path | None) -> str:
-    """The whole screen.
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """An experiment as it was found.
+
+    Attributes:
+        known: this user's Slurm jobs; None where squeue does not answer.
+        found: each stage as it is now.
+        now: the one to speak of.
+        snakemakes: living ones of the experiment.
+        run: folder of the newest training run.
+        metrics: its lines, by step.
+    """
+
+    results: Path
+    logs: Path | None
+    known: list[Job] | None
+    stages: dict[str, Stage]
+    found: list[Progress]
+    now: Progress
+    snakemakes: list[str]
+    run: Path | None
+    metrics: list[dict[str, Any]]
+
+    @property
+    def trains(self) -> bool:
+        """Whether training is what the experiment is at."""
+        return bool(self.run) and self.now.rule == "train" and self.now.state != "complete"
+
+
+def look(
+    results: Path,
+    logs: Path | None,
+    ask: Callable[[], tuple[list[Job] | None, list[str]]] | None = None,
+    read: Callable[[Path], list[dict[str, Any]]] = collect.metrics,
+) -> Look:
+    """Look at an experiment.
+
+    Args:
+        ask: Slurm jobs and living Snakemakes, where they were asked for before.
+        read: lines of a file of metrics.
 
     Raises:
         BadInputError: the experiment has neither a results folder nor logs.
     """
     if not results.is_dir() and not (logs and logs.is_dir()):
         raise BadInputError(f"no experiment at {results}: it has not started", "give results/<experiment>")
-    stages = collect.stages(results.resolve(), logs)
-    known = jobs()
-    project = logs.resolve().parent.parent if logs else results.resolve().parent.parent
-    found = [_progress(stage, logs, known, project) for stage in stages.values()]
-    now = _current(found)
+    stages = collect.stages(results.resolve(), logs, warnings=False)
+    known, snakemakes = ask() if ask else (slurm_jobs.jobs(), progress.snakemakes(logs))
+    found = [progress.of_stage(stage, logs, known, project_of(results, logs)) for stage in stages.values()]
+    run = newest_run(results)
+    metrics = read(run / run_folder.METRICS) if run else []
+    return Look(results, logs, known, stages, found, progress.current(found), snakemakes, run, metrics)
+
+
+def project_of(results: Path, logs: Path | None) -> Path:
+    """The folder that an experiment's jobs are submitted from."""
+    return (logs or results).resolve().parent.parent
+
+
+def screen(results: Path, logs: Path | None) -> str:
+    """The whole screen.
+
+    Raises:
+        BadInputError: the experiment has neither a results folder nor logs.
+    """
+    seen = look(results, logs)
     rows = [
         ("experiment", f"{results.name}, {results}, {time.strftime('%Y-%m-%d %H:%M:%S')}"),
-        *_wrapped("stages", [f"{SYMBOLS.get(one.state, '!')} {one.rule}" for one in found]),
-        ("stage", _stage_text(now, snakemakes := _snakemakes(logs))),
-        ("snakemake", "; ".join(snakemakes)),
-        ("job", _job_text(now, known)),
+        *_wrapped("stages", [f"{SYMBOLS.get(one.state, '!')} {one.rule}" for one in seen.found]),
+        *rows_of(seen),
+        *log_rows(seen.now),
     ]
-    train = next(one for one in found if one.rule == "train")
-    run = newest_run(results)
-    if run and train.state != "complete" and now.rule == "train":
-        rows += training_rows(run, now) + _slow_rows(results)
-    elif stages["train"].receipt:
-        rows.append(("trained", _trained(stages["train"])))
-    newest = _newest_marker(run) if run else None
-    if run:
-        hours = gpu_hours.read(run)
-        rows += [("GPU hours", hours.text())] if hours else []
-        rows.append(("checkpoint", _last_checkpoint(run, newest)))
-    config = collect.config(results)
-    costs = cost.of(stages, collect.metrics(run / run_folder.METRICS if run else None), config, logs)
-    rows.append(("cost", cost.sentence(costs, cost.price_of(config))))
-    rows += [("disk left", _disk(results, newest)), *_log_rows(now)]
     return "\n".join(f"{name:<12}{formatting.clean(text)}" for name, text in rows if text)
+
+
+def rows_of(seen: Look) -> list[tuple[str, str]]:
+    """Name and text of all that is known, but the list of stages and the log; texts may be empty."""
+    now, run = seen.now, seen.run
+    rows = [
+        ("stage", _stage_text(now, seen.snakemakes)),
+        ("snakemake", "; ".join(seen.snakemakes)),
+        ("job", _job_text(now, seen.known)),
+    ]
+    if run and seen.trains:
+        rows += training_rows(run, now, seen.metrics) + _slow_rows(seen.results)
+    elif seen.stages["train"].receipt:
+        rows.append(("trained", _trained(seen.stages["train"])))
+    newest = _newest_marker(run) if run else None
+    config = collect.config(seen.results)
+    hours = gpu_hours.of(run, seen.metrics) if run else None
+    costs = cost.of(seen.stages, seen.metrics, config, seen.logs, hours)
+    if run:
+        rows += [("GPU hours", hours.text(cost.spent_in_training(costs)))] if hours else []
+        rows.append(("checkpoint", _last_checkpoint(run, newest)))
+    rows.append(("cost", cost.sentence(costs, cost.price_of(config))))
+    return [*rows, ("disk left", _disk(seen.results, newest))]
 
 
 def _wrapped(name: str, words: list[str], width: int = 100) -> list[tuple[str, str]]:
@@ -142,95 +162,6 @@ SYMBOLS = {
     "failed": "✕",
     "stopped": "■",
 }
-
-
-def jobs() -> list[Job] | None:
-    """This user's jobs; None where squeue is absent or does not answer."""
-    try:
-        answer = subprocess.run(SQUEUE, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if answer.returncode:
-        return None
-    rows = [line.strip().split("|", len(JOB_FIELDS) - 1) for line in answer.stdout.splitlines()]
-    return [Job(*row) for row in rows if len(row) == len(JOB_FIELDS)]
-
-
-def _progress(stage: Stage, logs: Path | None, known: list[Job] | None, project: Path) -> Progress:
-    """A stage's state now: that of its receipt, or without one what log, process and squeue say."""
-    link = logs / f"{stage.rule}.log" if logs else None
-    log, since, silent = None, None, None
-    if link and link.is_symlink():
-        since = time.time() - link.lstat().st_mtime  # the link is made anew at each start
-        log = link.parent / link.readlink()
-        silent = time.time() - log.stat().st_mtime if log.exists() else None
-    if stage.state not in ("not finished", "not run", "failed") or stage.receipt:
-        return Progress(stage.rule, stage.state, stage.note, log, None, since, silent)
-    queued = _submitted(stage.rule, known, project, logs.name if logs else None)
-    if stage.state == "not finished" and log:
-        job = next((one for one in known or [] if one.id == log.name.rsplit("-", 1)[0]), None)
-        state = _state_of(log, job, known, silent)
-        if state == "stopped" and queued:
-            return Progress(stage.rule, _queue_state(queued), "an earlier attempt ended", log, queued, None, None)
-        return Progress(stage.rule, state, "", log, job, since, silent)
-    if queued and stage.state != "failed":
-        return Progress(stage.rule, _queue_state(queued), "", None, queued)
-    return Progress(stage.rule, stage.state, stage.note, log, None, since, silent)
-
-
-def _state_of(log: Path, job: Job | None, known: list[Job] | None, silent: float | None) -> str:
-    """Whether the stage that writes ``log`` runs: by its Slurm job, by its process, or else by the log's age."""
-    owner = log.name.rsplit("-", 1)[0]  # <job id>, or local-<pid of stage.sh>
-    if job:
-        return _queue_state(job)
-    if owner.isdecimal() and known is not None:
-        return "stopped"
-    if match := re.fullmatch(r"local-(\d+)", owner):
-        try:
-            if b"stage.sh" in Path(f"/proc/{match[1]}/cmdline").read_bytes():
-                return "running"
-        except OSError:
-            pass  # it has ended, or runs on another host
-    return "seems to run" if silent is not None and silent < FRESH_S else "stopped"
-
-
-def _submitted(rule: str, known: list[Job] | None, project: Path, experiment: str | None) -> Job | None:
-    """The job that Snakemake submitted from this project for a rule of an experiment."""
-
-    def fits(job: Job) -> bool:
-        name, *more = job.comment.split() or [""]
-        return name in (f"rule_{rule}", rule) and (not more or experiment in (None, more[0]))
-
-    named = [job for job in known or [] if fits(job) and job.state in (*ALIVE, "PENDING")]
-    return next((job for job in named if Path(job.folder).resolve() == project), None)
-
-
-def _queue_state(job: Job) -> str:
-    return "running" if job.state in ALIVE else "queued"
-
-
-def _current(found: list[Progress]) -> Progress:
-    """The stage to speak of: one that runs, waits or went wrong, the last of its kind; else the next to run."""
-    for states in (("running",), ("seems to run",), ("queued",), ("failed", "stopped", "unreadable")):
-        if fitting := [one for one in found if one.state in states]:
-            return fitting[-1]
-    waiting = [one for one in found if one.state != "complete" and not _is_asked_for(one.rule)]
-    return waiting[0] if waiting else found[-1]
-
-
-def _is_asked_for(rule: str) -> bool:
-    """Whether a stage without a receipt is no gap: it is made by name only, or with training."""
-    return rule in stage_rows.BY_NAME and stage_rows.BY_NAME[rule].shown_where_run
-
-
-def _snakemakes(logs: Path | None) -> list[str]:
-    """Living Snakemakes of the experiment that run stages: between two jobs nothing else shows that the run goes on."""
-    found = record.all_records(logs) if logs else []
-    return [
-        f"process {one.holder.get('pid')} on {one.holder.get('host')} since {one.holder.get('time')}"
-        for one in found
-        if set(one.rules) & set(stage_rows.SECTIONS) and holders.surely_lives(one.holder, ANSWER_S)
-    ]
 
 
 def _stage_text(now: Progress, snakemakes: list[str]) -> str:
@@ -260,6 +191,15 @@ def _job_text(now: Progress, known: list[Job] | None) -> str:
     return f"{job.id} {job.state}{reason}{place}, partition {job.partition}{left}"
 
 
+def jobs_of(seen: Look) -> list[tuple[Job, str]]:
+    """The experiment's Slurm jobs, each with its stage: those that its logs are named by, and those it submitted."""
+    logged = {one.job.id: one.rule for one in seen.found if one.job}
+    project, name = project_of(seen.results, seen.logs), seen.results.name
+    return [
+        (job, rule) for job in seen.known or [] if (rule := logged.get(job.id) or progress.rule_of(job, project, name))
+    ]
+
+
 def newest_run(results: Path) -> Path | None:
     """Folder of the training run that started last."""
     runs = (results / "train" / "runs").glob("*/settings.json")
@@ -267,11 +207,10 @@ def newest_run(results: Path) -> Path | None:
     return newest.parent if newest else None
 
 
-def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
-    """Step, loss, speed and time left of a training run, from its metrics."""
-    lines = collect.metrics(run / run_folder.METRICS)
+def training_rows(run: Path, now: Progress, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Step, losses, gradient, speed, memory and time left of a training run, from the lines of its metrics."""
     settings = mapping(collect.read_json(run / "settings.json"))
-    total = mapping(settings.get("schedule")).get("steps")
+    total = steps_of(run)
     if not lines:
         return [("step", f"none of {total} yet: loading the model, or the first step")]
     last, step = lines[-1], lines[-1]["step"]
@@ -285,6 +224,7 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
         rows.append(("loss", f"{losses[-1]:.4f}{mean}, {losses[0]:.4f} at the start"))
     else:
         rows.append(("loss", "not finite"))
+    rows += _measured_rows(lines)
     _, seconds = plots.series(lines[-STEADY:], "seconds")
     _, speeds = plots.series(lines[-STEADY:], "tokens_per_second")
     if len(seconds) and len(speeds):
@@ -294,6 +234,32 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
         rows.append(("speed", f"{statistics.median(speeds.tolist()):,.0f} tokens/s, {each:.2f} s a step{useful}"))
         if isinstance(total, int) and now.state in ("running", "seems to run"):
             rows.append(("time left", _time_left((total - step) * each, mapping(settings.get("settings")), now.job)))
+    return rows
+
+
+def steps_of(run: Path) -> int | None:
+    """Steps of a whole training run."""
+    settings = mapping(collect.read_json(run / "settings.json"))
+    total = mapping(settings.get("schedule")).get("steps")
+    return total if isinstance(total, int) and total > 0 else None
+
+
+def _measured_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The last of what only some lines have."""
+    rows = []
+    steps, losses = plots.series(lines, "validation_loss")
+    if len(losses):
+        rows.append(("validation", f"{losses[-1]:.4f} at step {steps[-1]:,.0f}, {losses.min():.4f} at best"))
+    _, norms = plots.series(lines, "grad_norm")
+    if len(norms):
+        rows.append(
+            ("gradient", f"{norms[-1]:.3g} before clipping, {statistics.median(norms[-STEADY:].tolist()):.3g} of late")
+        )
+    sizes = {key: plots.series(lines[-STEADY:], key)[1] for key in ("memory_gib", "host_memory_gib")}
+    most = {key: formatting.byte_size(found[-1] * GIB) for key, found in sizes.items() if len(found)}
+    if most:
+        host = f", {most['host_memory_gib']} resident" if "host_memory_gib" in most else ""
+        rows.append(("memory", f"{most.get('memory_gib', formatting.UNKNOWN)} of the rank with the most{host}"))
     return rows
 
 
@@ -315,15 +281,6 @@ def _time_left(seconds: float, settings: dict[str, Any], job: Job | None) -> str
     if left is not None and left < seconds:
         text += f"; the job has {formatting.duration(left)}: it will save and stop before, and be resumed"
     return text
-
-
-def job_seconds(text: str) -> float | None:
-    """Seconds of a time as squeue writes it, ``[days-][hours:]minutes:seconds``; None for UNLIMITED and the like."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((24.0 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _last_checkpoint(run: Path, newest: tuple[Path, Path, int] | None) -> str:
@@ -369,7 +326,7 @@ def _trained(train: Stage) -> str:
     return f"{formatting.value('steps', figures.get('steps'))} steps{losses}"
 
 
-def _log_rows(now: Progress) -> list[tuple[str, str]]:
+def log_rows(now: Progress) -> list[tuple[str, str]]:
     """The last line of the current stage's log, and a warning where it has been silent for long."""
     if now.log is None or now.state == "complete":
         return []

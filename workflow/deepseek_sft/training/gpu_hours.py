@@ -30,7 +30,7 @@ class GpuHours:
     Attributes:
         trained: in steps that count.
         saved: in checkpoints that count.
-        lost: in steps and checkpoints after the last checkpoint of a start, trained again later.
+        again: in steps and checkpoints after the last checkpoint of a start, trained again later.
         starting: from a start's ranks to its first step.
         waiting: between two starts, when the run trained on nothing: queue, preflight, and until an end was noticed.
         starts: number of starts.
@@ -39,7 +39,7 @@ class GpuHours:
 
     trained: float
     saved: float
-    lost: float
+    again: float
     starting: float
     waiting: float
     starts: int
@@ -48,33 +48,61 @@ class GpuHours:
     save_seconds: tuple[float, ...]
 
     @property
+    def held(self) -> float:
+        """By ranks, from a start's begin to its last line, without waiting."""
+        return self.trained + self.saved + self.again + self.starting
+
+    @property
     def share_trained(self) -> float:
-        """Of the GPU hours between the first start's begin and now, without waiting."""
-        held = self.trained + self.saved + self.lost + self.starting
-        return self.trained / held if held else 0.0
+        """Of those held."""
+        return self.trained / self.held if self.held else 0.0
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Name and text of each."""
-        return [
-            ("trained", f"{self.trained:,.2f} ({self.share_trained:.1%} of those held)"),
-            ("saving", f"{self.saved:,.2f}"),
-            ("lost to restarts", f"{self.lost:,.2f}, of steps that were trained again"),
-            ("starting", f"{self.starting:,.2f} in {self.starts} start{'' if self.starts == 1 else 's'}"),
-            ("waiting between starts", f"{self.waiting:,.2f} of as many ranks"),
+    def rows(self, spent: float | None = None) -> list[tuple[str, str]]:
+        """Name and text of each.
+
+        Args:
+            spent: GPU hours of all attempts on the nodes, where they are known; else those that ranks held count.
+        """
+        whole, beside, of = self._whole(spent)
+        rows = [
+            ("trained", f"{self.trained:,.2f} ({of})"),
+            ("lost", f"{lost(whole, self.trained):,.2f}, that is:"),
+            ("– saving", f"{self.saved:,.2f}"),
+            ("– trained again", f"{self.again:,.2f}, steps and saves after the checkpoint that a restart went on from"),
+            ("– starting", f"{self.starting:,.2f} in {self.starts} start{'' if self.starts == 1 else 's'}"),
         ]
+        if beside is not None:
+            rows.append(("– beside", f"{beside:,.2f}, before ranks began, after they ended, attempts without a step"))
+        return [*rows, ("waiting between starts", f"{self.waiting:,.2f} of as many ranks")]
 
-    def text(self) -> str:
+    def text(self, spent: float | None = None) -> str:
         """One line for people."""
+        whole, beside, of = self._whole(spent)
         return (
-            f"{self.trained:,.2f} trained ({self.share_trained:.1%} of those held), {self.saved:,.2f} saving, "
-            f"{self.lost:,.2f} lost to restarts, {self.starting:,.2f} starting; "
-            f"{self.waiting:,.2f} waiting between starts"
+            f"{self.trained:,.2f} trained ({of}), {lost(whole, self.trained):,.2f} lost: {self.saved:,.2f} saving, "
+            f"{self.again:,.2f} trained again, {self.starting:,.2f} starting"
+            f"{'' if beside is None else f', {beside:,.2f} beside'}; {self.waiting:,.2f} waiting between starts"
         )
+
+    def _whole(self, spent: float | None) -> tuple[float, float | None, str]:
+        """All that counts, what of it ranks did not hold (None where that is not known), the share that was trained."""
+        known = spent is not None and spent > self.held
+        whole = spent if known else self.held
+        share = self.trained / whole if whole else 0.0
+        return whole, spent - self.held if known else None, f"{share:.1%} of those {'spent' if known else 'held'}"
 
     def typical(self) -> dict[str, float]:
         """Median seconds of a start, a save and a wait, where there was one."""
         seen = {"start": self.start_seconds, "save": self.save_seconds, "again": self.wait_seconds}
         return {name: statistics.median(seconds) for name, seconds in seen.items() if seconds}
+
+
+def lost(spent: float, trained: float) -> float:
+    """What served no step that counts: the one rule for GPU hours that are told as lost in training.
+
+    Saves, starts, steps that were trained again, attempts that came to no step, and waiting for an end to be noticed.
+    """
+    return max(0.0, spent - trained)
 
 
 def left_behind(run: Path, step: int) -> dict[str, Any] | None:
@@ -110,19 +138,27 @@ def note_start(
 def read(run: Path) -> GpuHours | None:
     """GPU hours up to the last line of metrics; None for runs that were begun before starts were noted."""
     try:
-        starts = [one for one in _parsed(run / STARTS) if _is_start(one)]
-        metrics = _lines(run / run_folder.METRICS)
+        return of(run, _lines(run / run_folder.METRICS))
     except OSError:
         return None
+
+
+def of(run: Path, metrics: list[dict[str, Any]]) -> GpuHours | None:
+    """The same, with the lines of metrics, by step, where they have been read."""
+    try:
+        starts = [one for one in _parsed(run / STARTS) if _is_start(one)]
+    except OSError:
+        return None
+    metrics = [one for one in metrics if _is_line(one)]
     if not starts or starts[0]["resumed_step"]:
         return None
-    spent = dict.fromkeys(("trained", "saved", "lost", "starting", "waiting"), 0.0)
+    spent = dict.fromkeys(("trained", "saved", "again", "starting", "waiting"), 0.0)
     waits: list[float] = []
     saves: list[float] = []
     for earlier, start in zip([None, *starts], starts, strict=False):
         spent["starting"] += start["ranks"] * (start["first_step"] - start["began"])
         if earlier is not None and isinstance(before := start["before"], dict):
-            spent["lost"] += earlier["ranks"] * (before["seconds"] + before["seconds_save"])
+            spent["again"] += earlier["ranks"] * (before["seconds"] + before["seconds_save"])
             spent["saved"] += earlier["ranks"] * before["kept_save"]
             saves += [before["kept_save"]] if before["kept_save"] else []
             waits.append(max(0.0, start["began"] - before["ended"]))
@@ -154,7 +190,11 @@ def _parsed(path: Path) -> list[Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics with a step and its seconds; a torn or edited line counts as none."""
-    return [one for one in _parsed(path) if _has(one, step=int, seconds=(int, float))]
+    return [one for one in _parsed(path) if _is_line(one)]
+
+
+def _is_line(one: Any) -> bool:
+    return _has(one, step=int, seconds=(int, float))
 
 
 def _is_start(one: Any) -> bool:

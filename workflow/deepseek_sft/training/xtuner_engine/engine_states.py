@@ -22,6 +22,30 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 COMPARED = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
 
 
+class OtherModelError(BadInputError):
+    """A checkpoint is sound for all that can be told, and of another model or optimizer than this run's."""
+
+
+def refuse_other_model(folder: Path, told: list[BadInputError | None], damaged: list[str]) -> None:
+    """Refuse a checkpoint that fits on no rank, its files being sound: it is nobody's to set aside.
+
+    Where it fits some ranks, a file is not the one that was committed.
+
+    Args:
+        told: what each rank met; the same list on all ranks.
+
+    Raises:
+        OtherModelError: on all ranks alike.
+    """
+    if damaged or not all(isinstance(error, OtherModelError) for error in told):
+        return
+    raise OtherModelError(
+        f"checkpoint {folder.name} does not fit: {told[0].problem}",
+        f"{folder} is left in place. Train on the base and with the settings that it was begun with, "
+        "or begin another run: another name as experiment",
+    )
+
+
 def judge(
     folder: Path, ranges: dict[str, list[rank_state.Range]], names: Iterable[str], largest_gap: int = 0
 ) -> tuple[list[str], str]:
@@ -43,13 +67,13 @@ def judge(
 def check_hyperparameters(engine: Any, state: RankState, folder: Path) -> None:
     """
     Raises:
-        BadInputError: the checkpoint is of another optimizer.
+        OtherModelError: the checkpoint is of another optimizer.
     """
     groups = engine.optimizer.optimizer.param_groups
     for number, (now, then) in enumerate(zip(groups, state.hyperparameters, strict=False)):
         for name in COMPARED:
             if name in then and name in now and _plain(then[name]) != _plain(now[name]):
-                raise BadInputError(
+                raise OtherModelError(
                     f"{folder}: {name} of parameter group {number} is {then[name]!r} in the checkpoint, "
                     f"{now[name]!r} in this run"
                 )
@@ -101,12 +125,12 @@ def fill_buffers(module: torch.nn.Module, state: RankState, opened: RecordingFil
     """Buffers, which are the same in all ranks' files.
 
     Raises:
-        BadInputError: the checkpoint has others than the model.
+        OtherModelError: the checkpoint has others than the model.
     """
     kept = set(module.state_dict())  # without the buffers that are computed, such as rotary frequencies
     wanted = {name: buffer for name, buffer in module.named_buffers() if name in kept}
     if wanted.keys() != state.buffers.keys():
-        raise BadInputError(
+        raise OtherModelError(
             f"the checkpoint has other buffers: {', '.join(sorted(wanted.keys() ^ state.buffers.keys()))}"
         )
     for name, stored in state.buffers.items():

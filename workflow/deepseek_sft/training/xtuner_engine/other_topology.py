@@ -52,20 +52,24 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
 
     Returns:
         what is wrong, the same on all ranks; empty where the engine is now as it was when the checkpoint was saved.
+
+    Raises:
+        OtherModelError: on all ranks alike, the checkpoint is of another model or optimizer.
     """
     started, rank, world_size = time.monotonic(), dist.get_rank(), dist.get_world_size()
     engine.optimizer.checkpoint_event_prologue()
-    source, state, problem, padding = Source(checkpoint.folder, checkpoint.marker), None, "", 0
+    source, state, met, padding = Source(checkpoint.folder, checkpoint.marker), None, None, 0
     with RecordingFiles() as opened:
         try:
             state, padding = _read(engine, source, opened)
         except BadInputError as error:
-            problem = error.problem
+            met = error
         told: list[Any] = [None] * world_size
-        dist.all_gather_object(told, (problem, opened.bytes_read))
+        dist.all_gather_object(told, (met, opened.bytes_read))
         ranges = exchange(opened.ranges())
-    problems = list(dict.fromkeys(text for text, _ in told if text))
+    problems = list(dict.fromkeys(error.problem for error, _ in told if error))
     damaged, compared = engine_states.judge(checkpoint.folder, ranges, sorted(ranges), padding)
+    engine_states.refuse_other_model(checkpoint.folder, [error for error, _ in told], damaged)
     if problems := problems + damaged:
         return problems
     engine_states.finish(engine, state)
@@ -90,7 +94,7 @@ def _read(engine: Any, source: Source, opened: RecordingFiles) -> tuple[RankStat
     first, *others = repartition.old_ranks_of(rank, world_size, source.world_size)
     state, old, new = source.state(first), source.layout(first), layout_of(engine)
     if name := old.difference(new):
-        raise BadInputError(f"{source.folder} holds other parameters than this model, first {name}")
+        raise engine_states.OtherModelError(f"{source.folder} holds other parameters than this model, first {name}")
     engine_states.check_hyperparameters(engine, state, source.folder)
     engine_states.fill_buffers(engine.module, state, opened)
     for other in others:  # nobody needs their buffers, but their files are judged like the others

@@ -30,6 +30,7 @@ def resume_newest(engine: Any, candidates: Sequence[Checkpoint]) -> Checkpoint:
 
     Raises:
         BadInputError: on all ranks alike, none is sound.
+        OtherModelError: on all ranks alike, one is of another model or optimizer; it stays where it is.
     """
     lost: list[str] = []
     for checkpoint in reversed(candidates):
@@ -56,11 +57,14 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
 
     Returns:
         what is wrong, the same on all ranks; empty where the engine is now as it was when the checkpoint was saved.
+
+    Raises:
+        OtherModelError: see ``resume_newest``.
     """
     started = time.monotonic()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     engine.optimizer.checkpoint_event_prologue()
-    state, problem = None, ""
+    state, met = None, None
     with RecordingFiles() as opened:
         try:
             state = rank_state.read(checkpoint.folder, rank, checkpoint.marker)
@@ -68,16 +72,17 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
             engine_states.fill_optimizer(engine.optimizer, state, opened)
             engine_states.fill_buffers(engine.module, state, opened)
         except BadInputError as error:
-            problem = error.problem
+            met = error
         told: list[Any] = [None] * world_size
-        dist.all_gather_object(told, (problem, opened.ranges(), opened.bytes_read))
-    problems = [text for text, _, _ in told if text]
+        dist.all_gather_object(told, (met, opened.ranges(), opened.bytes_read))
+    problems = [error.problem for error, _, _ in told if error]
     ranges: dict[str, list[rank_state.Range]] = {}
     for _, of_rank, _ in told:
         for name, some in of_rank.items():
             ranges.setdefault(name, []).extend(some)
     own = [name for number, name in enumerate(sorted(ranges)) if number % world_size == rank]
     damaged, compared = engine_states.judge(checkpoint.folder, ranges, own)
+    engine_states.refuse_other_model(checkpoint.folder, [error for error, _, _ in told], damaged)
     if problems := problems + damaged:
         return problems
     engine_states.finish(engine, state)
@@ -90,13 +95,13 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
 def _fits(engine: Any, state: RankState, folder: Path) -> None:
     """
     Raises:
-        BadInputError: the checkpoint is of another model, another order of parameters, or another optimizer.
+        OtherModelError: the checkpoint is of another model, another order of parameters, or another optimizer.
     """
     wanted = [{name: tuple(shape) for name, shape in group.items()} for group in engine._get_zero_param_shapes()]
     found = [{str(name): tuple(shape) for name, shape in group.items()} for group in state.shapes]
     if [list(group.items()) for group in wanted] != [list(group.items()) for group in found]:
         names = {name for group in wanted for name in group} ^ {name for group in found for name in group}
-        raise BadInputError(
+        raise engine_states.OtherModelError(
             f"{folder} holds other parameters than this model"
             + (f", first {min(names)}" if names else ": their shapes, order or groups differ")
         )
