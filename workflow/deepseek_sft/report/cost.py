@@ -47,7 +47,8 @@ class Cost:
     """Of one stage, in GPU hours.
 
     Attributes:
-        lost: of what was spent: in training all but the steps that count (starts, saves, waiting, steps trained again);
+        lost: of what was spent: in training all but the steps that count and validation (starts, saves, waiting, steps trained
+            again);
             elsewhere the attempts that failed.
         attempts: their number; None where only the receipt of the last one is known.
     """
@@ -181,9 +182,10 @@ def _receipt_seconds(stage: Stage) -> float:
 
 
 def _steps_seconds(metrics: list[dict[str, Any]]) -> float:
-    """Seconds of the steps that count, those between logged ones as long as these on average."""
+    """Seconds of the steps that count, those between logged ones as long as these on average, and of validation."""
     _, seconds = plots.series(metrics, "seconds")
-    return float(seconds.mean()) * metrics[-1]["step"] if len(seconds) else 0.0
+    _, validated = plots.series(metrics, "seconds_validation")
+    return float(seconds.mean()) * metrics[-1]["step"] + float(validated.sum()) if len(seconds) else 0.0
 
 
 def _numbers(value: Any) -> bool:

@@ -17,7 +17,9 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
     plots = []
     steps, loss = series(metrics, "loss")
     if len(steps):
-        plots.append(_loss(steps, loss, *series(metrics, "learning_rate")))
+        plots.append(
+            _loss(steps, loss, *series(metrics, "learning_rate"), validated=series(metrics, "validation_loss"))
+        )
     for key, name, caption, title in (
         ("grad_norm", "grad-norm", "Gradient norm before clipping", "gradient norm"),
         ("tokens_per_second", "speed", "Tokens per second, all ranks", "tokens / s"),
@@ -35,7 +37,13 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
     return plots
 
 
-def _loss(steps: np.ndarray, loss: np.ndarray, rate_steps: np.ndarray, rate: np.ndarray) -> Plot:
+def _loss(
+    steps: np.ndarray,
+    loss: np.ndarray,
+    rate_steps: np.ndarray,
+    rate: np.ndarray,
+    validated: tuple[np.ndarray, np.ndarray],
+) -> Plot:
     figure, axes = drawing.figure((2.4, 1), 3.3) if len(rate) else drawing.figure()
     caption = "Loss per step"
     if len(steps) >= SMOOTHED_FROM:
@@ -45,6 +53,9 @@ def _loss(steps: np.ndarray, loss: np.ndarray, rate_steps: np.ndarray, rate: np.
         caption = f"Loss per step (thin) and its moving average over {window} points"
     else:
         drawing.line(axes[0], steps, loss, FIRST)
+    if len(validated[0]):
+        drawing.line(axes[0], *validated, SECOND, marker="o", markersize=3)
+        caption += "; circles: validation loss of the held-out samples"
     drawing.y_axis(axes[0], drawing.compact)
     axes[0].set_ylabel("nats a token")
     if len(rate):

@@ -285,6 +285,7 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
         rows.append(("loss", f"{losses[-1]:.4f}{mean}, {losses[0]:.4f} at the start"))
     else:
         rows.append(("loss", "not finite"))
+    rows += validation_rows.row(lines)
     _, seconds = plots.series(lines[-STEADY:], "seconds")
     _, speeds = plots.series(lines[-STEADY:], "tokens_per_second")
     if len(seconds) and len(speeds):
@@ -293,7 +294,8 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
         useful = f", {statistics.median(slots.tolist()):.0%} of token slots useful" if len(slots) else ""
         rows.append(("speed", f"{statistics.median(speeds.tolist()):,.0f} tokens/s, {each:.2f} s a step{useful}"))
         if isinstance(total, int) and now.state in ("running", "seems to run"):
-            rows.append(("time left", _time_left((total - step) * each, mapping(settings.get("settings")), now.job)))
+            left = (total - step) * each + validation_rows.seconds_left(lines, total - step, mapping(settings.get("settings")))
+            rows.append(("time left", _time_left(left, mapping(settings.get("settings")), now.job)))
     return rows
 
 

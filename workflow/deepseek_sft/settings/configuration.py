@@ -79,6 +79,11 @@ class Configuration:
                 "serve.data_parallel_size: replicas share experts on GPUs alone: vLLM 0.32 on CPUs lacks the "
                 "all-gather that this takes, and fails at the first request; write data_parallel_size: 1"
             )
+        if train.validation and not self.data.held_out:
+            yield (
+                "train.validation: there are no samples to measure; write data: {held_out: 0.5 %} to hold some out of "
+                "training, or leave validation out"
+            )
         if tiny and self.convert.mtp == "copy":
             yield "convert.mtp: the tiny model has no multi-token-prediction layer to copy; use `drop`"
         context, needed = self.serve.max_model_len, 2 * LONGEST_QUESTION

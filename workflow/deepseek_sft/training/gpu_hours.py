@@ -30,6 +30,7 @@ class GpuHours:
     Attributes:
         trained: in steps that count.
         saved: in checkpoints that count.
+        validated: in measurements of the validation loss that count.
         lost: in steps and checkpoints after the last checkpoint of a start, trained again later.
         starting: from a start's ranks to its first step.
         waiting: between two starts, when the run trained on nothing: queue, preflight, and until an end was noticed.
@@ -46,11 +47,12 @@ class GpuHours:
     start_seconds: tuple[float, ...]
     wait_seconds: tuple[float, ...]
     save_seconds: tuple[float, ...]
+    validated: float = 0.0
 
     @property
     def share_trained(self) -> float:
         """Of the GPU hours between the first start's begin and now, without waiting."""
-        held = self.trained + self.saved + self.lost + self.starting
+        held = self.trained + self.saved + self.validated + self.lost + self.starting
         return self.trained / held if held else 0.0
 
     def rows(self) -> list[tuple[str, str]]:
@@ -58,6 +60,7 @@ class GpuHours:
         return [
             ("trained", f"{self.trained:,.2f} ({self.share_trained:.1%} of those held)"),
             ("saving", f"{self.saved:,.2f}"),
+            *([("validating", f"{self.validated:,.2f}")] if self.validated else []),
             ("lost to restarts", f"{self.lost:,.2f}, of steps that were trained again"),
             ("starting", f"{self.starting:,.2f} in {self.starts} start{'' if self.starts == 1 else 's'}"),
             ("waiting between starts", f"{self.waiting:,.2f} of as many ranks"),
@@ -67,7 +70,8 @@ class GpuHours:
         """One line for people."""
         return (
             f"{self.trained:,.2f} trained ({self.share_trained:.1%} of those held), {self.saved:,.2f} saving, "
-            f"{self.lost:,.2f} lost to restarts, {self.starting:,.2f} starting; "
+            + (f"{self.validated:,.2f} validating, " if self.validated else "")
+            + f"{self.lost:,.2f} lost to restarts, {self.starting:,.2f} starting; "
             f"{self.waiting:,.2f} waiting between starts"
         )
 
@@ -95,6 +99,7 @@ def left_behind(run: Path, step: int) -> dict[str, Any] | None:
     # A line reports the checkpoints before it: the first those of the one that is there.
     kept, *lost = (line.get("seconds_save") or 0.0 for line in again)
     seconds = steps * statistics.fmean(line["seconds"] for line in again)
+    seconds += sum(line.get("seconds_validation") or 0.0 for line in again)
     return {"ended": ended, "steps": steps, "seconds": seconds, "seconds_save": sum(lost), "kept_save": kept}
 
 
@@ -116,7 +121,7 @@ def read(run: Path) -> GpuHours | None:
         return None
     if not starts or starts[0]["resumed_step"]:
         return None
-    spent = dict.fromkeys(("trained", "saved", "lost", "starting", "waiting"), 0.0)
+    spent = dict.fromkeys(("trained", "saved", "validated", "lost", "starting", "waiting"), 0.0)
     waits: list[float] = []
     saves: list[float] = []
     for earlier, start in zip([None, *starts], starts, strict=False):
@@ -133,6 +138,7 @@ def read(run: Path) -> GpuHours | None:
         ranks = [start["ranks"] for start in starts if start["resumed_step"] < line["step"] or start is starts[0]][-1]
         spent["trained"] += ranks * line["seconds"] * (line["step"] - last)
         spent["saved"] += ranks * (line.get("seconds_save") or 0.0)
+        spent["validated"] += ranks * (line.get("seconds_validation") or 0.0)
         last = line["step"]
     saves += [line["seconds_save"] for line in metrics if line.get("seconds_save")]
     hours = {name: seconds / 3600 for name, seconds in spent.items()}
