@@ -102,7 +102,9 @@ def _refine_plan(experiment: "Experiment") -> Values:
     others = {
         "accelerator": config["accelerator"],
         "results": config["results"],
-        "data": {"max_length": config["data"]["max_length"]} | ({"pack": True} if config["data"]["pack"] else {}),
+        "data": {"max_length": config["data"]["max_length"]}
+        | ({"pack": True} if config["data"]["pack"] else {})
+        | ({"held_out": config["data"]["held_out"]} if config["train"]["validation"] else {}),
         "model": configuration.settled("model", config),
         "convert": {"dtype": config["convert"]["dtype"]},
         "plan": configuration.settled("plan", config),
