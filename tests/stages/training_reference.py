@@ -126,7 +126,9 @@ def float32(inputs: Path, output: Path) -> None:
             if whole not in fused:
                 fused[whole] = torch.cat([first[part].flatten() for part in release_names(whole, SHARD)])
     torch.save(fused, output / "reference.pt")
-    (output / "reference-float32.json").write_text(json.dumps({"losses": losses, "biases": biases, "validation": validation}))
+    (output / "reference-float32.json").write_text(
+        json.dumps({"losses": losses, "biases": biases, "validation": validation})
+    )
 
 
 def bfloat16(inputs: Path, output: Path) -> None:

@@ -6,8 +6,8 @@ CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments"
 Writes OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
 parameter's gradient is not a number. ``visits``: rows that arrived from other nodes in the newest layer's exchange, of
 all ranks, and how many the tokens' experts ask for. ``counted``: tokens of each expert, and checksums of each rank's
-weights and moments, after the last step. ``validated``: the held-out rows are measured after each step. With ``moments``
-they are measured before the first.
+weights and moments, after the last step. ``validated``: the held-out rows are measured after each step. With
+``moments`` they are measured before the first.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
 
 def validation_of(run, inputs: Path):
     """What measures the held-out rows in an engine."""
-    from deepseek_sft.training.xtuner_engine.validation import Validation
+    from deepseek_sft.training.xtuner_engine.validation_loss import Validation
 
     changed = dataclasses.replace(run.settings, validation={"every_steps": 1, "samples": SAMPLES})
     validation = Validation(inputs / "held_out", changed, 1, {})

@@ -51,7 +51,9 @@ def _tokenize_data(experiment: "Experiment") -> Words:
     words += ["--statistics", f"{results}/data/statistics.json", "--max-length", data["max_length"]]
     words += ["--history-reasoning", data["history_reasoning"], "--on-too-long", data["on_too_long"]]
     words += ["--pack"] if data["pack"] else []
-    return words + (["--held-out", f"{results}/data/{HELD_OUT}"] if experiment.config["train"]["validation"] else []), []
+    return words + (
+        ["--held-out", f"{results}/data/{HELD_OUT}"] if experiment.config["train"]["validation"] else []
+    ), []
 
 
 def _prepare_model(experiment: "Experiment") -> Words:

@@ -15,12 +15,19 @@ from ..data import dealing
 from ..errors import BadInputError
 from ..expert_shards import experts_per_shard
 from ..json_files import Maybe
-from ..settings import reading
-from ..settings.train import Validation
 from .gpu_models import GPUS
 
 GIB, MB = 1 << 30, 1 << 20  # Slurm's MB are powers of two
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The key ``train.validation``; ``keeps_best``: whether the best checkpoint is kept beside the newest."""
+
+    every_steps: int
+    samples: int
+    keeps_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Training:
         keys = [*cls.train_keys(), "engine"]
         values = {key: train[key] for key in keys if key in train}
         if values.get("validation"):
-            values["validation"] = reading.parse(Validation, values["validation"], "train.validation")
+            given = values["validation"]
+            values["validation"] = Validation(given["every_steps"], given["samples"], bool(given["early_stop"]))
         values["experts_per_shard"] = experts_per_shard(
             model, train["experts_per_shard"], train.get("expert_parallel_size", 1)
         )

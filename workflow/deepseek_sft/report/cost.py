@@ -47,9 +47,8 @@ class Cost:
     """Of one stage, in GPU hours.
 
     Attributes:
-        lost: of what was spent: in training all but the steps that count and validation (starts, saves, waiting, steps trained
-            again);
-            elsewhere the attempts that failed.
+        lost: of what was spent: in training all but the steps that count and their validation (starts, saves, waiting,
+            steps trained again); elsewhere the attempts that failed.
         attempts: their number; None where only the receipt of the last one is known.
     """
 

@@ -18,7 +18,7 @@ from .. import stages as stage_rows
 from ..cluster_jobs import holders, record
 from ..errors import BadInputError
 from ..training import gpu_hours, run_folder, slow_nodes
-from . import collect, cost, plots
+from . import collect, cost, plots, validation_rows
 from .collect import Stage, mapping
 
 JOB_FIELDS = ("id", "state", "comment", "nodes", "partition", "elapsed", "left", "reason", "folder")
@@ -294,7 +294,9 @@ def training_rows(run: Path, now: Progress) -> list[tuple[str, str]]:
         useful = f", {statistics.median(slots.tolist()):.0%} of token slots useful" if len(slots) else ""
         rows.append(("speed", f"{statistics.median(speeds.tolist()):,.0f} tokens/s, {each:.2f} s a step{useful}"))
         if isinstance(total, int) and now.state in ("running", "seems to run"):
-            left = (total - step) * each + validation_rows.seconds_left(lines, total - step, mapping(settings.get("settings")))
+            left = (total - step) * each + validation_rows.seconds_left(
+                lines, total - step, mapping(settings.get("settings"))
+            )
             rows.append(("time left", _time_left(left, mapping(settings.get("settings")), now.job)))
     return rows
 

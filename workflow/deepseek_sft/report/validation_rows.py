@@ -12,7 +12,9 @@ def row(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if not len(losses):
         return []
     lowest = int(losses.argmin())
-    least = "the lowest" if lowest == len(losses) - 1 else f"lowest {losses[lowest]:.4f} after step {steps[lowest]:,.0f}"
+    least = (
+        "the lowest" if lowest == len(losses) - 1 else f"lowest {losses[lowest]:.4f} after step {steps[lowest]:,.0f}"
+    )
     return [("validation", f"loss {losses[-1]:.4f} after step {steps[-1]:,.0f}, {least}, {losses[0]:.4f} at first")]
 
 

@@ -11,7 +11,9 @@ from typing import Any
 from ..settings.train import EarlyStop, Validation
 from .checkpoints import Checkpoint
 
-KEY = "validation"  # of a checkpoint's progress: [[step, loss or null], …], oldest first
+# Of a checkpoint's progress: [[step, loss or null], …], oldest first; and what all of them took.
+KEY, SECONDS = "validation", "validation_seconds"
+KEPT = (KEY, SECONDS)
 Measured = Sequence[Sequence[Any]]  # the same
 
 
@@ -85,7 +87,7 @@ def figures(newest: Checkpoint, converted: Checkpoint, chosen: Validation | None
         "validation_first_loss": measured[0][1],
         "validation_lowest_loss": lowest[1] if lowest else None,
         "validation_lowest_step": lowest[0] if lowest else None,
-        "validation_seconds": newest.progress.get("validation_seconds"),
+        "validation_seconds": newest.progress.get(SECONDS),
     }
     if chosen is None or chosen.early_stop is None:
         return told

@@ -16,7 +16,7 @@ MOST = 64  # layers timed: two CUDA events each, for every micro batch and pass
 
 
 class ComputeClock:
-    """Times linear layers of a model in training. Make it once DeepSpeed has wrapped the model: hooks run in their order.
+    """Times linear layers of a model in training. Make it once DeepSpeed has wrapped it: hooks run in their order.
 
     Args:
         model: whose decoder layers are looked through.

@@ -1,9 +1,9 @@
 """Forward passes that leave training as it was.
 
-In evaluation mode nothing is counted: neither experts' tokens nor compute time nor what moves balance biases, no balance
-loss is added, and no layer is recomputed or keeps anything for it. Random numbers are put back. ZeRO-3 follows the
-order of modules that training recorded, of which a forward pass is the beginning: at its end it has gathered ahead for
-a backward pass that does not come, which is given up here. DeepSpeed is pinned.
+In evaluation mode nothing is counted: neither experts' tokens nor compute time nor what moves balance biases; no
+balance loss is added, and no layer is recomputed or keeps anything for it. Random numbers are put back. ZeRO-3 follows
+the order of modules that training recorded, of which a forward pass is the beginning: at its end it has gathered ahead
+for a backward pass that does not come, which is given up here. DeepSpeed is pinned.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,6 @@ from xtuner.parallel.sequence import get_sequence_parallel_rank, init_sequence_p
 
 from ...cli import say
 from .. import first_batch, gpu_hours, same_training
-from .. import validation as validation_rule
 from ..health import StepHealth
 from ..watchdog import Watchdog
 from . import base_check, gates, micro_batches, resuming, start_checks
@@ -25,11 +24,7 @@ from .phases import PhaseClock
 from .saving import Checkpoints
 from .step_guard import StepGuard
 from .step_result import Requests, StepResult
-from .validation import Validation
-
-
-# Of a checkpoint's progress, also where this start measures nothing.
-KEPT = (validation_rule.KEY, "validation_seconds")
+from .validation_loss import Validation
 
 
 @dataclass(frozen=True)
@@ -138,8 +133,8 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
             gates.check_first_loss(attempt.run, result, settings.first_loss_max)
         ended = bool(validation and validated and validation.ends())
         if saved.is_due(step, result) or ended:
-            kept = validation.kept() if validation else {key: before[key] for key in KEPT if key in before}
-            seconds = saved.save(step, lambda: metrics.snapshot(requests.wall_seconds(), health.state()) | kept)
+            metrics.progress |= validation.kept() if validation else {}
+            seconds = saved.save(step, lambda: metrics.snapshot(requests.wall_seconds(), health.state()))
             metrics.saved(seconds)
             requests.saved()
             # Of each checkpoint that can become the result.

@@ -12,14 +12,14 @@ import torch.distributed as dist
 
 from ... import families, formatting
 from ...cli import say
-from .. import flops, gpu_hours, run_folder
+from .. import flops, gpu_hours, run_folder, validation
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .expert_load import LoadRecords, balance
 from .memory import kept_gib, memory_gib, most_over_ranks, rank_device, resident_gib
 from .rank_watch import RankWatch
 from .step_result import StepResult
-from .validation import Measurement
+from .validation_loss import Measurement
 
 RECENT = 10  # steps whose mean loss is reported as the last loss
 MEASURED = 3  # steps of a start after which its end is told
@@ -59,6 +59,7 @@ class Metrics:
             "peak_memory_gib": before.get("peak_memory_gib", 0.0),
             "memory_before_model_gib": attempt.memory_before_model_gib,
             "kept_by_allocator_gib": before.get("kept_by_allocator_gib"),
+            **{key: before[key] for key in validation.KEPT if key in before},  # also where this start measures nothing
         }
         self._recent = deque(before.get("recent_losses", []), maxlen=RECENT)
         self._seconds = deque(maxlen=STEADY)
@@ -216,8 +217,8 @@ class Metrics:
     def _tell(self, line: dict[str, Any]) -> None:
         steps = self._schedule.steps
         left = (steps - line["step"]) * statistics.median(self._seconds)
-        if validation := self._settings.validation:
-            left += -(-(steps - line["step"]) // validation.every_steps) * self._validation_seconds
+        if chosen := self._settings.validation:
+            left += -(-(steps - line["step"]) // chosen.every_steps) * self._validation_seconds
         share = "" if line["mfu"] is None else f"  MFU {line['mfu']:.1%}"
         loss, norm = (float("nan") if line[key] is None else line[key] for key in ("loss", "grad_norm"))
         say(

@@ -68,7 +68,7 @@ class Validation:
         self._chosen = settings.validation
         self._rows = choose(self._dataset, self._chosen.samples)
         self.measured = rule.of(before)
-        self.seconds: float = before.get("validation_seconds", 0.0)
+        self.seconds: float = before.get(rule.SECONDS, 0.0)
 
     def is_due(self, step: int, time_is_up: bool) -> bool:
         """Whether it is measured after step ``step``: by number, or as the run's last."""
@@ -119,7 +119,7 @@ class Validation:
 
     def kept(self) -> dict[str, Any]:
         """For the progress of a checkpoint."""
-        return {rule.KEY: self.measured, "validation_seconds": self.seconds}
+        return {rule.KEY: self.measured, rule.SECONDS: self.seconds}
 
     def describe(self) -> str:
         """What is measured."""
