@@ -19,6 +19,7 @@ try:
         json_files,
         known_at_start,
         locks,
+        notify,
         place,
         stages,
         starting,
@@ -343,6 +344,12 @@ def check_before_start(workflow):
     except (StageError, OSError) as error:
         raise WorkflowError(environment_faults.in_words(error))
     build_environments(rules)
+    tell_command("started")
+
+
+def tell_command(event, **told):
+    """Start the user's command for an event of the run."""
+    notify.tell(EXPERIMENT.config["notify"], event, Path(RESULTS), Path(LOGS), **told)
 
 
 def tell_end(workflow, ok):
@@ -353,12 +360,17 @@ def tell_end(workflow, ok):
     done = [rule for rule in dict.fromkeys(seen.finished) if rule in stages.NEEDS]
     if ok:
         if done:
-            TERMINAL.at_end(ending.finished(done, Path(RESULTS), time.monotonic() - TERMINAL.started))
+            text = ending.finished(done, Path(RESULTS), time.monotonic() - TERMINAL.started)
+            TERMINAL.at_end(text)
+            tell_command("finished", message=text)
         return
     failures = [] if seen.interrupted else list(seen.failures.values())
     page = build_partial_report() if any(one.rule in stages.SECTIONS for one in failures) else ""
     other = "interrupted: running jobs were cancelled" if seen.interrupted else "\n".join(seen.errors[-1:])
-    TERMINAL.at_end(ending.failed(failures, Path(RESULTS), terminal.command_line(), page, other))
+    text = ending.failed(failures, Path(RESULTS), terminal.command_line(), page, other)
+    TERMINAL.at_end(text)
+    event, told = notify.of_failure(failures, seen.interrupted)
+    tell_command(event, message=text, **told)
 
 
 def build_partial_report():

@@ -30,6 +30,9 @@ class Configuration:
     """Folder of all results, on storage that every node sees (checkpoints of 671B need 7.3 TiB each)."""
     accelerator: Literal["cuda", "cpu"] = "cuda"
     """What training and serving run on. `cpu` is for the demo and tests."""
+    notify: Text | None = None
+    """Shell command that is started, and not waited for, when a run has started, finished, failed or was stopped; its
+    environment says which (docs/reliability.md). No run is hurt by it."""
     data: Data
     model: Model
     plan: Plan
