@@ -65,6 +65,7 @@ SPARE_NODES = EXPERIMENT.config["train"]["spare_nodes"]
 STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
 PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
 CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by check_targets
+TELLS = []  # not empty once the user's command was told that this run has started
 CHAIN_LOST = {}  # rule → why it cannot run any more without training again
 LOGS = EXPERIMENT.logs
 SCRIPT = f"{quote(EXPERIMENT.environment('workflow').python)} workflow/scripts"
@@ -344,12 +345,15 @@ def check_before_start(workflow):
     except (StageError, OSError) as error:
         raise WorkflowError(environment_faults.in_words(error))
     build_environments(rules)
-    tell_command("started")
+    if rules & set(stages.NEEDS):  # not for what only builds, renders or frees
+        TELLS.append("started")
+        tell_command("started")
 
 
 def tell_command(event, **told):
     """Start the user's command for an event of the run."""
-    notify.tell(EXPERIMENT.config["notify"], event, Path(RESULTS), Path(LOGS), **told)
+    if TELLS:
+        notify.tell(EXPERIMENT.config["notify"], event, Path(RESULTS), Path(LOGS), **told)
 
 
 def tell_end(workflow, ok):
