@@ -17,6 +17,7 @@ from .preflight import Preflight
 from .rehearse import Rehearse
 from .serve import Serve
 from .smoke_test import SmokeTest
+from .tracking import Tracking
 from .train import Train
 
 Name = matching("^[A-Za-z0-9][A-Za-z0-9._-]*$", "letters, digits, `.`, `_` and `-`, the first a letter or a digit")
@@ -33,6 +34,8 @@ class Configuration:
     notify: Text | None = None
     """Shell command that is started, and not waited for, when a run has started, finished, failed or was stopped; its
     environment says which (docs/reliability.md). No run is hurt by it."""
+    tracking: Tracking
+    """Experiment trackers that `make track` gives a run to (docs/report.md); no key of it re-runs anything."""
     data: Data
     model: Model
     plan: Plan
