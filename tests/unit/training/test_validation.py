@@ -209,6 +209,14 @@ def test_status_tells_the_loss_and_the_lowest():
     assert validation_rows.seconds_left(lines, 25, {"validation": {"every_steps": 10}}) == 21.0
 
 
+def test_a_finished_run_tells_what_is_converted():
+    told = {"validation_first_loss": 3.0, "validation_loss": 2.4}
+    assert validation_rows.of_receipt(told) == ", validation loss 3 → 2.4"
+    chosen = told | {"converted_step": 20, "converted_validation_loss": 2.0}
+    assert validation_rows.of_receipt(chosen).endswith("; converted is step 20 with 2")
+    assert validation_rows.of_receipt({"steps": 3}) == ""
+
+
 def test_clean_keeps_the_checkpoint_that_was_converted_and_the_newest(tmp_path, monkeypatch):
     run = tmp_path / "train/runs/abc"
     for step in (10, 20, 40):

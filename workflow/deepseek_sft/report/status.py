@@ -370,7 +370,7 @@ def _trained(train: Stage) -> str:
     figures = train.figures
     first, last = figures.get("first_loss"), figures.get("last_loss")
     losses = f", loss {first:.4g} → {last:.4g}" if isinstance(first, float) and isinstance(last, float) else ""
-    return f"{formatting.value('steps', figures.get('steps'))} steps{losses}"
+    return f"{formatting.value('steps', figures.get('steps'))} steps{losses}{validation_rows.of_receipt(figures)}"
 
 
 def _log_rows(now: Progress) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The validation loss on the screen of ``status``."""
+"""The validation loss in words, for `status` and the top of the report."""
 
 from typing import Any
 
@@ -23,3 +23,15 @@ def seconds_left(lines: list[dict[str, Any]], steps: int, settings: dict[str, An
     _, seconds = plots.series(lines, "seconds_validation")
     every = mapping(settings.get("validation")).get("every_steps")
     return float(seconds[-1]) * -(-steps // every) if len(seconds) and isinstance(every, int) and every > 0 else 0.0
+
+
+def of_receipt(figures: dict[str, Any]) -> str:
+    """What a finished run measured, and which checkpoint is converted; empty where nothing was measured."""
+    first, last = figures.get("validation_first_loss"), figures.get("validation_loss")
+    if not isinstance(first, float) or not isinstance(last, float):
+        return ""
+    text = f", validation loss {first:.4g} → {last:.4g}"
+    step, loss = figures.get("converted_step"), figures.get("converted_validation_loss")
+    if isinstance(step, int) and isinstance(loss, float):
+        text += f"; converted is step {step:,} with {loss:.4g}"
+    return text
