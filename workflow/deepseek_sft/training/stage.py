@@ -89,6 +89,9 @@ def prepare(
     base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
     statistics = _read_statistics(tokens_folder)
     config = families.read_config(base_folder)
+    held_out = _held_out(tokens, tokens_receipt) if chosen.validation else None
+    if held_out:
+        statistics["longest"] = max(statistics["longest"], _read_statistics(held_out)["longest"])
     _check(chosen, config, statistics, node)
     inputs = {
         "base": receipts.input_entry(base_receipt),
@@ -105,7 +108,6 @@ def prepare(
     if found.newest:
         steps = same_training.schedule_from(steps, chosen, found.newest, found.begun)
     folder, sums = output / "runs" / found.run_id, _sums(base)
-    held_out = _held_out(tokens, tokens_receipt) if chosen.validation else None
     return Run(
         *(found.run_id, folder, output, base_folder, tokens_folder, chosen, steps, inputs, sums),
         stated=stated,
@@ -370,7 +372,6 @@ def _held_out(receipt: dict[str, Any], path: Path) -> Path:
             f"train.validation: {path} names no held-out tokens",
             "hold samples out (data.held_out) and run tokenize_data again, with --held-out",
         )
-    _read_statistics(Path(folder).resolve())
     return Path(folder).resolve()
 
 
