@@ -7,12 +7,13 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status watch envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status watch track envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
 	@echo "make status how far a run is; RESULTS=results/<experiment> for one that was not active last"
 	@echo "make watch  the same as a page that stays open, for a browser here or over ssh; RESULTS as above, PORT=8765"
+	@echo "make track  give a run to MLflow and Weights & Biases (tracking: of its configuration); RESULTS=results/<experiment>"
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make families   a tiny base of each family (Moonlight, Kimi-K2, GigaChat3) through the whole chain; about 25 minutes"
@@ -41,6 +42,10 @@ demo:
 status:
 	@$(PYTHON) workflow/scripts/build_env.py workflow
 	@$(ENV)/python workflow/scripts/status.py $(RESULTS)
+
+track:
+	@$(PYTHON) workflow/scripts/build_env.py track
+	@.envs/track/bin/python workflow/scripts/track.py $(RESULTS)
 
 watch:
 	@$(PYTHON) workflow/scripts/build_env.py workflow

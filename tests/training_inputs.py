@@ -39,9 +39,23 @@ def probe_variables(project: Path, python: Path) -> dict[str, str]:
 def make_inputs(folder: Path, rows: int = 30, shape: tiny_model.TinyShape = SHAPE, longest: int = 40) -> Path:
     """Write base, tokens and their receipts below ``folder``."""
     tiny_model.write_tiny(folder / "base", shape, 0, 8_000_000)
-    target = folder / "tokens"
+    _write_rows(folder / "tokens", np.random.default_rng(0), rows, shape, longest)
+    _write_rows(folder / "held_out_tokens", np.random.default_rng(1), 5, shape, longest)
+    for rule, name, result in (("prepare_model", "base", "base"), ("tokenize_data", "tokens", "tokens")):
+        place = {result: str(folder / name)}
+        if rule == "prepare_model":
+            place["sums"] = str(folder / base_sums.NAME)
+            base_sums.write(folder / base_sums.NAME, folder / "base", sorted((folder / "base").glob("*.safetensors")))
+        else:
+            place["held_out_tokens"] = str(folder / "held_out_tokens")
+        receipts.write(folder / f"{rule}.json", rule, inputs={}, settings={}, result=place, figures={})
+    return folder
+
+
+def _write_rows(
+    target: Path, random: np.random.Generator, rows: int, shape: tiny_model.TinyShape, longest: int
+) -> None:
     target.mkdir()
-    random = np.random.default_rng(0)
     writer = tokens.TokenWriter(target)
     lengths = [int(random.integers(6, longest)) for _ in range(rows)]
     for number, length in enumerate(lengths):
@@ -53,13 +67,6 @@ def make_inputs(folder: Path, rows: int = 30, shape: tiny_model.TinyShape = SHAP
     shards = writer.close()
     statistics = {"rows": rows, "samples": rows, "tokens": sum(lengths), "longest": max(lengths)}
     tokens.write_index(target, {"shards": shards, "vocab_size": shape.vocab_size} | statistics)
-    for rule, name, result in (("prepare_model", "base", "base"), ("tokenize_data", "tokens", "tokens")):
-        place = {result: str(folder / name)}
-        if rule == "prepare_model":
-            place["sums"] = str(folder / base_sums.NAME)
-            base_sums.write(folder / base_sums.NAME, folder / "base", sorted((folder / "base").glob("*.safetensors")))
-        receipts.write(folder / f"{rule}.json", rule, inputs={}, settings={}, result=place, figures={})
-    return folder
 
 
 def tensors_of(folder: Path) -> list[Any]:

@@ -85,6 +85,7 @@ HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 COMPILES = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler (Debian: g++)")
 BROKEN = ("zero3", "zero3_offload")
 BALANCE = {"balance_bias_speed": 0.01, "max_grad_norm": 1e6}
+HELD_OUT = 29  # rows, which no micro batch of the spreads divides
 
 
 def spread_name(spread: tuple[int, int, int]) -> str:
@@ -120,10 +121,11 @@ def cases(world_size: int) -> dict:
         found["kept-gathered"] = {"settings": gathered, "steps": 1, "moments": True}
         kept = {"recompute": "without_attention", "sequence_parallel_size": 2, "micro_batch_size": 16}
         found["kept-attention"] = {"settings": kept | {"max_grad_norm": 1e6}, "steps": 1, "moments": True}
-        found["balance-experts"] = {
-            "settings": BALANCE | {"micro_batch_size": 2, "expert_parallel_size": 2}, "steps": 3
-        }  # fmt: skip
-        found["balance"] = {"settings": BALANCE | {"micro_batch_size": 4, "sequence_parallel_size": 2}, "steps": 3}
+        experts = BALANCE | {"micro_batch_size": 2, "expert_parallel_size": 2}
+        sequence = BALANCE | {"micro_batch_size": 4, "sequence_parallel_size": 2}
+        for name, settings in {"balance-experts": experts, "balance": sequence}.items():
+            case = {"settings": settings, "steps": 3, "counted": True}
+            found |= {name: case, f"{name}-validated": case | {"validated": True}}
     if world_size == 1:
         accumulated = {"micro_batch_size": 1, "gradient_accumulation_steps": 4, "activation_checkpointing": False}
         found["balance-alone"] = {"settings": BALANCE | accumulated, "steps": 3}
@@ -131,7 +133,8 @@ def cases(world_size: int) -> dict:
 
 
 def make_inputs(folder: Path, packed: bool = True) -> None:
-    """A base, and rows of very uneven masks: packed rows, a row with one trained token, a row without any.
+    """A base, and rows of very uneven masks: packed rows, a row with one trained token, a row without any; likewise
+    rows that are held out.
 
     Args:
         packed: whether every third row holds several samples; else all hold one.
@@ -139,11 +142,15 @@ def make_inputs(folder: Path, packed: bool = True) -> None:
     tiny_model.write_tiny(
         folder / "base", tiny_model.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64, heads=8), 0, 8_000_000
     )
-    (folder / "tokens").mkdir()
-    random = np.random.default_rng(0)
-    writer = tokens.TokenWriter(folder / "tokens")
+    write_rows(folder / "tokens", 2 * GLOBAL_BATCH, np.random.default_rng(0), packed)
+    write_rows(folder / "held_out", HELD_OUT, np.random.default_rng(1), packed)
+
+
+def write_rows(folder: Path, rows: int, random: np.random.Generator, packed: bool) -> None:
+    folder.mkdir()
+    writer = tokens.TokenWriter(folder)
     lengths = []
-    for number in range(2 * GLOBAL_BATCH):
+    for number in range(rows):
         sizes = random.integers(3, 24, 3) if packed and number % 3 == 0 else random.integers(6, 40, 1)
         ids = random.integers(2, 60, sizes.sum()).astype(np.int32)
         trained = random.random(len(ids)) < random.choice([0.05, 0.5, 1.0])
@@ -153,7 +160,7 @@ def make_inputs(folder: Path, packed: bool = True) -> None:
         lengths.append(len(ids))
     shards = writer.close()
     statistics = {"rows": len(lengths), "samples": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
-    tokens.write_index(folder / "tokens", {"shards": shards, "vocab_size": VOCABULARY} | statistics)
+    tokens.write_index(folder, {"shards": shards, "vocab_size": VOCABULARY} | statistics)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +253,24 @@ def test_balance_biases_move_by_the_whole_batch_and_stay_equal_on_all_ranks(figu
     assert shared["biases"] == alone["biases"]
     assert shared["biases"][0] == figures["reference-float32"]["biases"]
     assert shared["biases"][0] != shared["biases"][2]
+
+
+@pytest.mark.parametrize("name", [*map(spread_name, SPREADS), *EXPERT_NAMES])
+def test_the_validation_loss_is_that_of_each_held_out_sample_alone_however_it_is_spread(figures, name):
+    assert figures[name]["validation"] == pytest.approx(figures["reference-float32"]["validation"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["balance", "balance-experts"])
+def test_training_is_the_same_to_the_bit_with_and_without_validation(figures, name):
+    without, validated = figures[name], figures[f"{name}-validated"]
+    for key in ("losses", "biases", "counts", "weights"):
+        assert validated[key] == without[key], key
+    assert validated["biases_equal"]
+
+
+@pytest.mark.parametrize("name", ["balance", "balance-experts"])
+def test_validation_leaves_random_numbers_counts_clocks_and_the_order_of_modules_alone(figures, name):
+    assert figures[f"{name}-validated"]["untouched"]
 
 
 @pytest.mark.parametrize("strategy", BROKEN)

@@ -113,6 +113,38 @@ def test_a_run_that_is_killed_stopped_and_terminated_ends_with_the_losses_of_an_
     assert ["trained_losses" in marker for marker in markers] == [False, True]
 
 
+def test_a_run_that_validates_and_ends_early_trains_as_one_that_does_not(trainer, uninterrupted):
+    """No loss ever falls by so much: after the first measurement, patience alone counts."""
+    run, stop = trainer(), {"patience": 2, "min_delta": 50.0}
+    settings = {"sequence_parallel_size": 2, "micro_batch_size": 4, "max_steps": STEPS, "save_every_steps": 4} | BALANCE
+    validation = {"every_steps": 2, "samples": 1000, "early_stop": stop}
+
+    text = run.run(2, validation=validation, **settings)
+    assert (
+        "has not fallen by more than 50 in 2 measurements" in text and f"the run ends after step 6 of {STEPS}" in text
+    )
+    assert without_times(run.metrics()) == without_times(uninterrupted.metrics()[:6])
+    measured = {line["step"]: line["validation_loss"] for line in run.metrics() if "validation_loss" in line}
+    figures = run.receipt["figures"]
+    assert list(measured) == [2, 4, 6]
+    assert (figures["ended_early"], figures["steps"], figures["planned_steps"]) == (True, 6, STEPS)
+    best = min((4, 6), key=measured.get)
+    assert (figures["converted_step"], figures["converted_validation_loss"]) == (best, measured[best])
+    assert run.receipt["result"]["checkpoint"] == str(run.run_folder / f"step_{best}")
+    assert figures["trained_losses"]["step"] == best
+
+    assert "finished already" in run.run(2, validation=validation, **settings)
+    assert run.receipt["figures"]["validation_lowest_loss"] == min(measured.values())
+
+
+VARYING = ("seconds", "per_second", "tflops", "mfu", "memory", "allocator", "validation")
+
+
+def without_times(lines):
+    """Metrics without what differs from run to run, and without the columns of validation."""
+    return [{key: value for key, value in line.items() if not any(word in key for word in VARYING)} for line in lines]
+
+
 def test_training_lowers_the_loss(uninterrupted):
     figures = uninterrupted.receipt["figures"]
     assert figures["last_loss"] < figures["first_loss"] - 0.5

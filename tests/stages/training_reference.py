@@ -17,13 +17,16 @@ def samples_of_step(rows, step: int, batch: int) -> list[tuple[torch.Tensor, tor
     """Token ids and labels of each sample of a step's rows, packed rows taken apart."""
     from deepseek_sft.training.schedule import rows_of_step
 
-    samples = []
-    for number in rows_of_step(len(rows), 42, step, batch):
-        row, start = rows[number], 0
-        for size in map(int, row["sample_lengths"]):
-            part = slice(start, start + size)
-            samples.append((torch.tensor(row["input_ids"][part]).long(), torch.tensor(row["labels"][part]).long()))
-            start += size
+    return [sample for number in rows_of_step(len(rows), 42, step, batch) for sample in samples_of(rows[number])]
+
+
+def samples_of(row) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels of each sample of a row."""
+    samples, start = [], 0
+    for size in map(int, row["sample_lengths"]):
+        part = slice(start, start + size)
+        samples.append((torch.tensor(row["input_ids"][part]).long(), torch.tensor(row["labels"][part]).long()))
+        start += size
     return samples
 
 
@@ -107,6 +110,9 @@ def float32(inputs: Path, output: Path) -> None:
 
     rows, model = TokenDataset(str(inputs / "tokens")), load(inputs / "base", torch.float32)
     biases = balance(model, rows, batch=4, speed=0.01)
+    held_out = TokenDataset(str(inputs / "held_out"))
+    with torch.no_grad():
+        validation = mean_loss(model, [sample for row in held_out for sample in samples_of(row)]).item()
     losses, first = train(model, rows, batch=16, steps=20, rate=1e-3, clip=1e6)
     fused = {}
     for name in first:
@@ -120,7 +126,9 @@ def float32(inputs: Path, output: Path) -> None:
             if whole not in fused:
                 fused[whole] = torch.cat([first[part].flatten() for part in release_names(whole, SHARD)])
     torch.save(fused, output / "reference.pt")
-    (output / "reference-float32.json").write_text(json.dumps({"losses": losses, "biases": biases}))
+    (output / "reference-float32.json").write_text(
+        json.dumps({"losses": losses, "biases": biases, "validation": validation})
+    )
 
 
 def bfloat16(inputs: Path, output: Path) -> None:

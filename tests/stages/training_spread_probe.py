@@ -1,21 +1,29 @@
 """Run by the train environment's Python: the same steps, spread over ranks in different ways, beside a plain loop.
 
 Usage: training_spread_probe.py INPUTS CASES OUTPUT, with ``tests`` in PYTHONPATH
-CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool, "broken": bool, "visits": bool}.
+CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool, "broken": bool, "visits": bool,
+"counted": bool, "validated": bool}.
 Writes OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
 parameter's gradient is not a number. ``visits``: rows that arrived from other nodes in the newest layer's exchange, of
-all ranks, and how many the tokens' experts ask for.
+all ranks, and how many the tokens' experts ask for. ``counted``: tokens of each expert, and checksums of each rank's
+weights and moments, after the last step. ``validated``: the held-out rows are measured after each step. With
+``moments`` they are measured before the first.
 """
 
+import dataclasses
 import json
+import math
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
 import torch
 import training_ranks
 import training_reference
+
+SAMPLES = 1000  # of the held-out rows: all
 
 
 def run_cases(inputs: Path, cases: dict, output: Path) -> None:
@@ -25,6 +33,7 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
     from training_engine import engine
 
     from deepseek_sft.model import node_exchange
+    from deepseek_sft.training.xtuner_engine import compute_clock
 
     newest: list = []  # exchange of the last layer that ran
     make = node_exchange.TokenExchange.__init__
@@ -38,15 +47,22 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
         begin = time.monotonic()
         with engine(inputs / "base", inputs / "tokens", **case["settings"]) as run:
             figures: dict = {"losses": [], "biases": [], "verdicts": []}
+            run.counts = run.model.count_experts()
+            run.clock = compute_clock.ComputeClock(run.model.llm.model.layers, run.engine.device)
             broken = run.model.llm.routers()[0].weight
             hook = broken.register_hook(lambda gradient: gradient * float("nan")) if case.get("broken") else None
             before = safe_get_full_fp32_param(broken).clone()
+            measure = validation_of(run, inputs)
+            if case.get("moments"):
+                figures["validation"] = measure()
             for step in range(case["steps"]):
                 figures["losses"].append(run.step())
                 figures["verdicts"].append(run.result.verdict.kind)
                 if hook is not None:
                     figures["unchanged"] = torch.equal(before, safe_get_full_fp32_param(broken))
                     hook = hook.remove()
+                if case.get("validated"):
+                    figures["untouched"] = untouched(run, measure) and figures.get("untouched", True)
                 if step == 0 and case.get("moments"):
                     figures["moments"] = differences(run, output / "reference.pt")
                 if run.model.balance_bias is not None:
@@ -55,14 +71,66 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
             figures["router_kept"] = torch.equal(before, safe_get_full_fp32_param(broken))
             if case.get("visits"):
                 figures["visits"] = visits(newest[0])
+            if case.get("counted"):
+                figures["counts"] = run.counts.take().tolist()
+                figures["weights"] = digest(run)
             figures["deepspeed"] = [run.engine.steps_per_print(), run.engine.zero_sub_group_size()]
             everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, (run.model.llm.bytes_read, figures["biases"]))
+            seen = (run.model.llm.bytes_read, figures["biases"], figures.get("weights"), figures.get("untouched", True))
+            dist.all_gather_object(everyone, seen)
         figures["bytes_read"] = [entry[0] for entry in everyone]
         figures["biases_equal"] = all(entry[1] == everyone[0][1] for entry in everyone)
+        figures["weights"] = [entry[2] for entry in everyone]
+        figures["untouched"] = all(entry[3] for entry in everyone)
         figures["seconds"] = round(time.monotonic() - begin, 2)
         if dist.get_rank() == 0:
             (output / f"{name}.json").write_text(json.dumps(figures))
+
+
+def validation_of(run, inputs: Path):
+    """What measures the held-out rows in an engine."""
+    from deepseek_sft.training.xtuner_engine.validation_loss import Validation
+
+    changed = dataclasses.replace(run.settings, validation={"every_steps": 1, "samples": SAMPLES})
+    validation = Validation(inputs / "held_out", changed, 1, {})
+    return lambda: validation.measure(run.engine, 1).loss
+
+
+def untouched(run, measure) -> bool:
+    """Whether a measurement leaves random numbers, DeepSpeed's order of modules, counts and clocks as they were."""
+    run.clock.take()
+    before, loss, after = kept(run), measure(), kept(run)
+    return math.isfinite(loss) and before == after
+
+
+def kept(run) -> list:
+    """What training goes on from, beside weights and moments."""
+    coordinator = run.engine.optimizer.parameter_offload.get_param_coordinator()
+    coordinator.reset_step()  # as the next step begins
+    order = coordinator._PartitionedParameterCoordinator__param_order
+    routers = run.model.llm.routers()
+    return [
+        torch.get_rng_state().tolist(),
+        coordinator.is_complete_trace(),
+        [(entry.param.ds_id, entry.step_id_last_used_at) for entry in order],
+        [str(parameter.ds_status) for parameter in run.model.parameters()],
+        [router.e_score_correction_bias.tolist() for router in routers],
+        run.model.training,
+        run.counts.counts.tolist(),
+        run.clock.take(),
+    ]
+
+
+def digest(run) -> list[int]:
+    """Checksums of this rank's master weights and moments."""
+    from deepseek_sft.training.xtuner_engine import engine_states
+
+    zero = run.engine.optimizer
+    found = []
+    for flat, _ in engine_states.owners(zero):
+        state = zero.optimizer.state[flat]
+        found += [flat, *(torch.as_tensor(state[name]) for name in sorted(state))]
+    return [zlib.crc32(tensor.detach().float().cpu().numpy().tobytes()) for tensor in found]
 
 
 def visits(exchange) -> list[int]:

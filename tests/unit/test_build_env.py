@@ -17,7 +17,7 @@ import build_env  # noqa: E402
 from deepseek_sft import locks  # noqa: E402
 from deepseek_sft.errors import CrashError  # noqa: E402
 
-LOCKS = ["workflow", "dev", "train", "train-cuda", "serve-cpu", "serve-cuda", "evaluate"]
+LOCKS = ["workflow", "dev", "train", "train-cuda", "serve-cpu", "serve-cuda", "evaluate", "track"]
 HASHED = sorted(path.stem for path in (PROJECT / "envs").glob("*.txt"))
 
 

@@ -28,6 +28,7 @@ TOOLS = {
         "render_sbatch",
         "serve",
     ),
+    "track",
     *("slurm_command", "status", "stop", "watch", "_bootstrap", "_single_threaded"),
 }
 # where the tokenizer comes with the tiny model; where a gate asks for the base's results

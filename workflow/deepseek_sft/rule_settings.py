@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config as configuration
 from . import engines, environments
+from .data.held_out_prompts import HELD_OUT
 from .files import canonical_json
 from .planning import duration
 from .planning.settings import Training
@@ -49,7 +50,10 @@ def _tokenize_data(experiment: "Experiment") -> Words:
     words += ["--output", f"{results}/data/tokens", "--rejects", f"{results}/data/tokenize_rejects.jsonl"]
     words += ["--statistics", f"{results}/data/statistics.json", "--max-length", data["max_length"]]
     words += ["--history-reasoning", data["history_reasoning"], "--on-too-long", data["on_too_long"]]
-    return words + (["--pack"] if data["pack"] else []), []
+    words += ["--pack"] if data["pack"] else []
+    return words + (
+        ["--held-out", f"{results}/data/{HELD_OUT}"] if experiment.config["train"]["validation"] else []
+    ), []
 
 
 def _prepare_model(experiment: "Experiment") -> Words:
@@ -100,7 +104,9 @@ def _refine_plan(experiment: "Experiment") -> Values:
     others = {
         "accelerator": config["accelerator"],
         "results": config["results"],
-        "data": {"max_length": config["data"]["max_length"]} | ({"pack": True} if config["data"]["pack"] else {}),
+        "data": {"max_length": config["data"]["max_length"]}
+        | ({"pack": True} if config["data"]["pack"] else {})
+        | ({"held_out": config["data"]["held_out"]} if config["train"]["validation"] else {}),
         "model": configuration.settled("model", config),
         "convert": {"dtype": config["convert"]["dtype"]},
         "plan": configuration.settled("plan", config),

@@ -19,6 +19,7 @@ try:
         json_files,
         known_at_start,
         locks,
+        notify,
         place,
         stages,
         starting,
@@ -64,6 +65,7 @@ SPARE_NODES = EXPERIMENT.config["train"]["spare_nodes"]
 STATED_RESOURCES = {}  # rule → resources that the profile states; filled in by complete_resources
 PLANNED = ("nodes", "gres", "mem_mb", "runtime", "slurm_extra")  # resources that a plan looks at
 CHAIN_FORCED = {}  # rule → why it runs again though Snakemake sees no reason; filled in by check_targets
+TELLS = []  # not empty once the user's command was told that this run has started
 CHAIN_LOST = {}  # rule → why it cannot run any more without training again
 LOGS = EXPERIMENT.logs
 SCRIPT = f"{quote(EXPERIMENT.environment('workflow').python)} workflow/scripts"
@@ -343,6 +345,15 @@ def check_before_start(workflow):
     except (StageError, OSError) as error:
         raise WorkflowError(environment_faults.in_words(error))
     build_environments(rules)
+    if rules & set(stages.NEEDS):  # not for what only builds, renders or frees
+        TELLS.append("started")
+        tell_command("started")
+
+
+def tell_command(event, **told):
+    """Start the user's command for an event of the run."""
+    if TELLS:
+        notify.tell(EXPERIMENT.config["notify"], event, Path(RESULTS), Path(LOGS), **told)
 
 
 def tell_end(workflow, ok):
@@ -353,12 +364,17 @@ def tell_end(workflow, ok):
     done = [rule for rule in dict.fromkeys(seen.finished) if rule in stages.NEEDS]
     if ok:
         if done:
-            TERMINAL.at_end(ending.finished(done, Path(RESULTS), time.monotonic() - TERMINAL.started))
+            text = ending.finished(done, Path(RESULTS), time.monotonic() - TERMINAL.started)
+            TERMINAL.at_end(text)
+            tell_command("finished", message=text)
         return
     failures = [] if seen.interrupted else list(seen.failures.values())
     page = build_partial_report() if any(one.rule in stages.SECTIONS for one in failures) else ""
     other = "interrupted: running jobs were cancelled" if seen.interrupted else "\n".join(seen.errors[-1:])
-    TERMINAL.at_end(ending.failed(failures, Path(RESULTS), terminal.command_line(), page, other))
+    text = ending.failed(failures, Path(RESULTS), terminal.command_line(), page, other)
+    TERMINAL.at_end(text)
+    event, told = notify.of_failure(failures, seen.interrupted)
+    tell_command(event, message=text, **told)
 
 
 def build_partial_report():

@@ -19,7 +19,7 @@ from deepseek_sft.data.evaluation_sets import EvaluationSet
 from deepseek_sft.data.fields import MEANINGS, Vocabulary
 from deepseek_sft.data.figures import Figures, described
 from deepseek_sft.data.formats import AUTO, FORMATS
-from deepseek_sft.data.held_out_split import FILE, PROMPTS_FILE
+from deepseek_sft.data.held_out_prompts import HELD_OUT, PROMPTS_FILE
 from deepseek_sft.data.hints import source_hint
 from deepseek_sft.data.prepare import prepare
 from deepseek_sft.data.sources import expand, find_sources
@@ -60,7 +60,7 @@ def main() -> None:
     files.require_writable(arguments.output, arguments.rejects, arguments.receipt)
     sources = find_sources(arguments.source, arguments.weights)
     arguments.receipt.unlink(missing_ok=True)  # a receipt never speaks of a run that is being replaced
-    for name in (FILE, PROMPTS_FILE):
+    for name in (HELD_OUT, PROMPTS_FILE):
         arguments.output.with_name(name).unlink(missing_ok=True)
     figures = prepare(
         sources,
@@ -76,7 +76,10 @@ def main() -> None:
         held_out=arguments.held_out,
         workers=arguments.workers,
     )
-    held = {"held_out": str(arguments.output.with_name(FILE)), "prompts": str(arguments.output.with_name(PROMPTS_FILE))}
+    held = {
+        "held_out": str(arguments.output.with_name(HELD_OUT)),
+        "prompts": str(arguments.output.with_name(PROMPTS_FILE)),
+    }
     asked = {"decontaminate": arguments.decontaminate, "evaluation_sets": arguments.evaluation_sets} if sets else {}
     files_of_sets = [path for one in sets for path in expand(one.path)]
     receipts.write(

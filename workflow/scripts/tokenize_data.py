@@ -9,6 +9,7 @@ nothing.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import _single_threaded  # noqa: F401
 
 from deepseek_sft import cli, files, receipts
 from deepseek_sft.data.samples import Settings
-from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
+from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize, tokenize_held_out
 from deepseek_sft.data.tokenizer_files import vocabulary_file
 from deepseek_sft.settings import options
 from deepseek_sft.settings.data import Data
 from deepseek_sft.settings.field_types import keys
 
 HALF = 0.5  # of a row: below it two samples share one on average
+HELD_OUT_TOKENS = "held_out_tokens"  # beside the token folder
 WRITTEN = ("output", "rejects", "statistics", "receipt")
 
 
@@ -33,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
     options.add(parser, Data, "template", "on_template_difference", "max_length", "history_reasoning", "on_too_long")
     parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=False, help=keys(Data)["pack"].meaning)
+    parser.add_argument("--held-out", type=Path, help="held_out.jsonl of prepare_data: tokens for validation")
     parser.add_argument("--output", type=Path, help="token folder")
     parser.add_argument("--rejects", type=Path, help="samples left out, with reasons")
     parser.add_argument("--statistics", type=Path, help="lengths, shares, rejects by reason")
@@ -66,6 +69,14 @@ def main() -> None:
         workers=arguments.workers,
         on_template_difference=arguments.on_template_difference,
     )
+    validated = {}
+    if arguments.held_out:
+        settled = dataclasses.replace(settings, template=figures["template"])
+        place = arguments.output.with_name(HELD_OUT_TOKENS)
+        figures["held_out"] = tokenize_held_out(
+            *(arguments.held_out, arguments.tokenizer, settled, place), pack=arguments.pack, workers=arguments.workers
+        )
+        validated = {HELD_OUT_TOKENS: str(place)}
     receipts.write(
         arguments.receipt,
         "tokenize_data",
@@ -84,7 +95,8 @@ def main() -> None:
             "tokens": str(arguments.output),
             "rejects": str(arguments.rejects),
             "statistics": str(arguments.statistics),
-        },
+        }
+        | validated,
         figures=figures,
     )
     cli.say(
@@ -97,6 +109,8 @@ def main() -> None:
         f"{figures['rows']} rows of {mean:,.0f} tokens on average, {mean / most:.1%} of {most}"
         + (": with data.pack several samples would share a row" if loose else "")
     )
+    if held := figures.get("held_out"):
+        cli.say(f"for validation: {held['samples']:,} samples, {held['trained_tokens']:,} tokens with loss")
     tell(figures)
 
 

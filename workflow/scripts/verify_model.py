@@ -22,6 +22,7 @@ from deepseek_sft import cli, files, json_files, receipts
 from deepseek_sft.convert import base_model, output_tensors, zero
 from deepseek_sft.data import loss_rows
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.json_files import Maybe
 from deepseek_sft.tensors import memory_bound
 from deepseek_sft.verify import model_card, verify
 from deepseek_sft.verify.weight_checks import ChangeBound
@@ -54,13 +55,14 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.train_receipt:
         rates = {"learning_rate": float, "weight_decay": float, "balance_bias_speed": json_files.Maybe(float)}
-        needs = {"settings": {**rates, "adam_betas": list}, "figures": {"steps": int}}
+        needs = {"settings": {**rates, "adam_betas": list}, "figures": {"steps": int, "converted_step": Maybe(int)}}
         train = receipts.read(args.train_receipt, "train", needs)
         for name in ("learning_rate", "weight_decay", "adam_betas"):
             setattr(args, name, train["settings"][name])
         args.balance_bias_speed = train["settings"].get("balance_bias_speed", 0.0)
         args.freeze = train["settings"].get("freeze", [])
-        args.steps = train["figures"]["steps"]
+        converted = train["figures"].get("converted_step")
+        args.steps = train["figures"]["steps"] if converted is None else converted  # not always the last
     return args
 
 

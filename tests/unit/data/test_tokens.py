@@ -15,10 +15,11 @@ from deepseek_sft import files, receipts
 from deepseek_sft.data.packing import best_fit
 from deepseek_sft.data.samples import Settings
 from deepseek_sft.data.show_samples import show
-from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize
+from deepseek_sft.data.tokenization import Outputs, first_samples, tokenize, tokenize_held_out
 from deepseek_sft.data.tokens import NO_LOSS, TokenDataset, TokenWriter, write_index
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.planning.settings import COUNTED, Samples
+from deepseek_sft.training.settings import identity
 
 BOS_ID, EOS_ID = 0, 1
 
@@ -299,3 +300,33 @@ def test_demo_samples_are_short(tmp_path):
     )  # fmt: skip
     figures, _, _ = run(tmp_path / "train.jsonl", max_length=128)
     assert figures["rejected"] == 0 and figures["mean_length"] < 60 and figures["longest"] <= 96
+
+
+def test_held_out_tokens_leave_the_training_tokens_and_their_identity_as_they_are(source, tmp_path):
+    """So that a begun run goes on when validation is set."""
+    held = [{"id": f"h{i}", "messages": [user("Q"), answer("R", f"h{i}")], "weight": 3} for i in range(4)]
+    write_lines(tmp_path / "held_out.jsonl", held)
+    made = {}
+    for name, more in (("without", []), ("with", ["--held-out", tmp_path / "held_out.jsonl", "--pack"])):
+        folder = tmp_path / name
+        words = ["--input", source, "--tokenizer", TOKENIZER, "--max-length", 64, "--pack", *more]
+        words += ["--output", folder / "tokens", "--rejects", folder / "rejects", "--statistics", folder / "statistics"]
+        folder.mkdir()
+        done = run_script("tokenize_data.py", *map(str, words), "--receipt", str(folder / "receipt.json"))
+        assert done.returncode == 0, done.stderr
+        made[name] = receipts.read(folder / "receipt.json", "tokenize_data")
+    assert identity(made["with"]) == identity(made["without"])
+    sums = [json.loads((tmp_path / name / "tokens/tokens.json").read_text())["sha256"] for name in made]
+    assert sums[0] == sums[1]
+    rows = TokenDataset(made["with"]["result"]["held_out_tokens"])
+    ids = sorted(name for row in rows for name in row["id"].split(","))
+    assert ids == ["h0", "h1", "h2", "h3"], "each once, whatever its weight"
+    assert made["with"]["figures"]["held_out"]["samples"] == 4
+    assert "held_out_tokens" not in made["without"]["result"]
+
+
+def test_held_out_samples_without_a_trained_token_are_refused(source):
+    record = {"id": "h", "messages": [user("Q"), answer("R", "h") | {"loss": False}, user("Q")]}
+    held = write_lines(source.parent / "held_out.jsonl", [record])
+    with pytest.raises(BadInputError, match=r"held_out\.jsonl"):
+        tokenize_held_out(held, TOKENIZER, Settings("deepseek-r1", 64), source.parent / "held")

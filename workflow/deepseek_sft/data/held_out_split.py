@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from .. import files
 from ..errors import BadInputError
-from .held_out_prompts import LONGEST_QUESTION, PROMPTS, PROMPTS_FILE
+from .held_out_prompts import HELD_OUT, LONGEST_QUESTION, PROMPTS, PROMPTS_FILE
 from .messages import json_line
 from .similarity import BANDS, signature
 from .text_tokens import Reader
 
-FILE = "held_out.jsonl"  # beside train.jsonl
 LARGEST_GROUP = 10  # records, or a tenth of what is to be held out: a larger group would be most of it
 COLUMNS = BANDS + 1
 Columns = NDArray[np.uint64]
@@ -117,7 +116,7 @@ def write(lines: Iterable[bytes], decision: Decision, share: float, output: Path
     Raises:
         BadInputError: nothing is held out, or none of it can be asked as a question; nothing is written.
     """
-    held, prompts = output.with_name(FILE), output.with_name(PROMPTS_FILE)
+    held, prompts = output.with_name(HELD_OUT), output.with_name(PROMPTS_FILE)
     count = int(decision.held.sum())
     if not count:
         raise BadInputError(

@@ -53,6 +53,7 @@ def tokenize(
     pack: bool = False,
     workers: int = 1,
     on_template_difference: str = "fail",
+    once: bool = False,
 ) -> dict[str, Any]:
     """Make the token folder and both files; return the figures for the receipt.
 
@@ -61,6 +62,7 @@ def tokenize(
 
     Args:
         on_template_difference: what a template that is not the base's does, ``fail`` or ``warn``.
+        once: each record once, whatever its weight.
 
     Raises:
         BadInputError: unreadable input, an unfit tokenizer, or no sample.
@@ -87,8 +89,9 @@ def tokenize(
                 statistics.add_record(made)
                 for name, reason, message in made.rejects:
                     rejects.write(json_line({"id": name, "reason": reason, "message": message}))
-                first = len(originals) if made.copies > 1 else None
-                for copy in range(1, made.copies + 1):
+                used = 1 if once else made.copies
+                first = len(originals) if used > 1 else None
+                for copy in range(1, used + 1):
                     if pack:
                         originals.extend(-1 if first is None else first + n for n in range(len(made.samples)))
                     for sample in made.samples:
@@ -261,3 +264,32 @@ def first_samples(source: Path, tokenizer: Path, settings: Settings, count: int)
         if len(found) >= count:
             break
     return found[:count]
+
+
+def tokenize_held_out(
+    source: Path, tokenizer: Path, settings: Settings, tokens: Path, *, pack: bool = False, workers: int = 1
+) -> dict[str, Any]:
+    """Make the token folder of the held-out records for validation, each record once; rejects and statistics beside it.
+
+    Args:
+        settings: those of the training data, with the template that was settled there.
+
+    Returns:
+        Figures for the receipt.
+
+    Raises:
+        BadInputError: as ``tokenize``; or no token of them is trained.
+    """
+    outputs = Outputs(
+        tokens, tokens.with_name(f"{tokens.name}_rejects.jsonl"), tokens.with_name(f"{tokens.name}_statistics.json")
+    )
+    found = tokenize(
+        *(source, tokenizer, settings, outputs), pack=pack, workers=workers, on_template_difference="warn", once=True
+    )
+    if not found["trained_tokens"]:
+        raise BadInputError(
+            f"{source}: no token of the {found['samples']:,} held-out samples carries a loss",
+            "hold out a larger share in data.held_out, or leave train.validation out",
+        )
+    names = ("rows", "samples", "rejected", "tokens", "trained_tokens", "longest", "mean_length")
+    return {name: found[name] for name in names}

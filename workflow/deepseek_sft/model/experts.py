@@ -189,7 +189,7 @@ class MixtureOfExperts(nn.Module):
         alike = shared()
         (shard,) = self.experts.values()
         routed = shard(tokens, kept.exchange, weights, kept.result)
-        if self.kept is not None:
+        if self.kept is not None and self.training:
             self.kept.put(Kept(kept.exchange, routed))
         return routed, alike
 

@@ -22,13 +22,15 @@ def disk(model: Model, training: Training, cluster: Cluster, served_dtype: str) 
         served_dtype: format of the converted model, ``bf16``, ``fp32`` or ``fp8``.
     """
     each = checkpoint_bytes(model, training, cluster)
-    count = training.keep_checkpoints + 1
+    best = bool(training.validation and training.validation.keeps_best)
+    count = training.keep_checkpoints + best + 1
     output = {"bf16": model.bf16_bytes, "fp32": model.fp32_bytes, "fp8": model.fp8_bytes}[served_dtype]
     terms = [
         Term(
             "checkpoints",
             count * each,
-            f"({training.keep_checkpoints} kept + 1 being written) × {cluster.ranks} ranks × {CHECKPOINT_BYTES} × "
+            f"({training.keep_checkpoints} kept{' + the best' if best else ''} + 1 being written) × "
+            f"{cluster.ranks} ranks × {CHECKPOINT_BYTES} × "
             f"{model.partition(cluster.ranks, training.experts_per_shard, training.expert_parallel_size):,} elements",
         ),
         Term("converted model", output, f"{model.total:,} parameters in {served_dtype}"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import time_limits
-from . import lockstep
+from . import lockstep, validation_time
 from .counting import Model
 from .expert_exchange import Exchange
 from .lockstep import Turns
@@ -115,9 +115,13 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
     if step and steps and between:
         trained = [steps * seconds for seconds in (step.fastest, step.slowest)]
         saves = [max(1, math.ceil(round(s / every, 6))) for s, every in zip(trained, between, strict=True)]
-        ends = [seconds + count * saved + loading for seconds, count in zip(trained, saves, strict=True)]
+        measured = validation_time.measurements(training, steps)
+        each = [validation_time.seconds(training, samples, groups, s) for s in (step.fastest, step.slowest)]
+        ends = [t + n * saved + loading + measured * v for t, n, v in zip(trained, saves, each, strict=True)]
         times = str(saves[0]) if saves[0] == saves[1] else f"{saves[0]} to {saves[1]}"
         formula = f"{steps:,} steps + {times} checkpoints × {saved:,.0f} s + loading {loading:,.0f} s"
+        if measured:
+            formula += f" + {measured:,} validations × {each[0]:,.0f} to {each[1]:,.0f} s"
         run = Range("whole run", ends[0], ends[1], formula)
     mtbf = 1000 * DAYS / (cluster.failures_per_1000_node_days * cluster.nodes)
     return Duration(

@@ -22,6 +22,15 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
+class Validation:
+    """The key ``train.validation``; ``keeps_best``: whether the best checkpoint is kept beside the newest."""
+
+    every_steps: int
+    samples: int
+    keeps_best: bool = False
+
+
+@dataclass(frozen=True)
 class Training:
     """The part of the configuration's ``train`` section that decides memory, disk and time.
 
@@ -53,6 +62,7 @@ class Training:
     expert_parallel_size: int = 1
     exchange_rows: int | None = None
     engine: str = engines.DEFAULT
+    validation: Validation | None = None
 
     @property
     def process(self) -> engines.ProcessMemory:
@@ -64,6 +74,9 @@ class Training:
         """From the configuration's sections and the model's ``config.json``."""
         keys = [*cls.train_keys(), "engine"]
         values = {key: train[key] for key in keys if key in train}
+        if values.get("validation"):
+            given = values["validation"]
+            values["validation"] = Validation(given["every_steps"], given["samples"], bool(given["early_stop"]))
         if values.get("expert_parallel_size") == AUTO:
             values["expert_parallel_size"] = 1  # until a plan is there to choose by: ``expert_choice``
         size = values.get("expert_parallel_size", 1)
@@ -131,6 +144,7 @@ COUNTED = {
         "samples": Maybe(float),
         "packed": Maybe(bool),
         "row_quantiles": Maybe(dict),
+        "held_out": Maybe(dict),
     }
 }
 FILLED = 0.97  # of packed rows, where it is not counted: best fit of lengths below half a row leaves less open
@@ -150,6 +164,7 @@ class Samples:
         packed: whether rows hold several samples.
         spread: rows that stand for all, evenly taken from them in the order of their lengths; None where all are taken
             to be of ``mean_length``.
+        held_out: samples to validate on; None where neither counted nor estimated.
     """
 
     rows: int | None
@@ -159,6 +174,7 @@ class Samples:
     per_row: float = 1.0
     packed: bool = False
     spread: dealing.Rows | None = None
+    held_out: int | None = None
 
     @classmethod
     def estimated(cls, config: dict[str, Any]) -> "Samples":
@@ -166,17 +182,21 @@ class Samples:
         plan, allowed = config["plan"], config["data"]["max_length"]
         longest = min(plan["longest_row"] or allowed, allowed)
         mean, samples = min(plan["mean_length"] or longest, longest), plan["samples"]
-        filled = FILLED * allowed
+        filled, share = FILLED * allowed, config["data"].get("held_out") or 0
+        held_out = math.ceil(samples * share / (1 - share)) if samples and share else None
         if not config["data"].get("pack") or 2 * mean > filled:
-            return cls(samples, mean, longest, "estimated", spread=None if mean == longest else estimate(mean, longest))
+            spread = None if mean == longest else estimate(mean, longest)
+            return cls(samples, mean, longest, "estimated", spread=spread, held_out=held_out)
         rows = max(1, round(samples * mean / filled)) if samples else None
         one = np.full(dealing.QUANTILES, round(filled), np.int64)
-        return cls(rows, filled, allowed, "estimated", filled / mean, True, dealing.Rows(one, _pairs(one, mean)))
+        spread = dealing.Rows(one, _pairs(one, mean))
+        return cls(rows, filled, allowed, "estimated", filled / mean, True, spread, held_out)
 
     @classmethod
     def counted(cls, receipt: dict[str, Any]) -> "Samples":
         """From the receipt of tokenize_data, read with ``COUNTED``."""
         figures = receipt["figures"]
+        held_out = (figures.get("held_out") or {}).get("samples")
         rows, spread = figures["rows"], figures.get("row_quantiles")
         return cls(
             rows,
@@ -186,6 +206,7 @@ class Samples:
             (figures.get("samples") or rows) / rows,
             bool(figures.get("packed")),
             dealing.Rows(*(np.array(spread[name], np.int64) for name in ("lengths", "pairs"))) if spread else None,
+            held_out if isinstance(held_out, int) else None,
         )
 
 

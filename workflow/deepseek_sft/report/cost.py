@@ -49,8 +49,8 @@ class Cost:
     """Of one stage, in GPU hours.
 
     Attributes:
-        lost: of what was spent: in training all but the steps that count (``gpu_hours.lost``); elsewhere the attempts
-            that failed.
+        lost: of what was spent: in training all but the steps that count and their validation (``gpu_hours.lost``);
+            elsewhere the attempts that failed.
         attempts: their number; None where only the receipt of the last one is known.
     """
 
@@ -119,7 +119,7 @@ def of(
         planned = (planned[0], planned[1]) if _numbers(planned) else None
         spent = sum(each)
         if rule == "train":
-            lost = gpu_hours.lost(spent, hours.trained if hours else _steps_seconds(metrics) * gpus / HOUR)
+            lost = gpu_hours.lost(spent, hours.served if hours else _steps_seconds(metrics) * gpus / HOUR)
         else:
             lost = sum(
                 taken for taken, one in zip(each, made, strict=False) if one.code or (one.code is None and not one.last)
@@ -193,9 +193,10 @@ def _receipt_seconds(stage: Stage) -> float:
 
 
 def _steps_seconds(metrics: list[dict[str, Any]]) -> float:
-    """Seconds of the steps that count, those between logged ones as long as these on average."""
+    """Seconds of the steps that count, those between logged ones as long as these on average, and of validation."""
     _, seconds = plots.series(metrics, "seconds")
-    return float(seconds.mean()) * metrics[-1]["step"] if len(seconds) else 0.0
+    _, validated = plots.series(metrics, "seconds_validation")
+    return float(seconds.mean()) * metrics[-1]["step"] + float(validated.sum()) if len(seconds) else 0.0
 
 
 def _numbers(value: Any) -> bool:

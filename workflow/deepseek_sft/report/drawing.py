@@ -104,7 +104,7 @@ def text(axes: Axes, x: float, y: float, words: str, offset: tuple[float, float]
 
 
 def line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **options: Any) -> None:
-    axes.plot(*thin(x, y), color=colour, marker="o" if len(x) == 1 else None, **options)
+    axes.plot(*thin(x, y), **({"color": colour, "marker": "o" if len(x) == 1 else None} | options))
 
 
 def steps_axis(axes: Axes) -> None:

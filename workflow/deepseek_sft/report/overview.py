@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import formatting
 from .. import stages as stage_rows
-from . import chat_section, collect, evaluation_section, plots
+from . import chat_section, collect, evaluation_section, plots, validation_rows
 from .collect import Stage, mapping
 
 LEVEL = {"complete": "good", "failed": "bad", "unreadable": "bad", "out of date": "warn", "result gone": "warn"}
@@ -70,7 +70,11 @@ def headline(stages: dict[str, Stage], metrics: list[dict[str, Any]]) -> list[tu
             value("samples", count) if trained else unknown,
             seen,
         ),
-        ("loss", f"{first:.3g} → {last:.3g}" if has_loss else unknown, steps),
+        (
+            "loss",
+            f"{first:.3g} → {last:.3g}" if has_loss else unknown,
+            steps + validation_rows.of_receipt(train),
+        ),
         (label, hours, hours_note),
         ("model", value("bytes", size), ", ".join(filter(None, (parameters, formatting.value("", place))))),
         ("smoke test", smoke, f"{passed} of {len(checks)} checks" if checks else ""),

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from . import drawing
-from .drawing import FIRST, INK, PAGE, SECOND, SERIES, Plot
+from .drawing import FIRST, INK, PAGE, SECOND, Plot
 
 SMOOTHED_FROM = 20  # points
 
@@ -17,7 +17,9 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
     plots = []
     steps, loss = series(metrics, "loss")
     if len(steps):
-        plots.append(_loss(steps, loss, series(metrics, "validation_loss"), *series(metrics, "learning_rate")))
+        plots.append(
+            _loss(steps, loss, *series(metrics, "learning_rate"), validated=series(metrics, "validation_loss"))
+        )
     for key, name, caption, title in (
         ("grad_norm", "grad-norm", "Gradient norm before clipping", "gradient norm"),
         ("tokens_per_second", "speed", "Tokens per second, all ranks", "tokens / s"),
@@ -38,9 +40,9 @@ def training(metrics: list[dict[str, Any]]) -> list[Plot]:
 def _loss(
     steps: np.ndarray,
     loss: np.ndarray,
-    validation: tuple[np.ndarray, np.ndarray],
     rate_steps: np.ndarray,
     rate: np.ndarray,
+    validated: tuple[np.ndarray, np.ndarray],
 ) -> Plot:
     figure, axes = drawing.figure((2.4, 1), 3.3) if len(rate) else drawing.figure()
     caption = "Loss per step"
@@ -51,9 +53,9 @@ def _loss(
         caption = f"Loss per step (thin) and its moving average over {window} points"
     else:
         drawing.line(axes[0], steps, loss, FIRST)
-    if len(validation[0]):
-        drawing.line(axes[0], *validation, SERIES[2], linestyle="--", label="on the held-out split")
-        drawing.legend(axes[0], loc="upper right")
+    if len(validated[0]):
+        drawing.line(axes[0], *validated, SECOND, marker="o", markersize=3)
+        caption += "; circles: validation loss of the held-out samples"
     drawing.y_axis(axes[0], drawing.compact)
     axes[0].set_ylabel("nats a token")
     if len(rate):

@@ -16,7 +16,7 @@ from typing import Any
 from .. import engines, formatting
 from ..errors import BadInputError
 from ..training import gpu_hours, run_folder, slow_nodes
-from . import collect, cost, plots, progress, slurm_jobs
+from . import collect, cost, plots, progress, slurm_jobs, validation_rows
 from .collect import Stage, mapping
 from .progress import Progress
 from .slurm_jobs import ALIVE, Job, job_seconds
@@ -224,6 +224,7 @@ def training_rows(run: Path, now: Progress, lines: list[dict[str, Any]]) -> list
         rows.append(("loss", f"{losses[-1]:.4f}{mean}, {losses[0]:.4f} at the start"))
     else:
         rows.append(("loss", "not finite"))
+    rows += validation_rows.row(lines)
     rows += _measured_rows(lines)
     _, seconds = plots.series(lines[-STEADY:], "seconds")
     _, speeds = plots.series(lines[-STEADY:], "tokens_per_second")
@@ -233,7 +234,10 @@ def training_rows(run: Path, now: Progress, lines: list[dict[str, Any]]) -> list
         useful = f", {statistics.median(slots.tolist()):.0%} of token slots useful" if len(slots) else ""
         rows.append(("speed", f"{statistics.median(speeds.tolist()):,.0f} tokens/s, {each:.2f} s a step{useful}"))
         if isinstance(total, int) and now.state in ("running", "seems to run"):
-            rows.append(("time left", _time_left((total - step) * each, mapping(settings.get("settings")), now.job)))
+            left = (total - step) * each + validation_rows.seconds_left(
+                lines, total - step, mapping(settings.get("settings"))
+            )
+            rows.append(("time left", _time_left(left, mapping(settings.get("settings")), now.job)))
     return rows
 
 
@@ -247,9 +251,6 @@ def steps_of(run: Path) -> int | None:
 def _measured_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The last of what only some lines have."""
     rows = []
-    steps, losses = plots.series(lines, "validation_loss")
-    if len(losses):
-        rows.append(("validation", f"{losses[-1]:.4f} at step {steps[-1]:,.0f}, {losses.min():.4f} at best"))
     _, norms = plots.series(lines, "grad_norm")
     if len(norms):
         rows.append(
@@ -323,7 +324,7 @@ def _trained(train: Stage) -> str:
     figures = train.figures
     first, last = figures.get("first_loss"), figures.get("last_loss")
     losses = f", loss {first:.4g} → {last:.4g}" if isinstance(first, float) and isinstance(last, float) else ""
-    return f"{formatting.value('steps', figures.get('steps'))} steps{losses}"
+    return f"{formatting.value('steps', figures.get('steps'))} steps{losses}{validation_rows.of_receipt(figures)}"
 
 
 def log_rows(now: Progress) -> list[tuple[str, str]]:

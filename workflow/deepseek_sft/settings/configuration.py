@@ -17,6 +17,7 @@ from .preflight import Preflight
 from .rehearse import Rehearse
 from .serve import Serve
 from .smoke_test import SmokeTest
+from .tracking import Tracking
 from .train import Train
 
 Name = matching("^[A-Za-z0-9][A-Za-z0-9._-]*$", "letters, digits, `.`, `_` and `-`, the first a letter or a digit")
@@ -30,6 +31,11 @@ class Configuration:
     """Folder of all results, on storage that every node sees (checkpoints of 671B need 7.3 TiB each)."""
     accelerator: Literal["cuda", "cpu"] = "cuda"
     """What training and serving run on. `cpu` is for the demo and tests."""
+    notify: Text | None = None
+    """Shell command that is started, and not waited for, when a run has started, finished, failed or was stopped; its
+    environment says which (docs/reliability.md). No run is hurt by it."""
+    tracking: Tracking
+    """Experiment trackers that `make track` gives a run to (docs/report.md); no key of it re-runs anything."""
     data: Data
     model: Model
     plan: Plan
@@ -78,6 +84,11 @@ class Configuration:
             yield (
                 "serve.data_parallel_size: replicas share experts on GPUs alone: vLLM 0.32 on CPUs lacks the "
                 "all-gather that this takes, and fails at the first request; write data_parallel_size: 1"
+            )
+        if train.validation and not self.data.held_out:
+            yield (
+                "train.validation: there are no samples to measure; write data: {held_out: 0.5 %} to hold some out of "
+                "training, or leave validation out"
             )
         if tiny and self.convert.mtp == "copy":
             yield "convert.mtp: the tiny model has no multi-token-prediction layer to copy; use `drop`"

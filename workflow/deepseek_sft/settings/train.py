@@ -37,6 +37,27 @@ class HangMinutes:
 
 
 @section
+class EarlyStop:
+    patience: Positive = 3
+    """Measurements in a row without a lower validation loss after which the run ends."""
+    min_delta: NotNegative = 0.0
+    """By how much a loss must be lower to count as lower, in nats a token."""
+
+
+@section
+class Validation:
+    every_steps: Positive = 100
+    """Steps between two measurements of the validation loss; the last step of a run is always measured."""
+    samples: Positive = 1000
+    """At most so many of the held-out samples, chosen once for the experiment; one measurement takes about a quarter of
+    the time of training on them."""
+    early_stop: EarlyStop | None = None
+    """End the run when the validation loss no longer falls. What is converted is then the committed checkpoint with the
+    lowest validation loss, which is kept beside `keep_checkpoints`, however the run ends; `save_every_steps` must be a
+    multiple of `every_steps`."""
+
+
+@section
 class Training:
     engine: Literal["xtuner"] = "xtuner"
     """Training engine."""
@@ -79,6 +100,9 @@ class Training:
     """End early after this many hours of training over all starts, start-up and lost work not counted. The last step is
     saved and the run counts as done; the learning rate still follows the planned steps. A larger value continues the
     same run."""
+    validation: Validation | None = setting(None, later=True, same_run=True)
+    """Measure the loss of the held-out samples (`data.held_out`) while training, `{every_steps: 100}`, and perhaps end
+    early by it. Training itself is the same to the bit with and without; setting it goes on with a begun run."""
     learning_rate: AboveZero = 2e-07
     """Peak learning rate."""
     min_learning_rate: NotNegative = 0.0
@@ -187,6 +211,13 @@ class Training:
             yield "freeze: AdamW's weight decay would move what is frozen; set weight_decay: 0, or freeze: []"
         if self.freeze and self.balance_bias_speed > 0:
             yield "freeze: balance_bias_speed moves the routers' biases; set it to 0, or freeze: []"
+        if self.validation and self.validation.early_stop:
+            every = self.validation.every_steps
+            if self.save_every_steps % every:
+                yield (
+                    f"validation.early_stop: checkpoints of steps that are not measured could not be chosen; "
+                    f"save_every_steps {self.save_every_steps} must be a multiple of validation.every_steps {every}"
+                )
         if self.min_learning_rate > self.learning_rate:
             yield "min_learning_rate: is above learning_rate"
 

@@ -200,14 +200,15 @@ def make_room(run: Path, expected: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(run: Path, run_id: str, keep: int) -> None:
-    """Remove all but the newest ``keep`` committed checkpoints, and those set aside.
+def prune(run: Path, run_id: str, keep: int, best: Checkpoint | None = None) -> None:
+    """Remove all but the newest ``keep`` committed checkpoints and ``best``, and those set aside.
 
     A damaged one stays, for a person to look at or to restore, until training has come as far again. Called only
     after a newer checkpoint is committed. The marker goes first: what an interrupted removal leaves is not a
     checkpoint any more.
     """
-    for old in committed(run, run_id)[:-keep]:
+    old_ones = [old for old in committed(run, run_id)[:-keep] if best is None or old.folder != best.folder]
+    for old in old_ones:
         (old.folder / MARKER).unlink()
         shutil.rmtree(old.folder)
     last = max((checkpoint.step for checkpoint in committed(run, run_id)), default=-1)

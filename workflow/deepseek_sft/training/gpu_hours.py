@@ -30,6 +30,7 @@ class GpuHours:
     Attributes:
         trained: in steps that count.
         saved: in checkpoints that count.
+        validated: in measurements of the validation loss that count.
         again: in steps and checkpoints after the last checkpoint of a start, trained again later.
         starting: from a start's ranks to its first step.
         waiting: between two starts, when the run trained on nothing: queue, preflight, and until an end was noticed.
@@ -46,16 +47,22 @@ class GpuHours:
     start_seconds: tuple[float, ...]
     wait_seconds: tuple[float, ...]
     save_seconds: tuple[float, ...]
+    validated: float = 0.0
 
     @property
     def held(self) -> float:
         """By ranks, from a start's begin to its last line, without waiting."""
-        return self.trained + self.saved + self.again + self.starting
+        return self.served + self.saved + self.again + self.starting
 
     @property
     def share_trained(self) -> float:
         """Of those held."""
         return self.trained / self.held if self.held else 0.0
+
+    @property
+    def served(self) -> float:
+        """In what counts: steps, and measurements of the validation loss."""
+        return self.trained + self.validated
 
     def rows(self, spent: float | None = None) -> list[tuple[str, str]]:
         """Name and text of each.
@@ -66,7 +73,8 @@ class GpuHours:
         whole, beside, of = self._whole(spent)
         rows = [
             ("trained", f"{self.trained:,.2f} ({of})"),
-            ("lost", f"{lost(whole, self.trained):,.2f}, that is:"),
+            *([("validating", f"{self.validated:,.2f}")] if self.validated else []),
+            ("lost", f"{lost(whole, self.served):,.2f}, that is:"),
             ("– saving", f"{self.saved:,.2f}"),
             ("– trained again", f"{self.again:,.2f}, steps and saves after the checkpoint that a restart went on from"),
             ("– starting", f"{self.starting:,.2f} in {self.starts} start{'' if self.starts == 1 else 's'}"),
@@ -79,7 +87,8 @@ class GpuHours:
         """One line for people."""
         whole, beside, of = self._whole(spent)
         return (
-            f"{self.trained:,.2f} trained ({of}), {lost(whole, self.trained):,.2f} lost: {self.saved:,.2f} saving, "
+            f"{self.trained:,.2f} trained ({of}), {f'{self.validated:,.2f} validating, ' if self.validated else ''}"
+            f"{lost(whole, self.served):,.2f} lost: {self.saved:,.2f} saving, "
             f"{self.again:,.2f} trained again, {self.starting:,.2f} starting"
             f"{'' if beside is None else f', {beside:,.2f} beside'}; {self.waiting:,.2f} waiting between starts"
         )
@@ -97,12 +106,12 @@ class GpuHours:
         return {name: statistics.median(seconds) for name, seconds in seen.items() if seconds}
 
 
-def lost(spent: float, trained: float) -> float:
+def lost(spent: float, served: float) -> float:
     """What served no step that counts: the one rule for GPU hours that are told as lost in training.
 
     Saves, starts, steps that were trained again, attempts that came to no step, and waiting for an end to be noticed.
     """
-    return max(0.0, spent - trained)
+    return max(0.0, spent - served)
 
 
 def left_behind(run: Path, step: int) -> dict[str, Any] | None:
@@ -123,6 +132,7 @@ def left_behind(run: Path, step: int) -> dict[str, Any] | None:
     # A line reports the checkpoints before it: the first those of the one that is there.
     kept, *lost = (line.get("seconds_save") or 0.0 for line in again)
     seconds = steps * statistics.fmean(line["seconds"] for line in again)
+    seconds += sum(line.get("seconds_validation") or 0.0 for line in again)
     return {"ended": ended, "steps": steps, "seconds": seconds, "seconds_save": sum(lost), "kept_save": kept}
 
 
@@ -152,7 +162,7 @@ def of(run: Path, metrics: list[dict[str, Any]]) -> GpuHours | None:
     metrics = [one for one in metrics if _is_line(one)]
     if not starts or starts[0]["resumed_step"]:
         return None
-    spent = dict.fromkeys(("trained", "saved", "again", "starting", "waiting"), 0.0)
+    spent = dict.fromkeys(("trained", "saved", "validated", "again", "starting", "waiting"), 0.0)
     waits: list[float] = []
     saves: list[float] = []
     for earlier, start in zip([None, *starts], starts, strict=False):
@@ -169,6 +179,7 @@ def of(run: Path, metrics: list[dict[str, Any]]) -> GpuHours | None:
         ranks = [start["ranks"] for start in starts if start["resumed_step"] < line["step"] or start is starts[0]][-1]
         spent["trained"] += ranks * line["seconds"] * (line["step"] - last)
         spent["saved"] += ranks * (line.get("seconds_save") or 0.0)
+        spent["validated"] += ranks * (line.get("seconds_validation") or 0.0)
         last = line["step"]
     saves += [line["seconds_save"] for line in metrics if line.get("seconds_save")]
     hours = {name: seconds / 3600 for name, seconds in spent.items()}

@@ -31,6 +31,7 @@ def settings_of(chosen: Settings) -> Settings:
         save_every_minutes=None,
         keep_checkpoints=1,
         log_every_steps=1,
+        validation=None,
     )
 
 

@@ -20,6 +20,7 @@ VERIFY = "snakemake --profile <profile> --forcerun verify_model -- convert"
 HASHED = 64 << 20  # bytes; larger files of the model are judged by their time: hashing 1.3 TB takes an hour
 
 MODEL = {"result": {"model": str}}
+FIGURES = {"run_id": str, "converted_step": Maybe(int), "steps": Maybe(int)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Removal:
 
 
 def choose(results: Path, newest: bool = False) -> Removal:
-    """What may go: all checkpoints of the verified run but the newest committed one.
+    """What may go: all checkpoints of the verified run but the newest committed one, and the one that is converted.
 
     Args:
         results: ``results/<experiment>``.
@@ -60,7 +61,7 @@ def choose(results: Path, newest: bool = False) -> Removal:
         BadInputError: a receipt or what it names is missing.
         GateError: the converted model is not verified, has changed since, or is not made from the last checkpoint.
     """
-    train = _read(results, "train", {"result": {"run": str, "checkpoint": str}, "figures": {"run_id": str}})
+    train = _read(results, "train", {"result": {"run": str, "checkpoint": str}, "figures": FIGURES})
     converted = _read(results, "convert_checkpoint", MODEL)
     verified = _read(results, "verify_model", MODEL | {"figures": {"sha256": Maybe(dict)}})
     run, last = Path(train["result"]["run"]), Path(train["result"]["checkpoint"])
@@ -73,12 +74,15 @@ def choose(results: Path, newest: bool = False) -> Removal:
     _check_model(converted, verified)
     run_id = train["figures"]["run_id"]
     found = checkpoints.committed(run, run_id)
-    if not found or found[-1].folder.resolve() != last.resolve():
+    # With an early end the checkpoint of the lowest validation loss is converted; the newest is the run's end.
+    chosen = [one.folder for one in found if one.folder.resolve() == last.resolve()]
+    ended = train["figures"].get("steps") if train["figures"].get("converted_step") is not None else None
+    if not chosen or (found[-1].folder not in chosen and found[-1].step != ended):
         raise GateError(
             f"{run} has a newer checkpoint than the verified one, {found[-1].folder.name if found else 'or none'}",
             "finish training and convert again first",
         )
-    kept = [] if newest else [found[-1].folder]
+    kept = [] if newest else list(dict.fromkeys([*chosen, found[-1].folder]))
     items = [_item(one.folder, f"checkpoint of step {one.step}") for one in found if one.folder not in kept]
     known = {one.folder for one in found}
     for folder in sorted(path for path in run.glob("step_*") if path.is_dir() and path not in known):

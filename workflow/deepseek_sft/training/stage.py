@@ -19,7 +19,7 @@ from ..errors import BadInputError, CrashError, StoppedError
 from ..expert_shards import AUTO
 from ..settings import field_types
 from ..slurm.nodes import NodeEnvironment
-from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, same_training, schedule, settings
+from . import checkpoints, early_stop, launch, lock, new_runs, run_folder, same_training, schedule, settings, validation
 from .schedule import Schedule
 from .settings import Settings
 
@@ -36,6 +36,7 @@ class Run:
         end_after: step after which a rehearsal ends, see ``rehearsal``; None trains to the end.
         stated: settings as the configuration says them where a run settles their value.
         trains, begun: see ``same_training.Found``.
+        held_out: folder of the held-out token dataset; None where nothing is validated.
         under: the id that these settings would have of their own, where the run is one that others have begun.
     """
 
@@ -53,9 +54,14 @@ class Run:
     trains: str = ""
     begun: dict[str, int] = dataclasses.field(default_factory=dict)
     under: str = ""
+    held_out: Path | None = None
 
     def ends_with(self, checkpoint: checkpoints.Checkpoint) -> bool:
-        """Whether nothing is left to train after ``checkpoint``: the last step, or the end of the time."""
+        """Whether nothing is left to train after ``checkpoint``: the last step, or the end of the time, or of a loss
+        that no longer falls."""
+        stop = self.settings.validation and self.settings.validation.early_stop
+        if stop and validation.has_ended(validation.of(checkpoint.progress), stop):
+            return True
         limit = self.settings.max_seconds
         timed_out = limit is not None and checkpoint.progress.get("wall_seconds", 0.0) >= limit
         return checkpoint.step >= self.schedule.steps or timed_out
@@ -85,6 +91,9 @@ def prepare(
     base_folder, tokens_folder = Path(base["result"]["base"]).resolve(), Path(tokens["result"]["tokens"]).resolve()
     statistics = _read_statistics(tokens_folder)
     config = families.read_config(base_folder)
+    held_out = _held_out(tokens, tokens_receipt) if chosen.validation else None
+    if held_out:
+        statistics["longest"] = max(statistics["longest"], _read_statistics(held_out)["longest"])
     _check(chosen, config, statistics, node)
     inputs = {
         "base": receipts.input_entry(base_receipt),
@@ -108,6 +117,7 @@ def prepare(
         trains=found.trains,
         begun=found.begun,
         under="" if found.run_id == found.own_id else found.own_id,
+        held_out=held_out,
     )
 
 
@@ -163,7 +173,7 @@ def train(
     start = launch.Start(run.folder, accelerator, seconds, stop_file, run.end_after, derived, worker)
     if node.node_rank > 0:
         if not _is_finished(run, stop_file):
-            token_files.check_shards(run.tokens)
+            _check_tokens(run)
             _conclude(run, node, _run_ranks(run, node, start))
         return
     say(f"run {run.run_id} in {run.folder}")
@@ -178,7 +188,7 @@ def train(
         if _is_finished(run, stop_file):
             say("finished already; nothing to train (train.run_name forces a new run)")
         else:
-            checked = token_files.check_shards(run.tokens)
+            checked = _check_tokens(run)
             say(f"token files: {checked} shards as they were written" if checked else "token files: without checksums")
             _write_run(run, node, accelerator)
             _conclude(run, node, _run_ranks(run, node, start, held.check))
@@ -192,21 +202,27 @@ def write_receipt(run: Run, receipt: Path) -> None:
     Raises:
         CrashError: the last step has no committed checkpoint.
     """
-    last = checkpoints.newest(run.folder, run.run_id)
+    found_all = checkpoints.committed(run.folder, run.run_id)
+    last = found_all[-1] if found_all else None
     if last is None or not run.ends_with(last):
         found = f"step {last.step}" if last else "none"
         raise CrashError(f"training ended, but the newest committed checkpoint in {run.folder} is {found}")
+    converted = validation.result(found_all, run.settings.validation) or last
+    if converted.step != last.step:
+        say(f"the result is the checkpoint of step {converted.step}, whose validation loss is the lowest")
     receipts.write(
         receipt,
         "train",
         inputs=run.inputs,
         settings=run.settings.shaping() | {"max_hours": run.settings.max_hours},
         result={
-            "checkpoint": str(last.folder),
+            "checkpoint": str(converted.folder),
             "run": str(run.folder),
             "metrics": str(run.folder / run_folder.METRICS),
         },
-        figures=figures_of(run.run_id, last),
+        figures=figures_of(run.run_id, last)
+        | validation.figures(last, converted, run.settings.validation)
+        | _losses(converted),
         hosts=last.progress["hosts"],
     )
 
@@ -240,7 +256,12 @@ def figures_of(run_id: str, last: checkpoints.Checkpoint) -> dict[str, Any]:
         "peak_memory_gib": progress["peak_memory_gib"],
         "memory_before_model_gib": progress.get("memory_before_model_gib"),
         "kept_by_allocator_gib": progress.get("kept_by_allocator_gib"),
-    } | ({loss_rows.KEY: last.marker[loss_rows.KEY]} if loss_rows.KEY in last.marker else {})
+    }
+
+
+def _losses(converted: checkpoints.Checkpoint) -> dict[str, Any]:
+    """Losses of a few rows under the weights that are converted, where they were measured."""
+    return {loss_rows.KEY: converted.marker[loss_rows.KEY]} if loss_rows.KEY in converted.marker else {}
 
 
 def _share(part: int | None, whole: int | None) -> float | None:
@@ -355,6 +376,25 @@ def _check_experts(chosen: Settings, config: dict[str, Any], node: NodeEnvironme
     sizes = (chosen.experts_per_shard, chosen.expert_parallel_size, node.world_size, node.ranks_per_node)
     for problem, fix in expert_shards.problems(config, *sizes, chosen.recompute):
         raise BadInputError(problem, fix)
+
+
+def _check_tokens(run: Run) -> int:
+    """Shards that are as they were written."""
+    return token_files.check_shards(run.tokens) + (token_files.check_shards(run.held_out) if run.held_out else 0)
+
+
+def _held_out(receipt: dict[str, Any], path: Path) -> Path:
+    """
+    Raises:
+        BadInputError: there are no tokens to validate on.
+    """
+    folder = receipt["result"].get("held_out_tokens")
+    if not isinstance(folder, str):
+        raise BadInputError(
+            f"train.validation: {path} names no held-out tokens",
+            "hold samples out (data.held_out) and run tokenize_data again, with --held-out",
+        )
+    return Path(folder).resolve()
 
 
 def _sums(base: dict[str, Any]) -> str | None:

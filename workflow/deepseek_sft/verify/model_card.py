@@ -30,6 +30,7 @@ TRAINING = (  # settings that are told
 RUN = (
     *("steps", "skipped_steps", "first_loss", "last_loss", "tokens", "trained_tokens", "world_size", "nodes"),
     "wall_seconds",
+    *("validation_first_loss", "validation_loss", "converted_step", "converted_validation_loss"),
 )
 DATA = ("template", "max_length", "history_reasoning", "on_too_long", "pack")
 SHOWN_ROWS = 50  # sources or evaluation sets

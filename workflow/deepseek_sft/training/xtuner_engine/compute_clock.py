@@ -16,7 +16,7 @@ MOST = 64  # layers timed: two CUDA events each, for every micro batch and pass
 
 
 class ComputeClock:
-    """Times linear layers of a model. Make it once DeepSpeed has wrapped the model: hooks run in their order.
+    """Times linear layers of a model in training. Make it once DeepSpeed has wrapped it: hooks run in their order.
 
     Args:
         model: whose decoder layers are looked through.
@@ -36,10 +36,14 @@ class ComputeClock:
             module.register_forward_hook(self._end, prepend=True)
 
     def _begin(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not module.training:  # validation is no part of a step
+            return
         self._tokens += inputs[0].numel() // inputs[0].shape[-1]
         self._started[id(module)] = self._now()
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not module.training:
+            return
         started, ended = self._started.pop(id(module)), self._now()
         if self.device.type == "cuda":
             self._events.append((started, ended))

@@ -28,6 +28,7 @@ class EngineConfig:
         slow_rank_percent: above the median from which a rank is slow; None judges nothing.
         deepspeed: DeepSpeed's whole configuration.
         begun: see ``same_training.Found``.
+        held_out: folder of the held-out token dataset; None where nothing is validated.
     """
 
     run_id: str
@@ -41,6 +42,7 @@ class EngineConfig:
     slow_rank_percent: float | None
     deepspeed: dict[str, Any]
     begun: dict[str, int] = dataclasses.field(default_factory=dict)
+    held_out: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -102,6 +104,7 @@ def of(run: "Run", node: NodeEnvironment, accelerator: str) -> EngineConfig:
         slow_rank_percent=slow_nodes.allowed_percent(run.settings.slow_rank_percent, accelerator),
         deepspeed=deepspeed(run.settings, accelerator, run.base),
         begun=run.begun,
+        held_out=str(run.held_out) if run.held_out else None,
     )
 
 

@@ -15,7 +15,7 @@ RECORDS = 40  # of a whole run, each with a number for every expert: 75 kB for t
 
 
 class ExpertLoad:
-    """Counts the tokens that each router sends to each expert, padding left out.
+    """Counts the tokens that each router sends to each expert in training, padding left out.
 
     Activation checkpointing runs a layer twice and counts it twice, which changes no share.
     """
@@ -28,6 +28,8 @@ class ExpertLoad:
             router.register_forward_hook(partial(self._count, layer))
 
     def _count(self, layer: int, router: Router, inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+        if not router.training:
+            return
         chosen = outputs[0].detach()  # [tokens, top_k]
         ones = torch.ones_like(chosen, dtype=torch.int64)
         if self.valid is not None:

@@ -4,7 +4,6 @@ Computed where the weights are, by the engine that trained them. Every data-para
 the same time: under ZeRO-3 all ranks must enter every layer together.
 """
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from xtuner.parallel.sequence import (
 
 from ...data import loss_rows
 from ...data.tokens import TokenDataset
+from .evaluating import evaluating
 from .micro_batches import NO_LOSS, MicroBatch, pad
 
 
@@ -39,7 +39,7 @@ def measure(engine: Any, tokens: Path, dtype: str, step: int) -> dict[str, Any]:
     samples = box[0]
     groups, group = get_data_parallel_world_size(), get_data_parallel_rank()
     own: dict[int, list[float]] = {}
-    with _evaluating(engine.module):
+    with evaluating(engine):
         for first in range(0, len(samples), groups):
             number = (first + group) % len(samples)  # a group without a row of its own enters with another's
             losses = _losses_of(engine, dataset, samples[number])
@@ -73,15 +73,3 @@ def _gathered(losses: torch.Tensor, batch: MicroBatch) -> list[float]:
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded, group=get_sequence_parallel_group())
     return [value for part, count in zip(parts, counts, strict=True) for value in part[:count].tolist()]
-
-
-@contextmanager
-def _evaluating(module: torch.nn.Module):
-    """No gradient, no balance loss, nothing counted."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)

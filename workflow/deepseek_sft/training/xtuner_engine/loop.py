@@ -5,6 +5,7 @@ import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from .phases import PhaseClock
 from .saving import Checkpoints
 from .step_guard import StepGuard
 from .step_result import Requests, StepResult
+from .validation_loss import Validation
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     tools = StepTools(guard, requests, clock, watchdog)
     metrics = Metrics(config, attempt, engine, done, before)
     saved = Checkpoints(config, attempt, engine, watchdog)
+    validation = _validation(config, before, tools)
     rows = micro_batches.StepRows(config.tokens, settings, metrics.operations.pairs_per_token, schedule.rows_after)
 
     # What is built stays: Python's collector need not walk through it again and again in each step.
@@ -122,20 +125,43 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         watchdog.took("step", result.seconds)
 
         engine.model.move_balance_bias(result.verdict.apply)  # before the step's checkpoint, of which biases are a part
-        metrics.add(step, result, learning_rate, rows_of_all.slots)
+        validated = None
+        if validation and validation.is_due(step, result.time_is_up):
+            validated = validation.measure(engine.deepspeed, step)
+        metrics.add(step, result, learning_rate, rows_of_all.slots, validated)
         if step == 1:
             gates.check_first_loss(attempt.run, result, settings.first_loss_max)
-        if saved.is_due(step, result):
+        ended = bool(validation and validated and validation.ends())
+        if saved.is_due(step, result) or ended:
+            metrics.progress |= validation.kept() if validation else {}
             seconds = saved.save(step, lambda: metrics.snapshot(requests.wall_seconds(), health.state()))
             metrics.saved(seconds)
             requests.saved()
-        if last or result.time_is_up:
-            saved.leave_losses(step)
-        stopped = result.stop_requested and not last
-        if stopped or result.time_is_up:
+            # Of each checkpoint that can become the result.
+            if last or result.time_is_up or ended or (validated and settings.validation.early_stop):
+                saved.leave_losses(step)
+        if ended and not last and rank == 0:
+            validation.tell_end(step)
+        stopped = result.stop_requested and not (last or ended)
+        if stopped or result.time_is_up or ended:
             break
     metrics.close()
     return Ending(step, stopped, began)
+
+
+def _validation(config: EngineConfig, before: dict[str, Any], tools: StepTools) -> Validation | None:
+    """What measures the validation loss, where the run does; each of its passes may take as long as a step."""
+    if config.settings.validation is None or config.held_out is None:
+        return None
+
+    def alive() -> None:
+        tools.watchdog.enter("step", tools.guard.step)
+        tools.watchdog.place = "validation"
+
+    found = Validation(config.held_out, config.settings, config.schedule.steps, before, alive)
+    if dist.get_rank() == 0:
+        say(found.describe())
+    return found
 
 
 def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, started: float) -> StepResult:

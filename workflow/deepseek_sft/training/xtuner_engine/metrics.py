@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from ... import families, formatting
 from ...cli import say
-from .. import flops, gpu_hours, run_folder
+from .. import flops, gpu_hours, run_folder, validation
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .expert_load import LoadRecords, balance
 from .memory import kept_gib, memory_gib, most_over_ranks, rank_device, resident_gib
 from .rank_watch import RankWatch
 from .step_result import StepResult
+from .validation_loss import Measurement
 
 RECENT = 10  # steps whose mean loss is reported as the last loss
 MEASURED = 3  # steps of a start after which its end is told
@@ -58,10 +59,12 @@ class Metrics:
             "peak_memory_gib": before.get("peak_memory_gib", 0.0),
             "memory_before_model_gib": attempt.memory_before_model_gib,
             "kept_by_allocator_gib": before.get("kept_by_allocator_gib"),
+            **{key: before[key] for key in validation.KEPT if key in before},  # also where this start measures nothing
         }
         self._recent = deque(before.get("recent_losses", []), maxlen=RECENT)
         self._seconds = deque(maxlen=STEADY)
         self._unreported_save = 0.0
+        self._validation_seconds = 0.0  # of the last one
         self._load = engine.model.count_experts()
         self._watch = RankWatch(
             engine.model.llm.model.layers, rank_device(), attempt.results, config.slow_rank_percent, done
@@ -77,11 +80,14 @@ class Metrics:
                 attempt.run / run_folder.EXPERT_LOAD, done, config.schedule.steps, base.get("first_k_dense_replace", 0)
             )
 
-    def add(self, step: int, result: StepResult, learning_rate: float, slots: int) -> None:
+    def add(
+        self, step: int, result: StepResult, learning_rate: float, slots: int, validated: Measurement | None = None
+    ) -> None:
         """Count step ``step``, and log it where it is its turn; a collective.
 
         Args:
             slots: token slots that it took.
+            validated: what was measured after it, which is always logged.
         """
         if math.isfinite(result.loss):
             self._recent.append(result.loss)
@@ -100,7 +106,8 @@ class Metrics:
             self._tell_end(step)
         if result.verdict.message and dist.get_rank() == 0:
             say(f"warning: {result.verdict.message}" + ("" if result.verdict.apply else "; its update was skipped"))
-        if step == 1 or step % self._settings.log_every_steps == 0 or step == self._schedule.steps:
+        turn = step == 1 or step % self._settings.log_every_steps == 0 or step == self._schedule.steps
+        if turn or validated:
             counts = self._load.take()  # a collective
             ranks = self._watch.told(step)  # a collective
             gpu, host, kept = most_over_ranks(memory_gib(), resident_gib(), kept_gib())
@@ -111,6 +118,13 @@ class Metrics:
                     "host_memory_gib": host,
                     "kept_by_allocator_gib": kept if kept >= 0 else None,
                 }
+                if validated:
+                    self._validation_seconds = validated.seconds
+                    line |= {
+                        "validation_loss": validated.loss,
+                        "validation_tokens": validated.tokens,
+                        "seconds_validation": round(validated.seconds, 6),
+                    }
                 self._write(line | balance(counts) | ranks)
                 self._loads.add(step, counts)
                 self._tell(line)
@@ -203,10 +217,20 @@ class Metrics:
     def _tell(self, line: dict[str, Any]) -> None:
         steps = self._schedule.steps
         left = (steps - line["step"]) * statistics.median(self._seconds)
+        if chosen := self._settings.validation:
+            left += -(-(steps - line["step"]) // chosen.every_steps) * self._validation_seconds
         share = "" if line["mfu"] is None else f"  MFU {line['mfu']:.1%}"
         loss, norm = (float("nan") if line[key] is None else line[key] for key in ("loss", "grad_norm"))
         say(
             f"step {line['step']}/{steps}  loss {loss:.4f}  lr {line['learning_rate']:.3g}  grad {norm:.3g}  "
             f"{line['tokens_per_second']:.0f} tokens/s{share}  {line['useful_slots']:.0%} of slots  "
-            f"{line['seconds']:.2f} s  " + (f"{formatting.duration(left)} left" if left else "done")
+            f"{line['seconds']:.2f} s  {_validated(line)}" + (f"{formatting.duration(left)} left" if left else "done")
         )
+
+
+def _validated(line: dict[str, Any]) -> str:
+    if "validation_loss" not in line:
+        return ""
+    loss = line["validation_loss"]
+    shown = "not finite" if loss is None else f"{loss:.4f}"
+    return f"validation loss {shown} in {line['seconds_validation']:.1f} s  "

@@ -13,7 +13,7 @@ from ...cli import say
 from ...convert import rank_state
 from ...data import loss_rows
 from ...files import fsync_directory
-from .. import checkpoints, lock
+from .. import checkpoints, lock, validation
 from ..watchdog import Watchdog
 from . import final_losses
 from .config import Attempt, EngineConfig
@@ -101,7 +101,9 @@ class Checkpoints:
         marker = marker_of(self._config, step, progress)
         checkpoints.commit(folder, marker | {"checksums": content}, written)
         self._last_bytes = sum(written.values())
-        checkpoints.prune(folder.parent, self._config.run_id, self._config.settings.keep_checkpoints)
+        run, run_id, chosen = folder.parent, self._config.run_id, self._config.settings
+        best = validation.result(checkpoints.committed(run, run_id), chosen.validation)
+        checkpoints.prune(run, run_id, chosen.keep_checkpoints, best)
 
 
 def marker_of(config: EngineConfig, step: int, progress: dict[str, Any]) -> dict[str, Any]:
