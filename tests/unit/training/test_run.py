@@ -47,6 +47,7 @@ def test_operational_settings_keep_the_run():
         "recompute": "without_attention",
         "exchange_rows": 1000,
         "on_new_topology": "continue",
+        "async_save": "off",
     }
     assert others.keys() == training_settings.SAME_RUN
     assert run_id(**others) == run_id()
