@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap families drills drills-without soak soak-slurm resume-full-size mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status envs test test-swap families drills drills-without soak soak-slurm resume-full-size async-save-kills mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -21,6 +21,7 @@ help:
 	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, from files of holes; about 5 minutes"
+	@echo "make async-save-kills   training killed twenty times while a checkpoint is written; KILLS='--kills 20 --seed 30', about 20 minutes"
 	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
 	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
 	@echo "make check  linters and unit tests of what changed since this branch left main; SINCE=COMMIT for another one"
@@ -84,6 +85,11 @@ soak:
 resume-full-size:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python tests/full_size_resume.py
+
+async-save-kills:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@$(DEV)/python tests/drills/async_save_kills.py $(KILLS)
 
 soak-slurm:
 	@cluster/install
