@@ -23,7 +23,7 @@ sys.path.insert(0, str(PROJECT / "workflow"))
 
 from deepseek_sft import formatting  # noqa: E402
 from deepseek_sft.planning import goodput  # noqa: E402
-from deepseek_sft.planning.saving import cadence as best_cadence  # noqa: E402
+from deepseek_sft.planning.checkpoint_cost import cadence as best_cadence  # noqa: E402
 from deepseek_sft.report import status  # noqa: E402
 from deepseek_sft.training import gpu_hours  # noqa: E402
 

@@ -65,7 +65,12 @@ def kill(trainer: Trainer, settings: dict[str, Any], slow: Path, chance: random.
     # The checkpoint that a start begins first, or a later one: whatever is there once so many steps are done.
     least = after + EVERY * chance.randint(1, 2)
     deadline = time.monotonic() + LIMIT
-    while not ((trainer.steps_done() >= least) and unfinished(trainer.work)):
+    # What the start before has left is set aside, and its metrics are cut, by then.
+    while not (
+        (known is None or RESUMED.search(trainer.log.read_text()))
+        and trainer.steps_done() >= least
+        and unfinished(trainer.work)
+    ):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"exit code {process.poll()}\n{trainer.log.read_text()}")
         time.sleep(0.002)

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 import types
 import zlib
 from pathlib import Path
@@ -68,6 +69,17 @@ class Beside:
         self._hold.set()
         self._written.result()
         self.is_writing = False
+
+    def stopped(self, asked: list[bool]) -> bool:
+        """Whether the next step, asked to stop as told by turns, ends without an update."""
+        from deepseek_sft.training.xtuner_engine import loop
+
+        turns = iter(asked)
+        requests = types.SimpleNamespace(flags=lambda: (next(turns), False, False))
+        run, before = self._run, states_of(self._run.engine)
+        tools = dataclasses.replace(run.tools, requests=requests)
+        result = loop.train_step(run.engine, run.batches(run.steps_done), run.steps_done + 1, tools, time.monotonic())
+        return result is None and states_of(run.engine) == before
 
     def same(self) -> dict[str, bool]:
         """By name, whether a file has the same bytes both ways; after the next step, on all ranks."""
@@ -139,7 +151,8 @@ def run_leg(inputs: Path, leg: dict, output: Path) -> None:
                     checkpoints.commit(folder, marker | {"checksums": rank_state.digests_of(folder, sizes)}, sizes)
                 dist.barrier()
         if beside:
-            run.step()
+            stopped = [beside.stopped([True]), beside.is_writing]
+            figures["stopped"] = [*stopped, beside.stopped([False, True]), beside.is_writing]
             figures["same"] = beside.same()
     if dist.get_rank() == 0:
         (output / f"{leg['name']}.json").write_text(json.dumps(figures))

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from deepseek_sft.planning import goodput
-from deepseek_sft.planning.saving import young_daly
+from deepseek_sft.planning.checkpoint_cost import young_daly
 
 TIMES = goodput.Times(step=60, save=300, cadence=3600, start=600, noticed=30, again=120)
 DAY = 86400

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import time_limits
-from . import lockstep, saving
+from . import checkpoint_cost, lockstep
 from .counting import Model
 from .expert_exchange import Exchange
 from .lockstep import Turns
@@ -109,7 +109,7 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         limit = 60 * training.save_every_minutes if training.save_every_minutes else math.inf
         update = next((part for part in parts if part.name == OPTIMIZER), Range(OPTIMIZER, 0.0, 0.0, ""))
         beside = (step.fastest - update.fastest, step.slowest - update.slowest)
-        stop = saving.stops(training, saved, beside)
+        stop = checkpoint_cost.stops(training, saved, beside)
         between = tuple(min(training.save_every_steps * seconds, limit) for seconds in (step.fastest, step.slowest))
     if step and steps and between:
         trained = [steps * seconds for seconds in (step.fastest, step.slowest)]
@@ -136,7 +136,7 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         saved,
         run,
         mtbf,
-        saving.cadence(max(stop or (saved,)), mtbf, saved if training.saves_beside_steps else 0.0),
+        checkpoint_cost.cadence(max(stop or (saved,)), mtbf, saved if training.saves_beside_steps else 0.0),
         dealt,
         between,
         loading,
