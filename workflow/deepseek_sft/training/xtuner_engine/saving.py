@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ... import engines
@@ -124,6 +125,8 @@ class Checkpoints:
             OSError, RuntimeError: this rank could not write its files; or, on all ranks alike, it was not committed.
         """
         pending = self._pending
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)  # what the step has queued is the step's time
         self._watchdog.enter("save", step)
         self._watchdog.place = WAITING
         started = time.monotonic()
