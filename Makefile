@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status watch track envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status watch track envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads async-save-kills mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -25,6 +25,7 @@ help:
 	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, and planned for conversion with its experts spread over 1, 8, 64; about 6 minutes"
+	@echo "make async-save-kills   training killed twenty times while a checkpoint is written; KILLS='--kills 20 --seed 30', about 20 minutes"
 	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
 	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
 	@echo "make check  linters and unit tests of what changed since this branch left main; SINCE=COMMIT for another one"
@@ -111,6 +112,11 @@ expert-spreads:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(PYTHON) workflow/scripts/build_env.py train
 	@$(DEV)/python tests/expert_spreads.py
+
+async-save-kills:
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@$(DEV)/python tests/drills/async_save_kills.py $(KILLS)
 
 soak-slurm:
 	@cluster/install

@@ -6,11 +6,17 @@ each resumes from the checkpoint that the leg ``from`` left, trains to step ``to
 before with a bit of one of the files turned. Writes OUTPUT/<name>.json for each.
 """
 
+import dataclasses
+import filecmp
 import json
 import shutil
 import sys
+import threading
+import time
+import types
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import training_ranks
 
@@ -38,10 +44,61 @@ def states_of(engine) -> dict[str, list[int]]:
     return {key: [zlib.crc32(row.numpy().tobytes()) for row in rows] for key, rows in together.items()}
 
 
+class Beside:
+    """Saves the step that is done at once, and a second time beside the next step, where nothing is written before its
+    forward and backward passes are over: what they change would show."""
+
+    is_writing = True
+
+    def __init__(self, run, folder: Path):
+        import torch.distributed as dist
+
+        from deepseek_sft.training.xtuner_engine.background_writer import BackgroundWriter
+
+        self._run, self._folder, self._later = run, folder, folder.with_name(f"{folder.name}_later")
+        clock = types.SimpleNamespace(strftime=lambda *_: "now", localtime=lambda: None)
+        with mock.patch("mmengine._strategy.deepspeed.time", clock):  # it writes the time into a file
+            run.built.save(folder, run.steps_done)
+            files = run.built.describe(self._later, run.steps_done)
+        self._hold, self._writer = threading.Event(), BackgroundWriter()
+        self._writer.after(self._hold.wait)
+        self._written = self._writer.write(self._later, dist.get_rank(), files)
+        run.tools = dataclasses.replace(run.tools, saves=self)
+
+    def finish(self, _: int) -> None:
+        self._hold.set()
+        self._written.result()
+        self.is_writing = False
+
+    def stopped(self, asked: list[bool]) -> bool:
+        """Whether the next step, asked to stop as told by turns, ends without an update."""
+        from deepseek_sft.training.xtuner_engine import loop
+
+        turns = iter(asked)
+        requests = types.SimpleNamespace(flags=lambda: (next(turns), False, False))
+        run, before = self._run, states_of(self._run.engine)
+        tools = dataclasses.replace(run.tools, requests=requests)
+        result = loop.train_step(run.engine, run.batches(run.steps_done), run.steps_done + 1, tools, time.monotonic())
+        return result is None and states_of(run.engine) == before
+
+    def same(self) -> dict[str, bool]:
+        """By name, whether a file has the same bytes both ways; after the next step, on all ranks."""
+        import torch.distributed as dist
+
+        from deepseek_sft import engines
+
+        self._writer.close()
+        self._run.tools = dataclasses.replace(self._run.tools, saves=None)
+        dist.barrier()
+        names = {path.name for folder in (self._folder, self._later) for path in folder.iterdir()} - {engines.MARKER}
+        files = {name: [folder / name for folder in (self._folder, self._later)] for name in names}
+        found = {n: a.exists() and b.exists() and filecmp.cmp(a, b, shallow=False) for n, (a, b) in files.items()}
+        dist.barrier()
+        return found
+
+
 def run_leg(inputs: Path, leg: dict, output: Path) -> None:
     """On each rank of a group: one leg."""
-    import dataclasses
-
     import torch.distributed as dist
     from stored_checkpoint import flip, optimizer
     from training_engine import engine
@@ -74,15 +131,18 @@ def run_leg(inputs: Path, leg: dict, output: Path) -> None:
             figures["resumed"] = states_of(run.engine)
             figures["counts"] = [run.engine.global_steps, other_topology.is_same(run.engine, saved.marker)]
         figures["biases_resumed"] = [router.e_score_correction_bias.tolist() for router in run.model.llm.routers()]
+        beside = None
         while run.steps_done < leg["to"]:
             figures["losses"].append(run.step())
+            if beside:
+                figures["same"], beside = beside.same(), None
             if run.steps_done in leg["saved"]:
                 figures[f"states_{run.steps_done}"] = states_of(run.engine)
                 figures[f"biases_{run.steps_done}"] = [
                     r.e_score_correction_bias.tolist() for r in run.model.llm.routers()
                 ]
                 folder = output / leg["name"] / "run" / f"step_{run.steps_done}"
-                run.built.save(folder, run.steps_done)
+                beside = Beside(run, folder)
                 dist.barrier()
                 if dist.get_rank() == 0:
                     config = dataclasses.replace(run.told, run_id="probe")
@@ -90,6 +150,10 @@ def run_leg(inputs: Path, leg: dict, output: Path) -> None:
                     sizes = checkpoints.sizes(folder)
                     checkpoints.commit(folder, marker | {"checksums": rank_state.digests_of(folder, sizes)}, sizes)
                 dist.barrier()
+        if beside:
+            stopped = [beside.stopped([True]), beside.is_writing]
+            figures["stopped"] = [*stopped, beside.stopped([False, True]), beside.is_writing]
+            figures["same"] = beside.same()
     if dist.get_rank() == 0:
         (output / f"{leg['name']}.json").write_text(json.dumps(figures))
 

@@ -63,6 +63,19 @@ def test_each_step_has_the_loss_of_the_unbroken_run(legs):
     assert found == pytest.approx(legs["unbroken"]["losses"][2:], rel=1e-5)
 
 
+@pytest.mark.parametrize("leg", ["unbroken", "two", "four"])  # expert and sequence parallelism, offload, resumed
+def test_a_checkpoint_written_beside_the_next_step_has_the_same_bytes(legs, leg):
+    ranks = next(one["ranks"] for one in LEGS if one["name"] == leg)
+    assert sum(name.endswith(".pt") for name in legs[leg]["same"]) == 2 * ranks
+    assert all(legs[leg]["same"].values()), legs[leg]["same"]
+
+
+@pytest.mark.parametrize("leg", ["two", "four"])
+def test_a_stop_beside_a_save_ends_with_that_checkpoint_and_without_another_update(legs, leg):
+    """Before the step: nothing is computed, the checkpoint is still written. Before its update: it is committed."""
+    assert legs[leg]["stopped"] == [True, True, True, False]
+
+
 def test_a_turned_bit_in_a_file_that_several_ranks_read_is_named_on_all_of_them(legs):
     problems = legs["three"]["problems"]
     assert "zero_pp_rank_1_mp_rank_00_optim_states.pt: the content of record" in problems[0][0]

@@ -44,7 +44,8 @@ def test_a_hang_and_a_kill_inside_a_save_lose_no_checkpoint_and_no_step(trainer)
     block_second_save(run)
     text = run.finish(process, expected=5)
     assert "hang: rank 1 on " in text
-    assert "serialization.py" in text  # where it stands
+    assert "in step 7 (commit)" in text  # step 6 is written while step 7 computes
+    assert "deferred_files.py" in text  # where the thread stands that writes
     assert (run.run_folder / "step_3" / "committed.json").exists()
 
     process = run.start(2, **SETTINGS)

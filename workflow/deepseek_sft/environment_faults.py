@@ -64,13 +64,22 @@ def probe(folder: Path) -> BadInputError | None:
 
     Says what killed processes could not: a full disk takes their last words as well.
     """
+    error = refusal(folder)
+    return _sentence(error.errno, str(folder)) if error is not None and error.errno in KINDS else None
+
+
+def refusal(folder: Path) -> OSError | None:
+    """What the file system says to something written in a folder now; None where it takes it.
+
+    For libraries that do not say why they could not write.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as stream:
             os.posix_fallocate(stream.fileno(), 0, PROBE)
             stream.write(bytes(1 << 12))
             os.fsync(stream.fileno())
     except OSError as error:
-        return _sentence(error.errno, str(folder)) if error.errno in KINDS else None
+        return OSError(error.errno, os.strerror(error.errno), str(folder)) if error.errno else error
     return None
 
 

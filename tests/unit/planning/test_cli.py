@@ -15,7 +15,7 @@ from deepseek_sft.errors import GateError
 from deepseek_sft.experiment import Experiment
 from deepseek_sft.planning import plan as planning
 from deepseek_sft.planning.advice import notes
-from deepseek_sft.planning.duration import young_daly
+from deepseek_sft.planning.checkpoint_cost import young_daly
 
 RESOURCES = '{{"nodes": {}, "gres": "gpu:8", "mem_mb": 1900000, "runtime": 5760}}'
 ROWS = {  # overlay → (nodes, fits)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from deepseek_sft.planning import goodput
-from deepseek_sft.planning.duration import young_daly
+from deepseek_sft.planning.checkpoint_cost import young_daly
 
 TIMES = goodput.Times(step=60, save=300, cadence=3600, start=600, noticed=30, again=120)
 DAY = 86400
@@ -55,6 +55,12 @@ def test_a_job_saves_before_its_limit_and_is_begun_again():
     """Four hours hold a start, three rounds and half a one: no step of it is lost."""
     found = goodput.simulate(dataclasses.replace(TIMES, limit=4 * 3600), 1e15, 40 * 3600, 0)
     assert found.lost < 0.01 and found.starting == pytest.approx(found.waiting * 600 / 120, rel=0.15)
+
+
+def test_a_checkpoint_that_was_not_committed_when_a_failure_came_is_lost():
+    beside = dataclasses.replace(TIMES, save=0, writing=1800)  # a round of 3600 s is committed half a round later
+    for fails, kept in ((3600 + 1799, 0), (3600 + 1801, 60), (7200 + 1799, 60), (7200 + 1801, 120)):
+        assert goodput._job(beside, fails, 1000, 60)[0] == kept
 
 
 def test_a_limit_that_leaves_no_time_for_a_step_is_refused():

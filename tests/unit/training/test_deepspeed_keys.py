@@ -60,6 +60,7 @@ def test_run_id_changes_only_where_keys_are_set():
 def test_a_new_run_sums_gradients_in_float32_and_deals_rows_by_cost(tmp_path):
     found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path / "new", "id", V3)
     assert (found.gradient_communication_dtype, found.deal_rows, found.zero_thresholds) == ("float32", "cost", "shard")
+    assert found.async_save == "auto"
     told = config.deepspeed(dataclasses.replace(found, zero_thresholds="deepspeed"), "cpu", tmp_path)
     assert told["communication_data_type"] == "fp32"
 
@@ -76,7 +77,7 @@ def test_a_begun_run_goes_on_as_it_was_begun(tmp_path, kept, dtype, dealt):
     (tmp_path / "settings.json").write_text(json.dumps({"settings": kept}))
     found = new_runs.settle(helpers.settings(dtype="bfloat16"), tmp_path, "id", V3)
     assert (found.gradient_communication_dtype, found.deal_rows) == (dtype, dealt)
-    assert found.zero_thresholds == "deepspeed"
+    assert (found.zero_thresholds, found.async_save) == ("deepspeed", "off")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"settings": {"deal_rows": "by chance"}}'])

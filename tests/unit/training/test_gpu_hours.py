@@ -59,6 +59,17 @@ def test_an_unbroken_run_has_trained_saved_and_started(story):
     assert found.share_trained == pytest.approx(1000 / 1350)
 
 
+def test_what_a_step_was_slowed_by_a_checkpoint_beside_it_went_into_saving(story):
+    story.start(8, 0, 300)
+    story.steps(1, 10)
+    lines = [json.loads(line) for line in story.metrics.read_text().splitlines()]
+    lines[5] |= {"seconds": 107.0, "seconds_save": 2.0, "seconds_slowed": 7.0}
+    lines[8] |= {"seconds_save": 3.0, "seconds_slowed": None}  # no step without a checkpoint to compare with
+    story.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert story.hours.trained == pytest.approx(8 * 1000 / HOUR) and story.hours.saved == pytest.approx(8 * 12 / HOUR)
+    assert story.hours.save_seconds == (9.0, 3.0)
+
+
 def test_steps_after_the_last_checkpoint_are_trained_again_and_the_gap_was_waited(story):
     story.start(8, 0, 300)
     story.steps(1, 9, save=50, save_after=(4, 8))

@@ -48,6 +48,7 @@ def test_operational_settings_keep_the_run():
         "exchange_rows": 1000,
         "on_new_topology": "continue",
         "validation": {"every_steps": 10, "early_stop": {"patience": 2}},
+        "async_save": "off",
     }
     assert others.keys() == training_settings.SAME_RUN
     assert run_id(**others) == run_id()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import time_limits
-from . import lockstep, validation_time
+from . import checkpoint_cost, lockstep, validation_time
 from .counting import Model
 from .expert_exchange import Exchange
 from .lockstep import Turns
@@ -21,6 +21,7 @@ LEAST_NETWORK_SHARE = 0.40  # below it preflight calls a network broken
 LIMIT_FLOP_SHARE = 0.40  # of the best that a step could do
 ADAM_BYTES = 28  # per parameter: read gradient, weight and two moments, write weight and two moments, fp32
 HOST_SECONDS = 1.46e-3  # of Python for a parameter and micro batch: 6.56 s for 4,505, `benchmarks/train.py scale`
+OPTIMIZER = "optimizer on the host"
 HOURS, DAYS = 3600, 86400
 
 
@@ -47,6 +48,8 @@ class Duration:
         limit_s: what a step takes at least, and the part that says so: compute at ``LIMIT_FLOP_SHARE`` without waiting,
             network at its line rate, host, PCIe at its rate.
         run: the whole run with its checkpoints.
+        stop_s: seconds that a checkpoint keeps the GPUs from steps, for the fastest and the slowest step; None where
+            it is not known.
         saving_s: seconds between checkpoints as configured, for the fastest and the slowest step.
         loading_s: reading the base or a checkpoint at each start.
     """
@@ -66,6 +69,7 @@ class Duration:
     saving_s: tuple[float, float] | None = None
     loading_s: float = 0.0
     limit_s: tuple[float, str] | None = None
+    stop_s: tuple[float, float] | None = None
 
     @property
     def expected_step_s(self) -> float | None:
@@ -80,14 +84,6 @@ class Duration:
         if self.step is None:
             return None
         return max(1, round(self.cadence_s / self.step.slowest)), max(1, round(self.cadence_s / self.step.fastest))
-
-
-def young_daly(checkpoint_s: float, mtbf_s: float) -> float:
-    """Seconds between checkpoints that lose the least time (Daly 2006, equation 37; Young 1974 is its first term)."""
-    if checkpoint_s >= 2 * mtbf_s:
-        return mtbf_s
-    ratio = checkpoint_s / (2 * mtbf_s)
-    return math.sqrt(2 * checkpoint_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - checkpoint_s
 
 
 def duration(model: Model, training: Training, samples: Samples, cluster: Cluster, checkpoint: float) -> Duration:
@@ -108,20 +104,29 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         parts, step, least = timed.parts(), timed.whole(), timed.limit()
     saved = checkpoint / (cluster.storage_gb_per_second * 1e9)
     loading = model.bf16_bytes / (cluster.storage_gb_per_second * 1e9)
-    run = between = None
+    run = between = stop = None
     if step:
         limit = 60 * training.save_every_minutes if training.save_every_minutes else math.inf
+        update = next((part for part in parts if part.name == OPTIMIZER), Range(OPTIMIZER, 0.0, 0.0, ""))
+        beside = (step.fastest - update.fastest, step.slowest - update.slowest)
+        stop = checkpoint_cost.stops(training, saved, beside)
         between = tuple(min(training.save_every_steps * seconds, limit) for seconds in (step.fastest, step.slowest))
     if step and steps and between:
         trained = [steps * seconds for seconds in (step.fastest, step.slowest)]
         saves = [max(1, math.ceil(round(s / every, 6))) for s, every in zip(trained, between, strict=True)]
         measured = validation_time.measurements(training, steps)
-        each = [validation_time.seconds(training, samples, groups, s) for s in (step.fastest, step.slowest)]
-        ends = [t + n * saved + loading + measured * v for t, n, v in zip(trained, saves, each, strict=True)]
+        passes = [validation_time.seconds(training, samples, groups, s) for s in (step.fastest, step.slowest)]
+        stood = [(count - 1) * one + saved for count, one in zip(saves, stop, strict=True)]  # no step follows the last
+        ends = [t + still + loading + measured * v for t, still, v in zip(trained, stood, passes, strict=True)]
         times = str(saves[0]) if saves[0] == saves[1] else f"{saves[0]} to {saves[1]}"
-        formula = f"{steps:,} steps + {times} checkpoints × {saved:,.0f} s + loading {loading:,.0f} s"
+        each = (
+            f"{min(stop):,.0f} to {max(stop):,.0f} s (the last {saved:,.0f} s)"
+            if stop[0] < saved
+            else f"{saved:,.0f} s"
+        )
+        formula = f"{steps:,} steps + {times} checkpoints × {each} + loading {loading:,.0f} s"
         if measured:
-            formula += f" + {measured:,} validations × {each[0]:,.0f} to {each[1]:,.0f} s"
+            formula += f" + {measured:,} validations × {passes[0]:,.0f} to {passes[1]:,.0f} s"
         run = Range("whole run", ends[0], ends[1], formula)
     mtbf = 1000 * DAYS / (cluster.failures_per_1000_node_days * cluster.nodes)
     return Duration(
@@ -135,11 +140,12 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         saved,
         run,
         mtbf,
-        young_daly(saved, mtbf),
+        checkpoint_cost.cadence(max(stop or (saved,)), mtbf, saved if training.saves_beside_steps else 0.0),
         dealt,
         between,
         loading,
         least,
+        stop,
     )
 
 
@@ -334,7 +340,7 @@ class Step:
         if self.training.offloads_optimizer:
             found.append(
                 Range(
-                    "optimizer on the host",
+                    OPTIMIZER,
                     self.optimizing(MEMORY_SHARE[1]),
                     self.optimizing(MEMORY_SHARE[0]),
                     f"{ADAM_BYTES} B × {self.model.trained:,} / {cluster.nodes} nodes / "
@@ -377,6 +383,7 @@ def figures(found: Duration, cluster: Cluster) -> dict[str, Any]:
         "loading_s": round(found.loading_s, 3),
         "mean_time_between_failures_s": round(found.mtbf_s),
         "checkpoint_cadence_s": round(found.cadence_s),
+        "checkpoint_stop_s": [round(seconds, 3) for seconds in found.stop_s or ()],
     }
     result |= {"useful_slots_share": round(found.turns.useful_slots, 4)}
     if found.limit_s:

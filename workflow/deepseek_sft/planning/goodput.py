@@ -18,12 +18,13 @@ class Times:
 
     Attributes:
         step: one optimizer step; only whole ones count.
-        save: the GPUs stand still for so long at each checkpoint.
+        save: a checkpoint keeps the GPUs from steps for so long.
         cadence: of training between two checkpoints.
         start: from the job's begin to its first step, reading the checkpoint included.
         noticed: from a failure to the end of its job.
         again: from there until the job begins anew: Slurm's hold of a requeue, queue, other nodes.
         limit: a job's time limit, before which it saves and is begun again; None has none.
+        writing: of a checkpoint beside the steps that follow: one that is not committed when a failure comes is lost.
     """
 
     step: float
@@ -33,6 +34,7 @@ class Times:
     noticed: float
     again: float
     limit: float | None = None
+    writing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _job(times: Times, fails: float, steps: int, every: int) -> tuple[int, int, 
     natural = whole * round_ + (rest * times.step + times.save if rest else 0.0)
     ends = natural if limit is None else min(natural, limit)
     if fails < ends:
-        saves = int(fails // round_)
+        saves = int(max(0.0, fails - times.writing) // round_)
         return saves * every, saves, fails, True
     if natural <= ends:
         return steps, whole + bool(rest), natural, False

@@ -12,6 +12,7 @@ NODE = 4.0 * GIB  # torchrun, train.py, kernel memory charged to the job
 ESTIMATOR_BYTES, ESTIMATOR_FACTOR = 18, 1.5  # of DeepSpeed's own estimator
 
 
+PIECE = 64 << 20  # of pinned memory, as in training/xtuner_engine/deferred_files.py
 START_BLOCKS = 1.11  # 671B's parts of 256 ranks, each rounded up to a power of two, over their sum
 ROUNDED_MB = 64  # pinned blocks up to this size are rounded up to a power of two, larger ones are not
 
@@ -66,8 +67,14 @@ def host_memory(model: Model, training: Training, cluster: Cluster, device: Peak
         ranks * START_BLOCKS * width * partition,
         f"{each.format(width)} × {START_BLOCKS}, kept by the allocator",
     )
+    landing = Term(
+        "checkpoint from the GPUs",
+        ranks * (4 * max(groups, default=0) + 2 * PIECE),
+        f"{ranks} ranks × (4 × {max(groups, default=0):,} elements + 2 × {PIECE >> 20} MiB pinned)",
+    )
+    states = optimizer if training.offloads_optimizer else [landing] if training.saves_beside_steps else []
     return [
-        *(optimizer if training.offloads_optimizer else []),
+        *states,
         *([parameters, first] if training.offloads_parameters else []),
         *base,
     ]

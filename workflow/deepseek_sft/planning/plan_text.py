@@ -131,8 +131,12 @@ def _time(plan: Plan) -> list[str]:
     lines.append(f"slots     {found.turns.useful_slots:.0%} of token slots hold a token{_dealt(plan)}")
     cadence = found.cadence_steps()
     every = f" ({cadence[0]:,} to {cadence[1]:,} steps)" if cadence else ""
+    beside = ""
+    if found.stop_s and plan.training.saves_beside_steps:
+        stop = sorted({show(seconds, "s") for seconds in found.stop_s})
+        beside = f" beside the next step, which costs {' to '.join(stop)}"
     lines.append(
-        f"saving    {show(found.checkpoint_s, 's')} a checkpoint; a failure every {show(found.mtbf_s, 's')}: "
+        f"saving    {show(found.checkpoint_s, 's')} a checkpoint{beside}; a failure every {show(found.mtbf_s, 's')}: "
         f"best every {show(found.cadence_s, 's')}{every}"
     )
     return lines

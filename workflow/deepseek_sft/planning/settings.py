@@ -61,6 +61,7 @@ class Training:
     recompute: str = "full"
     expert_parallel_size: int = 1
     exchange_rows: int | None = None
+    async_save: str | None = None
     engine: str = engines.DEFAULT
     validation: Validation | None = None
 
@@ -94,6 +95,11 @@ class Training:
             return self
         steps = dealing.accumulation_for(self.gradient_accumulation_steps, samples.per_row)
         return dataclasses.replace(self, gradient_accumulation_steps=steps, accumulate_by="rows")
+
+    @property
+    def saves_beside_steps(self) -> bool:
+        """Whether checkpoints are written while the next step computes, as new runs do."""
+        return not self.stock_experts and self.async_save != "off"
 
     @property
     def thresholds_by_shard(self) -> bool:

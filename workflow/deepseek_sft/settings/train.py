@@ -165,6 +165,10 @@ class Training:
     """A checkpoint every so many steps (operational: re-runs nothing)."""
     save_every_minutes: AboveZero | None = setting(None, operational=True)
     """And one whenever this many minutes have passed since the last; null saves by steps alone."""
+    async_save: Literal["auto", "off"] | None = setting(None, operational=True, later=True)
+    """Whether a checkpoint is written while the next step computes: `auto` lets only its update wait for what is not
+    yet written; the last one and the one of a stop are written at once. `off` stops the GPUs until it is written. The
+    files are the same. `null` is `auto` for a new run, while a run begun before this key goes on with `off`."""
     keep_checkpoints: Positive = setting(2, operational=True)
     """Newest checkpoints kept."""
     log_every_steps: Positive = setting(1, operational=True)

@@ -29,7 +29,8 @@ class GpuHours:
 
     Attributes:
         trained: in steps that count.
-        saved: in checkpoints that count.
+        saved: in checkpoints that count: while the ranks stood still, and by which steps beside their writing were
+            slower.
         validated: in measurements of the validation loss that count.
         again: in steps and checkpoints after the last checkpoint of a start, trained again later.
         starting: from a start's ranks to its first step.
@@ -130,7 +131,7 @@ def left_behind(run: Path, step: int) -> dict[str, Any] | None:
         return {"ended": committed, "steps": 0, "seconds": 0.0, "seconds_save": 0.0, "kept_save": committed - ended}
     steps = lines[-1]["step"] - step  # also those that were not logged
     # A line reports the checkpoints before it: the first those of the one that is there.
-    kept, *lost = (line.get("seconds_save") or 0.0 for line in again)
+    kept, *lost = (_saving(line) for line in again)
     seconds = steps * statistics.fmean(line["seconds"] for line in again)
     seconds += sum(line.get("seconds_validation") or 0.0 for line in again)
     return {"ended": ended, "steps": steps, "seconds": seconds, "seconds_save": sum(lost), "kept_save": kept}
@@ -177,16 +178,22 @@ def of(run: Path, metrics: list[dict[str, Any]]) -> GpuHours | None:
     for line in metrics:
         # The start that trained it: of those that resumed before it the last, since each begins where lines were cut.
         ranks = [start["ranks"] for start in starts if start["resumed_step"] < line["step"] or start is starts[0]][-1]
-        spent["trained"] += ranks * line["seconds"] * (line["step"] - last)
-        spent["saved"] += ranks * (line.get("seconds_save") or 0.0)
+        slowed = line.get("seconds_slowed") or 0.0
+        spent["trained"] += ranks * (line["seconds"] * (line["step"] - last) - slowed)
+        spent["saved"] += ranks * _saving(line)
         spent["validated"] += ranks * (line.get("seconds_validation") or 0.0)
         last = line["step"]
-    saves += [line["seconds_save"] for line in metrics if line.get("seconds_save")]
+    saves += [seconds for line in metrics if (seconds := _saving(line))]
     hours = {name: seconds / 3600 for name, seconds in spent.items()}
     begun = tuple(start["first_step"] - start["began"] for start in starts)
     return GpuHours(
         **hours, starts=len(starts), start_seconds=begun, wait_seconds=tuple(waits), save_seconds=tuple(saves)
     )
+
+
+def _saving(line: dict[str, Any]) -> float:
+    """Seconds that checkpoints took since the line before, however they were written."""
+    return (line.get("seconds_save") or 0.0) + (line.get("seconds_slowed") or 0.0)
 
 
 def _parsed(path: Path) -> list[Any]:

@@ -58,6 +58,7 @@ DEFAULTS = {
     ),
     "deal_rows": Default(lambda *_: "cost", lambda *_: "order", "how it deals the rows of a step"),
     "zero_thresholds": Default(lambda *_: "shard", lambda *_: "deepspeed", "how much it gathers ahead"),
+    "async_save": Default(lambda *_: "auto", lambda *_: "off", "when its checkpoints are written"),
     "experts_per_shard": Default(_of_size, _of_size, "how many experts share a parameter", AUTO),
 }
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from xtuner.engine import DeepSpeedStrategy
 
-from . import lean_modules, sft_model, zero_calls
+from . import deferred_files, lean_modules, sft_model, zero_calls
 from .config import EngineConfig
+from .deferred_files import DeferredFile
 
 
 class XtunerEngine:
@@ -64,6 +65,15 @@ class XtunerEngine:
         """For the next step; a function of the step alone, so nothing of it is saved or resumed."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
+
+    def describe(self, folder: Path, step: int) -> list[DeferredFile]:
+        """This rank's files of a checkpoint, as ``save`` would write them now; a collective.
+
+        Until they are written, master weights and moments must stay as they are.
+        """
+        with deferred_files.collected(self.deepspeed) as found:
+            self.save(folder, step)
+        return found
 
     def save(self, folder: Path, step: int) -> None:
         """Write this rank's files of a checkpoint; a collective.

@@ -20,7 +20,7 @@ from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .metrics import Metrics
 from .micro_batches import MicroBatch
-from .phases import PhaseClock
+from .phases import WAITING, PhaseClock
 from .saving import Checkpoints
 from .step_guard import StepGuard
 from .step_result import Requests, StepResult
@@ -50,6 +50,12 @@ class StepTools:
     requests: Requests
     clock: PhaseClock
     watchdog: Watchdog
+    saves: Checkpoints | None = None
+
+    @property
+    def beside_save(self) -> bool:
+        """Whether a checkpoint is being written; the same on all ranks."""
+        return self.saves is not None and self.saves.is_writing
 
     def begin(self, phase: str) -> None:
         """A phase of the step begins."""
@@ -89,9 +95,9 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         trained_seconds=before.get("wall_seconds", 0.0),
     )
     guard, clock = StepGuard(engine.deepspeed, health), PhaseClock(engine.device)
-    tools = StepTools(guard, requests, clock, watchdog)
-    metrics = Metrics(config, attempt, engine, done, before)
     saved = Checkpoints(config, attempt, engine, watchdog)
+    tools = StepTools(guard, requests, clock, watchdog, saved)
+    metrics = Metrics(config, attempt, engine, done, before)
     validation = _validation(config, before, tools)
     rows = micro_batches.StepRows(config.tokens, settings, metrics.operations.pairs_per_token, schedule.rows_after)
 
@@ -121,6 +127,11 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
             _show_first_batch(Path(config.base), attempt.run, batches)
 
         result = train_step(engine.deepspeed, batches, step, tools, started)
+        if result is None:
+            if saved.is_writing:
+                metrics.saved(saved.finish(step))
+            step, stopped = step - 1, True
+            break
         gates.check_health(attempt.run, result)
         watchdog.took("step", result.seconds)
 
@@ -134,7 +145,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         ended = bool(validation and validated and validation.ends())
         if saved.is_due(step, result) or ended:
             metrics.progress |= validation.kept() if validation else {}
-            seconds = saved.save(step, lambda: metrics.snapshot(requests.wall_seconds(), health.state()))
+            seconds = saved.save(step, result, lambda: metrics.snapshot(requests.wall_seconds(), health.state()))
             metrics.saved(seconds)
             requests.saved()
             # Of each checkpoint that can become the result.
@@ -145,6 +156,9 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         stopped = result.stop_requested and not (last or ended)
         if stopped or result.time_is_up or ended:
             break
+    if saved.is_writing:  # a rehearsal ends without a last checkpoint
+        metrics.saved(saved.finish(step))
+    saved.close()
     metrics.close()
     return Ending(step, stopped, began)
 
@@ -164,7 +178,7 @@ def _validation(config: EngineConfig, before: dict[str, Any], tools: StepTools) 
     return found
 
 
-def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, started: float) -> StepResult:
+def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, started: float) -> StepResult | None:
     """One optimizer step over ``batches``, this rank's micro batches.
 
     DeepSpeed averages gradients over all ranks. Each rank's summed loss is scaled by ranks / trained tokens of the
@@ -174,6 +188,10 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
     Args:
         engine: DeepSpeed's.
         started: monotonic time at which the step began to read its data.
+
+    Returns:
+        None where a stop is asked for while the step before is being saved: that checkpoint is the one to stop with.
+        Nothing was updated, so that a stop takes no second checkpoint's time.
     """
     device = engine.device
     tools.begin("forward")
@@ -186,6 +204,10 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
         *flags,
         device=device,
     )
+    beside_save = tools.beside_save
+    if stop and beside_save:
+        tools.clock.seconds()
+        return None
     scale = dist.get_world_size() / max(trained, 1)
     summed = torch.zeros((), dtype=torch.float64, device=device)
     mean = 0.0
@@ -198,10 +220,18 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
             tools.guard.step, tools.guard.loss = step, mean
         tools.begin("backward")
         engine.backward(loss * scale, scale_wrt_gas=False)
+        if number == len(batches) and beside_save:
+            tools.clock.mark(WAITING)
+            tools.saves.finish(step)  # the update changes what is being written
+            asked = dist.get_rank() == 0 and tools.requests.flags()[0]
+            if _sum_over_ranks(float(asked), device=device)[0]:
+                tools.clock.seconds()
+                return None
         tools.begin("update")
         engine.step()
     phases = tools.clock.seconds()
-    seconds = time.monotonic() - started
+    waited = phases.pop(WAITING)
+    seconds = time.monotonic() - started - waited
     return StepResult(
         loss=mean,
         gradient_norm=tools.guard.norm,
@@ -214,6 +244,8 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
         stop_requested=stop > 0,
         save_due=save > 0,
         time_is_up=end > 0,
+        beside_save=beside_save,
+        waited=waited,
     )
 
 

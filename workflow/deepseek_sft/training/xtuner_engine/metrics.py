@@ -63,8 +63,10 @@ class Metrics:
         }
         self._recent = deque(before.get("recent_losses", []), maxlen=RECENT)
         self._seconds = deque(maxlen=STEADY)
+        self._alone = deque(maxlen=STEADY)  # steps beside which no checkpoint was written
         self._unreported_save = 0.0
         self._validation_seconds = 0.0  # of the last one
+        self._slowed: float | None = 0.0  # since the last line, by checkpoints written meanwhile; None: not known
         self._load = engine.model.count_experts()
         self._watch = RankWatch(
             engine.model.llm.model.layers, rank_device(), attempt.results, config.slow_rank_percent, done
@@ -92,6 +94,7 @@ class Metrics:
         if math.isfinite(result.loss):
             self._recent.append(result.loss)
         self._seconds.append(result.seconds)
+        self._count_save(result)
         self._watch.clock.collect()
         if step == 1 and math.isfinite(result.loss):
             self.progress["first_loss"] = result.loss
@@ -128,7 +131,16 @@ class Metrics:
                 self._write(line | balance(counts) | ranks)
                 self._loads.add(step, counts)
                 self._tell(line)
-            self._unreported_save = 0.0
+            self._unreported_save, self._slowed = 0.0, 0.0
+
+    def _count_save(self, result: StepResult) -> None:
+        """The wait for a checkpoint, and how much slower the step was than those beside which nothing was written."""
+        if not result.beside_save:
+            self._alone.append(result.seconds)
+            return
+        self.saved(result.waited)
+        known = self._slowed is not None and self._alone
+        self._slowed = self._slowed + max(0.0, result.seconds - statistics.median(self._alone)) if known else None
 
     def saved(self, seconds: float) -> None:
         """A checkpoint took ``seconds``; the next line reports it."""
@@ -183,6 +195,7 @@ class Metrics:
             "seconds": round(result.seconds, 6),
             **{f"seconds_{phase}": round(value, 6) for phase, value in result.phases.items()},
             "seconds_save": round(self._unreported_save, 6),
+            "seconds_slowed": None if self._slowed is None else round(self._slowed, 6),
             "update": "applied" if result.verdict.apply else "skipped",
         }
         for key in ("loss", "grad_norm"):

@@ -7,6 +7,9 @@ import torch
 PHASES = ("data", "forward", "backward", "update")
 
 
+WAITING = "commit"  # between backward and update, where a checkpoint is not yet written
+
+
 class PhaseClock:
     """Times consecutive phases of a step.
 
@@ -27,11 +30,11 @@ class PhaseClock:
         self._marks.append((phase, time.perf_counter(), event))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every phase since the last call; waits for the device."""
+        """Seconds of every phase since the last call, ``WAITING`` among them; waits for the device."""
         self.mark("end")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        total = dict.fromkeys(PHASES, 0.0)
+        total = dict.fromkeys((*PHASES, WAITING), 0.0)
         for (phase, started, event), (_, ended, next_event) in zip(self._marks, self._marks[1:], strict=False):
             if event is None or phase == "data":
                 total[phase] += ended - started

@@ -17,12 +17,14 @@ class StepResult:
         gradient_norm: before clipping.
         tokens, trained_tokens: without padding; with loss.
         pairs: queries and the keys before them in their sample: what causal attention computes.
-        seconds: wall time of the step, data included.
+        seconds: wall time of the step, data included, without ``waited``.
         phases: this rank's seconds by phase.
         verdict: whether the update was applied, and why not.
         stop_requested: someone asked to save and stop.
         save_due: so many minutes have passed since the last checkpoint.
         time_is_up: the run has trained as long as it may.
+        beside_save: a checkpoint was written meanwhile.
+        waited: seconds that the update waited for it.
     """
 
     loss: float
@@ -36,6 +38,8 @@ class StepResult:
     stop_requested: bool = False
     save_due: bool = False
     time_is_up: bool = False
+    beside_save: bool = False
+    waited: float = 0.0
 
 
 class Requests:
