@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from ..errors import BadInputError
 
+# name=address of the job's nodes, for programs in a container, which know neither Slurm nor the names (macros.sbatch.j2).
+ADDRESSES = "DEEPSEEK_SFT_NODE_ADDRESSES"
 FIRST_PORT, PORTS = 20000, 12768  # ends where the range begins that Linux hands out to clients
 
 
@@ -85,6 +87,9 @@ def address_of(name: str) -> str:
 
     A name that nobody can resolve comes back as it is: whoever uses it says so.
     """
+    told = dict(entry.split("=", 1) for entry in os.environ.get(ADDRESSES, "").split())
+    if name in told:
+        return told[name]
     if _resolves(name) or shutil.which("scontrol") is None:
         return name
     command = ["scontrol", "--oneliner", "show", "node", name]
@@ -106,17 +111,40 @@ def _resolves(name: str) -> bool:
 def expand_hosts(nodelist: str) -> list[str]:
     """Host names of a Slurm node list such as ``node[1-3],login``, in order.
 
+    ``scontrol`` knows the syntax best. In a container it need not be: names with numbers in brackets are read here.
+
     Raises:
-        BadInputError: ``scontrol``, which knows the syntax, is needed and cannot be used.
+        BadInputError: the list is none.
     """
     if "[" not in nodelist:
         return [host for host in nodelist.split(",") if host]
     if shutil.which("scontrol") is None:
-        raise BadInputError(f"cannot expand SLURM_JOB_NODELIST {nodelist}: no scontrol in PATH")
+        return _expanded(nodelist)
     result = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=False)
     if result.returncode:
         raise BadInputError(f"scontrol show hostnames {nodelist} failed: {result.stderr.strip()}")
     return result.stdout.split()
+
+
+def _expanded(nodelist: str) -> list[str]:
+    found: list[str] = []
+    for entry in re.split(r",(?![^\[]*\])", nodelist):
+        names = [""]
+        for text, inside in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", entry):
+            more = [text] if text else [number for part in inside.split(",") for number in _range(part, nodelist)]
+            names = [name + one for name in names for one in more]
+        if re.sub(r"\[[^\[\]]*\]", "", entry).strip("[]") != re.sub(r"\[[^\[\]]*\]", "", entry) or names == [""]:
+            raise BadInputError(f"cannot expand SLURM_JOB_NODELIST {nodelist}, and there is no scontrol in PATH")
+        found += names
+    return found
+
+
+def _range(part: str, nodelist: str) -> list[str]:
+    bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    if not bounds:
+        raise BadInputError(f"cannot expand SLURM_JOB_NODELIST {nodelist}, and there is no scontrol in PATH")
+    first, last = bounds[1], bounds[2] or bounds[1]
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 def threads_per_rank(ranks: int, environment: Mapping[str, str] = os.environ) -> int:
