@@ -145,17 +145,17 @@ def launcher(own: dict[str, Any] | None, project: str, accelerator: str) -> list
         gpus = ["--nv"] if accelerator == "cuda" else []
         bind = ["--bind", ",".join(mount.text() for mount in container.mounts)] if container.mounts else []
         return ["apptainer", "exec", *gpus, *bind, "--pwd", project, *container.options, container.image]
-    # Shared memory, network, host name and limits are the node's: NCCL, addresses and locks count on it. Without cgroups
+    # Shared memory, network and host name are the node's: NCCL, addresses and locks count on it. Without cgroups
     # of its own the container stays in those of its Slurm step, which end it with the job; podman wants its processes
     # numbered apart then, and --init hands signals on and takes up orphans.
-    host = [f"--{space}=host" for space in ("ipc", "network", "uts", "ulimit")]
+    host = [f"--{space}=host" for space in ("ipc", "network", "uts")]
     words = ["podman", "run", "--rm", "--init", "--env-host", *host, "--cgroups=disabled", "--security-opt=label=disable"]
     if accelerator == "cuda":
         words.append("--device=nvidia.com/gpu=all")
     words += [f"--volume={mount.text()}" for mount in container.mounts]
     words += [f"--workdir={project}", *container.options]
     path = container.image_path()
-    words += ["--rootfs", container.image] if path and path.is_dir() else [container.image]
+    words += ["--rootfs", f"{container.image}:O"] if path and path.is_dir() else [container.image]
     # podman starts it with the default action for USR1, which is death until Python listens.
     return [*words, "sh", "-c", "trap '' USR1; exec \"$@\"", "container"]
 
