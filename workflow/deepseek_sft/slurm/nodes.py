@@ -127,24 +127,25 @@ def expand_hosts(nodelist: str) -> list[str]:
 
 
 def _expanded(nodelist: str) -> list[str]:
+    """Raises BadInputError where a list is more than names with numbers in brackets."""
     found: list[str] = []
     for entry in re.split(r",(?![^\[]*\])", nodelist):
+        if not re.fullmatch(r"(?:[^\[\],]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+", entry):
+            raise BadInputError(
+                f"cannot expand SLURM_JOB_NODELIST {nodelist}: there is no scontrol in PATH",
+                "give the container Slurm's programs",
+            )
         names = [""]
         for text, inside in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", entry):
-            more = [text] if text else [number for part in inside.split(",") for number in _range(part, nodelist)]
+            more = [text] if text else [number for part in inside.split(",") for number in _range(part)]
             names = [name + one for name in names for one in more]
-        if re.sub(r"\[[^\[\]]*\]", "", entry).strip("[]") != re.sub(r"\[[^\[\]]*\]", "", entry) or names == [""]:
-            raise BadInputError(f"cannot expand SLURM_JOB_NODELIST {nodelist}, and there is no scontrol in PATH")
         found += names
     return found
 
 
-def _range(part: str, nodelist: str) -> list[str]:
-    bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-    if not bounds:
-        raise BadInputError(f"cannot expand SLURM_JOB_NODELIST {nodelist}, and there is no scontrol in PATH")
-    first, last = bounds[1], bounds[2] or bounds[1]
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+def _range(part: str) -> list[str]:
+    first, _, last = part.partition("-")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
 
 
 def threads_per_rank(ranks: int, environment: Mapping[str, str] = os.environ) -> int:
