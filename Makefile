@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status envs test test-swap families drills drills-without soak soak-slurm resume-full-size mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status envs test test-swap families drills drills-without soak soak-slurm containers resume-full-size mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -19,6 +19,7 @@ help:
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
 	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
+	@echo "make containers  as root: the demo's training in an image built from its lock, by podman and a stand-in for Pyxis; about 10 minutes"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, from files of holes; about 5 minutes"
 	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
@@ -84,6 +85,14 @@ soak:
 resume-full-size:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(DEV)/python tests/full_size_resume.py
+
+containers:
+	@cluster/install
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@rm -f containers.jsonl
+	@$(DEV)/python -m pytest -s tests/drills/container_drills.py
 
 soak-slurm:
 	@cluster/install

@@ -218,3 +218,11 @@ def test_the_files_of_the_containerfile_suffice_to_build_every_locked_environmen
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     locks = sorted(path.stem for path in (PROJECT / "envs").glob("*.txt") if not path.stem.endswith(".no-deps"))
     assert done.returncode == 2 and f"choose one of: {', '.join(locks)}" in done.stderr, done.stderr
+
+
+def test_gloo_takes_the_interface_of_the_address_that_was_found_outside():
+    told = {"SLURMD_NODENAME": "node1", nodes.ADDRESSES: "node1=127.0.0.1 node2=10.0.0.2"}
+    assert nodes.gloo_interface(2, told) == "lo"
+    assert nodes.gloo_interface(2, told | {"SLURMD_NODENAME": "node2"}) is None  # no interface of this machine
+    assert nodes.gloo_interface(2, {"SLURMD_NODENAME": "node1"}) is None
+    assert nodes.gloo_interface(1, {}) == "lo"

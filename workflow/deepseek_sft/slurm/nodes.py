@@ -9,6 +9,8 @@ import socket
 import subprocess
 from collections.abc import Mapping
 
+import psutil
+
 from ..errors import BadInputError
 
 # name=address of the job's nodes, for programs in a container, which know neither Slurm nor the names (macros.sbatch.j2).
@@ -87,9 +89,8 @@ def address_of(name: str) -> str:
 
     A name that nobody can resolve comes back as it is: whoever uses it says so.
     """
-    told = dict(entry.split("=", 1) for entry in os.environ.get(ADDRESSES, "").split())
-    if name in told:
-        return told[name]
+    if told := _told(os.environ).get(name):
+        return told
     if _resolves(name) or shutil.which("scontrol") is None:
         return name
     command = ["scontrol", "--oneliner", "show", "node", name]
@@ -99,6 +100,23 @@ def address_of(name: str) -> str:
         return name
     known = re.findall(r"\b(?:NodeAddr|NodeHostName)=(\S+)", answer.stdout)
     return next((other for other in known if _resolves(other)), name)
+
+
+def gloo_interface(nodes: int, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Interface for Gloo, which otherwise takes the one of the address that the host's own name resolves to.
+
+    That name may lead nowhere, in a container above all, and then to loopback: on one node that is right; on several it is
+    the interface with the address that the batch script found. None where nothing is known, and Gloo's way is as good.
+    """
+    if nodes == 1:
+        return "lo"
+    address = _told(environment).get(own_name(environment))
+    found = psutil.net_if_addrs().items()
+    return next((name for name, entries in found if address in [entry.address for entry in entries]), None)
+
+
+def _told(environment: Mapping[str, str]) -> dict[str, str]:
+    return dict(entry.split("=", 1) for entry in environment.get(ADDRESSES, "").split())
 
 
 def _resolves(name: str) -> bool:
