@@ -1,8 +1,8 @@
 """The demo's training in a container, by a stand-in for Pyxis and by podman: `make containers`, as root, 10 minutes.
 
-The image (.cache/images/train, made by cluster/image) holds Debian's Python and the environment `train` alone, built from
-its lock and a folder of wheels: nothing of Slurm. Each training is killed once after it has saved, so that its lock is a
-dead job's; its losses must be those of the same training on the nodes themselves, to the last bit.
+The image (.cache/images/train, made by cluster/image) holds Debian's Python and the environment `train` alone, built
+from its lock and a folder of wheels: nothing of Slurm. Each training is killed once after it has saved, so that its lock
+is a dead job's; its losses must be those of the same training on the nodes themselves, to the last bit.
 """
 
 import json
@@ -51,7 +51,8 @@ class Site(ClusterCopy):
         code = process.wait(DEADLINE_S)
         text = log.read_text() + "".join(path.read_text() for path in (self.clone / "logs/demo/train").glob("*.log"))
         assert code == 0, text[-8000:]
-        rows = [json.loads(line) for path in self.results.glob("train/runs/*/metrics.jsonl") for line in open(path)]
+        (metrics,) = self.results.glob("train/runs/*/metrics.jsonl")
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         with open(FIGURES, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"training": name, "seconds": round(time.monotonic() - begin)}) + "\n")
         return {row["step"]: row["loss"] for row in rows if "loss" in row}

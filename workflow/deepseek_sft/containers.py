@@ -100,7 +100,9 @@ def of(kind: str, own: dict[str, Any] | None) -> Container | None:
     if given := own.get("container"):
         mounts = tuple(Mount.read(text) for text in given["mounts"])
         key = f"envs.{kind}.container"
-        return Container(given["runtime"], given["image"], mounts, tuple(given["options"]), f"{key}.image", f"{key}.mounts")
+        return Container(
+            given["runtime"], given["image"], mounts, tuple(given["options"]), f"{key}.image", f"{key}.mounts"
+        )
     if image := _value(srun, IMAGE):
         mounts = tuple(Mount.read(text) for text in (_value(srun, MOUNTS) or "").split(",") if text)
         key = f"envs.{kind}.srun"
@@ -149,7 +151,16 @@ def launcher(own: dict[str, Any] | None, project: str, accelerator: str) -> list
     # of its own the container stays in those of its Slurm step, which end it with the job; podman wants its processes
     # numbered apart then, and --init hands signals on and takes up orphans.
     host = [f"--{space}=host" for space in ("ipc", "network", "uts")]
-    words = ["podman", "run", "--rm", "--init", "--env-host", *host, "--cgroups=disabled", "--security-opt=label=disable"]
+    words = [
+        "podman",
+        "run",
+        "--rm",
+        "--init",
+        "--env-host",
+        *host,
+        "--cgroups=disabled",
+        "--security-opt=label=disable",
+    ]
     if accelerator == "cuda":
         words.append("--device=nvidia.com/gpu=all")
     words += [f"--volume={mount.text()}" for mount in container.mounts]

@@ -79,7 +79,9 @@ def of(kind: str, config: dict[str, Any]) -> Environment:
     copies = copies_of(locked, archive, local["folder"]) if archive else None
     step = {key: own[key] for key in ("srun", "container") if own.get(key)}
     activate, container = _activate(own), containers.of(kind, own)
-    return Environment(locked, copies.python if copies else python, activate, bool(own), copies, archive, container, step)
+    return Environment(
+        locked, copies.python if copies else python, activate, bool(own), copies, archive, container, step
+    )
 
 
 def _activate(own: dict[str, Any]) -> str:

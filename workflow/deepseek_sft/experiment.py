@@ -14,7 +14,18 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import containers, environments, expert_shards, files, place, receipts, rule_settings, secrets_file, shapes, stages
+from . import (
+    containers,
+    environments,
+    expert_shards,
+    files,
+    place,
+    receipts,
+    rule_settings,
+    secrets_file,
+    shapes,
+    stages,
+)
 from .data.held_out_prompts import PROMPTS_FILE
 from .data.sources import split_argument
 from .data.tokens import made_unpacked

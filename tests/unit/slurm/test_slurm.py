@@ -44,7 +44,13 @@ LOCAL = LocalCopies(".envs/train.tar", "/tmp/deepseek-sft-1000/train-0123", "/tm
 SERVED = CONTEXT | {"python": ".envs/serve-cuda/bin/python", "environment": {}}
 SERVING = dataclasses.replace(CLUSTER, cpus_per_task=96, mem_mb=500000, runtime=240, extra="--exclusive", account="")
 CPU_NODE = Allocation(cpus_per_task=2, mem_mb=9000, runtime=30, partition="serve")
-PYXIS = {"srun": ["--container-image=/shared/images/train.sqsh", "--container-mounts=/shared:/shared", "--network=single_node_vni"]}
+PYXIS = {
+    "srun": [
+        "--container-image=/shared/images/train.sqsh",
+        "--container-mounts=/shared:/shared",
+        "--network=single_node_vni",
+    ]
+}
 
 
 def contained(context: dict, step: dict) -> dict:

@@ -6,11 +6,34 @@ from typing import Literal
 from .field_types import Named, Text, matching, section, setting
 
 Absolute = matching("^/", "a path that begins with /")
-Seen = matching("^/[^:,]*(:/[^:,]*(:(ro|rw))?)?$", "SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, of paths that begin with /")
+Seen = matching(
+    "^/[^:,]*(:/[^:,]*(:(ro|rw))?)?$", "SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, of paths that begin with /"
+)
 Option = matching("^--?[A-Za-z]", "an option such as --name=value")
 # Of srun, and the workflow's own: they follow from the profile.
-DECIDED = ("nodes", "ntasks", "ntasks-per-node", "nodelist", "exclude", "overlap", "exclusive", "label", "cpus-per-task")
-DECIDED += ("gres", "gpus", "gpus-per-node", "mem", "jobid", "kill-on-bad-exit", "chdir", "output", "error", "time")
+DECIDED = frozenset(
+    [
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "nodelist",
+        "exclude",
+        "overlap",
+        "exclusive",
+        "label",
+        "cpus-per-task",
+        "gres",
+        "gpus",
+        "gpus-per-node",
+        "mem",
+        "jobid",
+        "kill-on-bad-exit",
+        "chdir",
+        "output",
+        "error",
+        "time",
+    ]
+)
 
 
 @section
@@ -18,11 +41,11 @@ class Container:
     runtime: Literal["apptainer", "podman"]
     """What starts it. For Pyxis see `srun`."""
     image: Named
-    """Apptainer: a .sif file, a folder, or a name such as `docker://…`. podman: a name that every node's podman knows, or
-    the folder of an unpacked image."""
+    """Apptainer: a .sif file, a folder, or a name such as `docker://…`. podman: a name that every node's podman knows,
+    or the folder of an unpacked image."""
     mounts: tuple[Seen, ...] = ()
-    """Folders of the node that it sees, `SOURCE[:TARGET[:ro]]`: the project, results, the base, all under the paths that
-    they have outside."""
+    """Folders of the node that it sees, `SOURCE[:TARGET[:ro]]`: the project, results, the base, all under the paths
+    that they have outside."""
     options: tuple[Option, ...] = ()
     """Further options of `apptainer exec` or `podman run`."""
 

@@ -13,7 +13,7 @@ import psutil
 
 from ..errors import BadInputError
 
-# name=address of the job's nodes, for programs in a container, which know neither Slurm nor the names (macros.sbatch.j2).
+# name=address of the job's nodes, for programs in a container, which know neither Slurm nor names (macros.sbatch.j2).
 ADDRESSES = "DEEPSEEK_SFT_NODE_ADDRESSES"
 FIRST_PORT, PORTS = 20000, 12768  # ends where the range begins that Linux hands out to clients
 
@@ -105,8 +105,8 @@ def address_of(name: str) -> str:
 def gloo_interface(nodes: int, environment: Mapping[str, str] = os.environ) -> str | None:
     """Interface for Gloo, which otherwise takes the one of the address that the host's own name resolves to.
 
-    That name may lead nowhere, in a container above all, and then to loopback: on one node that is right; on several it is
-    the interface with the address that the batch script found. None where nothing is known, and Gloo's way is as good.
+    That name may lead nowhere, in a container above all, and then to loopback: on one node that is right; on several
+    it is the interface with the address that the batch script found. None where nothing is known: Gloo's way will do.
     """
     if nodes == 1:
         return "lo"
