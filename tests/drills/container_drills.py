@@ -1,8 +1,8 @@
 """The demo's training in a container, by a stand-in for Pyxis and by podman: `make containers`, as root, 10 minutes.
 
 The image (.cache/images/train, made by cluster/image) holds Debian's Python and the environment `train` alone, built
-from its lock and a folder of wheels: nothing of Slurm. Each training is killed once after it has saved, so that its lock
-is a dead job's; its losses must be those of the same training on the nodes themselves, to the last bit.
+from its lock and a folder of wheels: nothing of Slurm. Each training is killed once after it has saved, so that its
+lock is a dead job's; its losses must be those of the same training on the nodes themselves, to the last bit.
 """
 
 import json

@@ -11,29 +11,8 @@ Seen = matching(
 )
 Option = matching("^--?[A-Za-z]", "an option such as --name=value")
 # Of srun, and the workflow's own: they follow from the profile.
-DECIDED = frozenset(
-    [
-        "nodes",
-        "ntasks",
-        "ntasks-per-node",
-        "nodelist",
-        "exclude",
-        "overlap",
-        "exclusive",
-        "label",
-        "cpus-per-task",
-        "gres",
-        "gpus",
-        "gpus-per-node",
-        "mem",
-        "jobid",
-        "kill-on-bad-exit",
-        "chdir",
-        "output",
-        "error",
-        "time",
-    ]
-)
+DECIDED = {"nodes", "ntasks", "ntasks-per-node", "nodelist", "exclude", "overlap", "exclusive", "cpus-per-task", "gres"}
+DECIDED |= {"gpus", "gpus-per-node", "mem", "jobid", "kill-on-bad-exit", "label", "chdir", "output", "error", "time"}
 
 
 @section
