@@ -5,16 +5,15 @@ On the emulated cluster with cluster/pyxis, a stand-in for Pyxis' options that i
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import cluster_fixture
 import pytest
+from cluster_fixture import Cluster
 
 from deepseek_sft import containers
 from deepseek_sft.slurm import sbatch
 
-CLUSTER_NODES = 2
-cluster = cluster_fixture.cluster
 SLURM = ("squeue", "scontrol", "srun", "munge")
 
 
@@ -28,7 +27,18 @@ def bare_image(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def seen(project: Path, cluster, tmp_path_factory) -> list[dict]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes whose host names are not Slurm's names for them, which resolve nowhere."""
+    running = Cluster(tmp_path_factory.mktemp("cluster"), 2)
+    running.up("--host-names")
+    try:
+        yield running
+    finally:
+        running.down()
+
+
+@pytest.fixture(scope="module")
+def seen(project: Path, cluster) -> list[dict]:
     """What both nodes' programs have found, by rank."""
     folder = cluster.folder
     image, results, hidden = folder / "image", folder / "results", folder / "hidden"
