@@ -7,7 +7,7 @@ ENV := .envs/workflow/bin
 DEV := .envs/dev/bin
 GPU_PYTHON ?= .envs/train/bin/python
 
-.PHONY: help demo status watch track envs test test-swap families drills drills-without evaluation soak soak-slurm resume-full-size expert-spreads async-save-kills mutations gpu-check gpu-check-cpu check lint format clean
+.PHONY: help demo status watch track envs test test-swap families drills drills-without evaluation soak soak-slurm containers resume-full-size expert-spreads async-save-kills mutations gpu-check gpu-check-cpu check lint format clean
 
 help:
 	@echo "make demo   raw chats → trained, converted, served and tested model on an emulated Slurm cluster"
@@ -23,6 +23,7 @@ help:
 	@echo "make expert-spreads   experts spread over ranks with every pair of other settings, 20 runs beside a plain loop; about 3 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
 	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
+	@echo "make containers  as root: the demo's training in an image built from its lock, by podman and a stand-in for Pyxis; about 10 minutes"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, and planned for conversion with its experts spread over 1, 8, 64; about 6 minutes"
 	@echo "make async-save-kills   training killed twenty times while a checkpoint is written; KILLS='--kills 20 --seed 30', about 20 minutes"
@@ -117,6 +118,14 @@ async-save-kills:
 	@$(PYTHON) workflow/scripts/build_env.py dev
 	@$(PYTHON) workflow/scripts/build_env.py train
 	@$(DEV)/python tests/drills/async_save_kills.py $(KILLS)
+
+containers:
+	@cluster/install
+	@$(PYTHON) workflow/scripts/build_env.py workflow
+	@$(PYTHON) workflow/scripts/build_env.py dev
+	@$(PYTHON) workflow/scripts/build_env.py train
+	@rm -f containers.jsonl
+	@$(DEV)/python -m pytest -s tests/drills/container_drills.py
 
 soak-slurm:
 	@cluster/install

@@ -12,7 +12,7 @@ check ruff format --check .
 check snakefmt --check Snakefile workflow/rules
 check python workflow/scripts/document_config.py --check
 check codespell
-check shellcheck --external-sources cluster/install cluster/run cluster/vcluster cluster/lib/*.sh tests/lint.sh workflow/scripts/stage.sh workflow/scripts/local_copies.sh workflow/snakemake.sbatch profiles/containers/*-python workflow/slurm_commands/sbatch workflow/slurm_commands/squeue tests/drills/python .ci/run
+check shellcheck --external-sources cluster/install cluster/image cluster/pyxis/srun cluster/pyxis/contain cluster/run cluster/vcluster cluster/lib/*.sh tests/lint.sh workflow/scripts/stage.sh workflow/scripts/local_copies.sh workflow/snakemake.sbatch profiles/containers/*-python workflow/slurm_commands/sbatch workflow/slurm_commands/squeue tests/drills/python .ci/run
 check shellcheck tests/golden/*.sbatch
 
 # Snakemake's only complaint may be that rules name no conda environment or container: ours are locked under envs/.

@@ -21,7 +21,7 @@ NOT_RUN = {
     "an excerpt": 1,
     "needs a cluster": 3,
     "needs a finished experiment": 1,
-    "needs a network": 4,
+    "needs a network": 6,
     "needs root": 1,
     "needs a base model": 1,
     "needs a checkpoint": 2,

@@ -20,7 +20,7 @@ IMPORTS: dict[str, set[str]] = {
     "planning": {"convert", "data", "families", "model", "slurm", "tensors"},
     "preflight": {"settings", "slurm", "tensors"},
     "report": {"cluster_jobs", "data", "training"},
-    "serving": {"cluster_jobs", "convert", "data", "families", "settings", "tensors"},
+    "serving": {"cluster_jobs", "convert", "data", "families", "settings", "slurm", "tensors"},
     "settings": {"data", "planning", "tensors"},
     "site": set(),
     "slurm": {"cluster_jobs", "site"},

@@ -4,12 +4,14 @@ What differs between a locked environment, one of the user's and its copy on a n
 ``render_sbatch.py`` and the templates take it as it comes.
 """
 
+import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from . import stages
+from . import containers, stages
+from .containers import Container
 from .engines import ENGINES
 from .local_copies import LocalCopies, copies_of
 
@@ -30,6 +32,8 @@ class Environment:
         own: whether it is the user's.
         copies: what runs from the nodes' own disks; None where nothing does.
         archive: the form in which it is brought there.
+        container: the container in which the user's runs; None where it runs on the nodes as they are.
+        step: what starts it there, keys ``srun`` and ``container`` of ``envs.<kind>``; empty where nothing is said.
     """
 
     locked: str
@@ -38,6 +42,8 @@ class Environment:
     own: bool = False
     copies: LocalCopies | None = None
     archive: str | None = None
+    container: Container | None = None
+    step: dict[str, Any] = field(default_factory=dict)
 
     @property
     def built(self) -> list[str]:
@@ -52,6 +58,8 @@ class Environment:
     def words(self) -> list[str]:
         """What render_sbatch.py is told."""
         words = ["--python", self.python, f"--activate={self.activate}"]
+        if self.step:
+            words.append(f"--step={json.dumps(self.step)}")
         if self.copies:
             copies = self.copies
             words += ["--archive", copies.archive, "--environment", copies.environment, "--code", copies.code]
@@ -73,7 +81,11 @@ def of(kind: str, config: dict[str, Any]) -> Environment:
     own = config["envs"].get(kind) or {}
     python, archive = own.get("python", f".envs/{locked}/bin/python"), local.get(kind)
     copies = copies_of(locked, archive, local["folder"]) if archive else None
-    return Environment(locked, copies.python if copies else python, _activate(own), bool(own), copies, archive)
+    step = {key: own[key] for key in ("srun", "container") if own.get(key)}
+    activate, container = _activate(own), containers.of(kind, own)
+    return Environment(
+        locked, copies.python if copies else python, activate, bool(own), copies, archive, container, step
+    )
 
 
 def _activate(own: dict[str, Any]) -> str:

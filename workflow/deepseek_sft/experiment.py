@@ -14,7 +14,18 @@ from typing import Any
 import yaml
 
 from . import config as configuration
-from . import environments, expert_shards, files, place, receipts, rule_settings, secrets_file, shapes, stages
+from . import (
+    containers,
+    environments,
+    expert_shards,
+    files,
+    place,
+    receipts,
+    rule_settings,
+    secrets_file,
+    shapes,
+    stages,
+)
 from .data.held_out_prompts import PROMPTS_FILE
 from .data.sources import split_argument
 from .data.tokens import made_unpacked
@@ -67,6 +78,7 @@ class Experiment:
                 notes.append(f"train.experts_per_shard: auto leaves {begun}, with which this experiment began")
         if resolved["data"]["held_out"] and not resolved["smoke_test"]["prompts"]:
             resolved["smoke_test"]["prompts"] = f"{results}/data/{PROMPTS_FILE}"
+        notes += containers.unjudged(resolved["envs"])
         return cls(resolved, results, f"logs/{name}", tuple(notes))
 
     def write_config(self) -> None:
@@ -232,7 +244,9 @@ class Experiment:
         envs, named = self.config["envs"], self._named()
         for stage in environments.CHOSEN:
             own = envs.get(stage)
-            if own and not own["activate"]:  # an activated environment may exist on compute nodes only
+            if (container := self.environment(stage).container) and (image := container.image_path()):
+                named += [(rule, container.key, str(image)) for rule in stages.run_by(stage)]
+            elif own and not container and not own["activate"]:  # an activated one may exist on compute nodes only
                 named += [(rule, f"envs.{stage}.python", own["python"]) for rule in stages.run_by(stage)]
         if self.evaluated() and (own := envs["evaluate"]):
             named += [(rule, "envs.evaluate.python", own["python"]) for rule in ("smoke_test", "evaluate")]
@@ -254,6 +268,29 @@ class Experiment:
                 "the configuration names files that do not exist\n" + "\n".join(f"  - {p}" for p in problems),
                 "correct the path in the configuration (relative paths start at the project's folder)",
             )
+        if problems := self.unseen_in_containers(rules):
+            raise BadInputError(
+                "containers would not see what their stages need\n" + "\n".join(f"  - {p}" for p in problems),
+                "mount it under the path that it has outside (docs/containers.md)",
+            )
+
+    def unseen_in_containers(self, rules: Collection[str]) -> list[str]:
+        """One sentence for each path that a container of ``rules`` must see and does not."""
+        config, found = self.config, []
+        for kind in environments.CHOSEN:
+            environment, used = self.environment(kind), set(stages.run_by(kind)) & set(rules)
+            if not used or not environment.container:
+                continue
+            paths = [("the project", ".", False), ("results", config["results"], True)]
+            if "/" in environment.python and not environment.python.startswith("/"):
+                paths.append((f"envs.{kind}.python", str(Path(environment.python).parent), False))
+            named = [("model.base", config["model"]["base"])] if kind == "train" else []
+            named += [(key, path) for rule, key, path in self._named() if rule in used and kind == "serve"]
+            named += [(f"{kind}.secrets_file", config[kind]["secrets_file"])]
+            named += [("serve.api_key_file", config["serve"]["api_key_file"])] if kind == "serve" else []
+            paths += [(key, path, False) for key, path in named if path]
+            found += environment.container.unseen(paths)
+        return list(dict.fromkeys(found))
 
     def check_shapes(self, allocations: dict[str, Allocation]) -> None:
         """Raises BadInputError where training's or serving's parallel sizes do not fit the profile's nodes and GPUs."""

@@ -103,6 +103,8 @@ def check_stack(experiment: Experiment, rules: Collection[str] = stages.CHAIN, d
     python = Path(experiment.environment("train").python)
     if "train" not in rules or experiment.config["accelerator"] != "cuda" or own.get("activate"):
         return []
+    if experiment.environment("train").container:  # preflight looks, inside it
+        return []
     compatibility = cuda_stack.compatibility_driver(own.get("cuda_compat") or "")
     if (folder := own.get("cuda_compat")) and Path(folder).is_dir() and compatibility is None:
         raise BadInputError(

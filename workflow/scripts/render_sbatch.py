@@ -5,11 +5,12 @@ allocation cannot differ. The written file also works by hand: `sbatch results/<
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
-from deepseek_sft import cli, files, local_copies, receipts, secrets_file, stages
+from deepseek_sft import cli, containers, files, local_copies, receipts, secrets_file, stages
 from deepseek_sft.slurm import sbatch
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--training-resources", default="{}", help="and what the profile gives to training, likewise")
     parser.add_argument("--python", required=True, help="interpreter of the stage's environment")
     parser.add_argument("--activate", default="", help="shell line that activates the environment")
+    parser.add_argument("--step", default="{}", help="srun and container of envs.<stage>, a JSON object")
     parser.add_argument("--archive", help="archive of the environment, to be unpacked on each node to the two folders:")
     parser.add_argument("--environment", help="the environment's, from which --python runs")
     parser.add_argument("--code", help="our code's")
@@ -65,6 +67,8 @@ def main() -> None:
     ranks_per_node = settings.pop("ranks_per_node", None)
     spare = settings.pop("spare_nodes", 0)
     spare_nodes = spare if arguments.stage == "train" else 0  # a rehearsal trains on all of its nodes
+    step = cli.json_object("--step", arguments.step)
+    contained = containers.of("", step) is not None
     script = sbatch.render(
         arguments.stage,
         allocation,
@@ -83,6 +87,11 @@ def main() -> None:
             and local_copies.LocalCopies(arguments.archive, arguments.environment, arguments.code),
             "spare_nodes": spare_nodes,
             "evaluated": "evaluation" in settings,
+            "srun": containers.srun_options(step, str(PROJECT), environment),
+            "launcher": containers.launcher(step, str(PROJECT), arguments.accelerator),
+            # of what runs beside the steps: in the batch script, outside of any container
+            "host_python": sys.executable if contained else arguments.python,
+            "contained": contained,
         },
     )
     files.write_json(arguments.output / "settings.json", settings)

@@ -13,9 +13,10 @@ import synthetic_zero12
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_sft.convert import base_model, convert, dry_run, zero
+from deepseek_sft.convert import base_model, convert, dry_run, zero, zero_files
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.families import deepseek_v3
+from deepseek_sft.tensors import torch_pickle
 from deepseek_sft.tensors.byte_ranges import OpenFiles
 
 SHAPES = st.lists(st.lists(st.integers(0, 7), min_size=0, max_size=3), min_size=0, max_size=5)
@@ -177,3 +178,21 @@ def test_files_of_expert_parallelism_are_refused(tmp_path):
     (folder / "layer_0_expert_1_mp_rank_00_model_states.pt").touch()
     with pytest.raises(BadInputError, match="expert parallelism"):
         zero.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "named, stage", [("optimizer_states", 1), ("gradients", 2), ("weights", 3), ("disabled", None)]
+)
+def test_a_stage_that_an_older_python_has_pickled_by_its_name_is_read(named, stage, tmp_path):
+    """Python 3.11.2 pickles an enumeration's member as ``getattr(ZeroStageEnum, "weights")``."""
+    enumeration = b"cdeepspeed.runtime.zero.config\nZeroStageEnum\n"
+    content = b"cbuiltins\ngetattr\n(" + enumeration + f"V{named}\ntR.".encode()
+    found = torch_pickle.load(torch_pickle.Archive(tmp_path, "x", {}, content, []))
+    flat = zero_files.FLAT_GROUPS[stage or 3]
+    state = {"zero_stage": found, flat: [], "partition_count": 2}
+    read = lambda: zero_files.read_optimizer(tmp_path, lambda _: {"optimizer_state_dict": state})  # noqa: E731
+    if stage is None:
+        with pytest.raises(BadInputError, match="written by ZeRO stage"):
+            read()
+    else:
+        assert read().stage == stage

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_sft import containers
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.local_copies import LocalCopies
 from deepseek_sft.slurm import sbatch
@@ -43,6 +44,30 @@ LOCAL = LocalCopies(".envs/train.tar", "/tmp/deepseek-sft-1000/train-0123", "/tm
 SERVED = CONTEXT | {"python": ".envs/serve-cuda/bin/python", "environment": {}}
 SERVING = dataclasses.replace(CLUSTER, cpus_per_task=96, mem_mb=500000, runtime=240, extra="--exclusive", account="")
 CPU_NODE = Allocation(cpus_per_task=2, mem_mb=9000, runtime=30, partition="serve")
+PYXIS = {
+    "srun": [
+        "--container-image=/shared/images/train.sqsh",
+        "--container-mounts=/shared:/shared",
+        "--network=single_node_vni",
+    ]
+}
+
+
+def contained(context: dict, step: dict) -> dict:
+    """The same stage in a container, as render_sbatch.py describes it."""
+    return context | {
+        "python": "/opt/env/bin/python",
+        "srun": containers.srun_options(step, context["project"], context["environment"]),
+        "launcher": containers.launcher(step, context["project"], context["accelerator"]),
+        "host_python": "/shared/project/.envs/workflow/bin/python",
+        "contained": True,
+    }
+
+
+def started_by(runtime: str) -> dict:
+    return {"container": {"runtime": runtime, "image": "/shared/images/gpu.sif", "mounts": ["/shared"], "options": []}}
+
+
 CASES = {
     "train.slurm": ("train", CLUSTER, CONTEXT | {"activate": "module load cuda/12.6"}),
     "train.spares": ("train", dataclasses.replace(CLUSTER, nodes=34), CONTEXT | {"spare_nodes": 2}),
@@ -59,6 +84,17 @@ CASES = {
         SERVED | {"python": ".envs/serve-cpu/bin/python"},
     ),
     "serve.bf16-4x8": ("serve", dataclasses.replace(SERVING, nodes=4, runtime=10080), SERVED),
+    "train.pyxis": ("train", CLUSTER, contained(CONTEXT, PYXIS)),
+    "rehearse.podman": (
+        "rehearse",
+        dataclasses.replace(CLUSTER, runtime=60, extra="--exclusive"),
+        contained(CONTEXT, started_by("podman")),
+    ),
+    "smoke_test.apptainer": (
+        "smoke_test",
+        dataclasses.replace(SERVING, nodes=2),
+        contained(SERVED, started_by("apptainer")),
+    ),
     "smoke_test.local": ("smoke_test", Allocation(), CONTEXT | {"environment": {}}),
 }
 

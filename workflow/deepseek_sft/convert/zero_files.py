@@ -17,6 +17,7 @@ from ..tensors.safetensors_files import StoredTensor
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt")
 WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"  # stages 1 and 2: one for all ranks
 PARTITION_GROUPS = "ds_zero_partition_groups"
+STAGES = {"optimizer_states": 1, "gradients": 2, "weights": 3}  # DeepSpeed's ZeroStageEnum
 FLAT_GROUPS = {3: "fp32_flat_groups", 2: "single_partition_of_fp32_groups", 1: "single_partition_of_fp32_groups"}
 
 
@@ -158,6 +159,13 @@ class OptimizerState:
     sharing: list[list[int]] = field(default_factory=list)
 
 
+def _stage(value: Any) -> Any:
+    """ZeRO's stage: a number, or a ZeroStageEnum, which older 3.11 of Python (Debian 12's 3.11.2) pickle by name."""
+    if not isinstance(value, torch_pickle.Inert) or not value.args:
+        return value
+    return STAGES.get(value.args[-1], value.args[0]) if isinstance(value.args[-1], str) else value.args[0]
+
+
 def read_optimizer(path: Path, load: Callable[[Path], Any]) -> OptimizerState:
     """
     Raises:
@@ -167,8 +175,7 @@ def read_optimizer(path: Path, load: Callable[[Path], Any]) -> OptimizerState:
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not ("zero_stage" in state or FLAT_GROUPS[1] in state):
         raise BadInputError(f"{path} holds no ZeRO optimizer state")
-    stage = state.get("zero_stage", 1)
-    stage = stage.args[0] if isinstance(stage, torch_pickle.Inert) and stage.args else stage
+    stage = _stage(state.get("zero_stage", 1))
     if stage not in (1, 2, 3):
         raise BadInputError(f"{path} was written by ZeRO stage {stage}; stages 1, 2 and 3 are supported")
     counts = state.get("partition_count")

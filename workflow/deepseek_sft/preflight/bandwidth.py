@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import json_files, time_limits
 from ..python_path import with_library
-from ..slurm.nodes import NodeEnvironment
+from ..slurm.nodes import NodeEnvironment, gloo_interface
 from . import exchange
 from .findings import Finding
 
@@ -62,8 +62,8 @@ def over_torch(
     }
     if backend == "gloo":
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
-        if node.nodes == 1:
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if interface := gloo_interface(node.nodes, environment):
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     limit = time_limits.under_load(node.world_size)
     words = [sys.executable, "-m", WORKER, "--backend", backend, "--megabytes", str(megabytes)]
     words += ["--ranks-per-node", str(node.ranks_per_node), *(["--floor", str(floor)] if floor else [])]

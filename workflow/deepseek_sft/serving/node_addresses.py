@@ -7,6 +7,7 @@ import socket
 import psutil
 
 from ..errors import BadInputError
+from ..slurm.nodes import address_of
 
 
 def node_name() -> str:
@@ -69,7 +70,7 @@ def head_address(interface: str | None) -> str:
         return interface_address(interface)
     local = {address for addresses in interface_addresses().values() for address in addresses}
     try:
-        answers = socket.getaddrinfo(node_name(), None, socket.AF_INET, socket.SOCK_STREAM)
+        answers = socket.getaddrinfo(address_of(node_name()), None, socket.AF_INET, socket.SOCK_STREAM)
     except OSError:
         answers = []
     for *_, (address, _port) in answers:

@@ -9,8 +9,12 @@ import socket
 import subprocess
 from collections.abc import Mapping
 
+import psutil
+
 from ..errors import BadInputError
 
+# name=address of the job's nodes, for programs in a container, which know neither Slurm nor names (macros.sbatch.j2).
+ADDRESSES = "DEEPSEEK_SFT_NODE_ADDRESSES"
 FIRST_PORT, PORTS = 20000, 12768  # ends where the range begins that Linux hands out to clients
 
 
@@ -85,6 +89,8 @@ def address_of(name: str) -> str:
 
     A name that nobody can resolve comes back as it is: whoever uses it says so.
     """
+    if told := _told(os.environ).get(name):
+        return told
     if _resolves(name) or shutil.which("scontrol") is None:
         return name
     command = ["scontrol", "--oneliner", "show", "node", name]
@@ -94,6 +100,23 @@ def address_of(name: str) -> str:
         return name
     known = re.findall(r"\b(?:NodeAddr|NodeHostName)=(\S+)", answer.stdout)
     return next((other for other in known if _resolves(other)), name)
+
+
+def gloo_interface(nodes: int, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Interface for Gloo, which otherwise takes the one of the address that the host's own name resolves to.
+
+    That name may lead nowhere, in a container above all, and then to loopback: on one node that is right; on several
+    it is the interface with the address that the batch script found. None where nothing is known: Gloo's way will do.
+    """
+    if nodes == 1:
+        return "lo"
+    address = _told(environment).get(own_name(environment))
+    found = psutil.net_if_addrs().items()
+    return next((name for name, entries in found if address in [entry.address for entry in entries]), None)
+
+
+def _told(environment: Mapping[str, str]) -> dict[str, str]:
+    return dict(entry.split("=", 1) for entry in environment.get(ADDRESSES, "").split())
 
 
 def _resolves(name: str) -> bool:
@@ -106,17 +129,41 @@ def _resolves(name: str) -> bool:
 def expand_hosts(nodelist: str) -> list[str]:
     """Host names of a Slurm node list such as ``node[1-3],login``, in order.
 
+    ``scontrol`` knows the syntax best. In a container it need not be: names with numbers in brackets are read here.
+
     Raises:
-        BadInputError: ``scontrol``, which knows the syntax, is needed and cannot be used.
+        BadInputError: the list is none.
     """
     if "[" not in nodelist:
         return [host for host in nodelist.split(",") if host]
     if shutil.which("scontrol") is None:
-        raise BadInputError(f"cannot expand SLURM_JOB_NODELIST {nodelist}: no scontrol in PATH")
+        return _expanded(nodelist)
     result = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=False)
     if result.returncode:
         raise BadInputError(f"scontrol show hostnames {nodelist} failed: {result.stderr.strip()}")
     return result.stdout.split()
+
+
+def _expanded(nodelist: str) -> list[str]:
+    """Raises BadInputError where a list is more than names with numbers in brackets."""
+    found: list[str] = []
+    for entry in re.split(r",(?![^\[]*\])", nodelist):
+        if not re.fullmatch(r"(?:[^\[\],]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+", entry):
+            raise BadInputError(
+                f"cannot expand SLURM_JOB_NODELIST {nodelist}: there is no scontrol in PATH",
+                "give the container Slurm's programs",
+            )
+        names = [""]
+        for text, inside in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", entry):
+            more = [text] if text else [number for part in inside.split(",") for number in _range(part)]
+            names = [name + one for name in names for one in more]
+        found += names
+    return found
+
+
+def _range(part: str) -> list[str]:
+    first, _, last = part.partition("-")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
 
 
 def threads_per_rank(ranks: int, environment: Mapping[str, str] = os.environ) -> int:

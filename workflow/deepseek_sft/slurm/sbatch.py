@@ -110,11 +110,15 @@ def render(stage: str, allocation: Allocation, context: dict[str, Any]) -> str:
     template = jinja_templates.load(f"{stage}.sbatch.j2", sh=_quoted)
     try:
         name = job_names.by_hand(context.get("experiment", ""), stage)
-        found = {"local": None, "spare_nodes": 0, "evaluated": False} | context
+        defaults = {"local": None, "spare_nodes": 0, "srun": [], "launcher": [], "contained": False, "evaluated": False}
+        found = defaults | context
+        if "python" in found:
+            found = {"host_python": found["python"]} | found | {"python": [*found["launcher"], found["python"]]}
         return template.render(stage=stage, job=allocation, job_name=name, **found)
     except jinja2.UndefinedError as error:
         raise BadInputError(f"template {stage}.sbatch.j2: {error}") from None
 
 
 def _quoted(value: Any) -> str:
-    return shlex.quote(str(value))
+    """A word for the shell, or several."""
+    return shlex.join(map(str, value)) if isinstance(value, list) else shlex.quote(str(value))

@@ -19,7 +19,7 @@ from ..cli import say
 from ..errors import BadInputError
 from ..planning import host_memory
 from ..python_path import with_library
-from ..slurm.nodes import NodeEnvironment, threads_per_rank
+from ..slurm.nodes import NodeEnvironment, gloo_interface, threads_per_rank
 from . import early_stop, run_folder, watchdog
 
 TORCHRUN = "deepseek_sft.training.torchrun"
@@ -136,8 +136,8 @@ def environment_of(node: NodeEnvironment, start: Start) -> dict[str, str]:
     if start.accelerator == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         defaults |= CPU_MEMORY
-        if node.nodes == 1:
-            defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo resolves the host name, which may lead nowhere
+    if (start.accelerator == "cpu" or node.nodes > 1) and (interface := gloo_interface(node.nodes, environment)):
+        defaults["GLOO_SOCKET_IFNAME"] = interface
     own = secrets_file.read(Path(path)) if (path := environment.get(secrets_file.VARIABLE)) else {}
     return defaults | environment | own
 
