@@ -74,7 +74,7 @@ def test_page_shows_what_status_and_the_report_do(site, watched):
     assert "train, running" in state
     for words in (
         "of 240 (25.4 %)",
-        "at step 61",
+        "validation 0.4321 after step 61",
         "before clipping",
         "93% of token slots",
         "of the rank with the most",
@@ -84,7 +84,7 @@ def test_page_shows_what_status_and_the_report_do(site, watched):
         assert words in state
     assert "71 convert_checkpoint PENDING Priority cpu" in state
     assert drawn(page) == ["loss", "grad-norm", "speed", "slots", "memory", "expert-load", "expert-balance"]
-    assert "on the held-out split" in page.parts["plots"].decode()
+    assert "circles: validation loss" in text_of(page, "plots")
     assert "step 60/240" in text_of(page, "log")
 
 

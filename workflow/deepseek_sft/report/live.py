@@ -27,7 +27,7 @@ LOOKED_S = 60.0  # nobody has asked for so long: nobody looks
 PATIENCE_S = 0.6  # how long one who comes after a pause waits for a new page
 LOG_LINES = 16
 CARDS = ("step", "loss", "validation", "gradient", "speed", "memory", "time left")
-SMALL = re.compile(", |: | (?:of|at|to|before) ")
+SMALL = re.compile(", |: | (?:of|at|to|before|after) ")
 LEVELS = {"running": "run", "seems to run": "run", "queued": "wait", "stopped": "bad"}
 
 
@@ -120,6 +120,7 @@ def _log(now: progress.Progress) -> str:
 
 def split(text: str) -> tuple[str, str]:
     """What a card shows large, a figure with its unit, and what small."""
+    text = text.removeprefix("loss ")  # of the card `validation`
     end = SMALL.search(text)
     return (text[: end.start()], text[end.start() :].lstrip(",: ")) if end else (text, "")
 
