@@ -125,6 +125,17 @@ def test_what_cannot_start_is_refused_with_what_to_write(own, said, site):
         experiment_of({"python": "python3"} | own)
 
 
+def test_an_evaluation_beside_a_model_served_in_a_container_needs_a_python_inside_it():
+    shipped = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
+    task = {"data": "t.jsonl"}
+    values = {"experiment": "a", "data": {"sources": ["x.jsonl"]}, "model": {"base": "base"}}
+    values |= {"evaluate": {"tasks": {"own": task}}, "envs": {"serve": pyxis("/images/vllm")}}
+    with pytest.raises(BadInputError, match=r"envs\.evaluate: the model is served in a container"):
+        Experiment.from_config(config.merge(shipped, values))
+    values["envs"]["evaluate"] = {"python": "/opt/lm-eval/bin/python"}
+    Experiment.from_config(config.merge(shipped, values))
+
+
 def test_options_of_srun_without_a_container_stay_as_they_are():
     words = ["--mpi=pmix", "--network=single_node_vni"]
     assert containers.srun_options({"srun": words}, "/project", ["NCCL_DEBUG"]) == words

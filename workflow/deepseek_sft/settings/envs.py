@@ -74,6 +74,13 @@ class Local:
     """Folder on the nodes' own disks."""
 
 
+def contained(own: Own | None) -> bool:
+    """Whether it runs in a container."""
+    return own is not None and (
+        own.container is not None or any(option.startswith("--container-image=") for option in own.srun)
+    )
+
+
 @section
 class Envs:
     train: Own | None = None
@@ -81,12 +88,14 @@ class Envs:
     serve: Own | None = None
     """Environment of this stage: `python` and, where needed, a line that activates it."""
     evaluate: Own | None = setting(None, later=True)
-    """Environment with lm-eval; only its `python` is used."""
+    """Environment with lm-eval; only its `python` is used: where `serve` runs in a container, one inside it."""
     local: Local = setting(Local())
     """Training's locked environment and our code on the nodes' own disks, brought there by each job: a start then asks
     the shared folder for little more than data (docs/cluster.md). No key of it re-runs anything."""
 
     def problems(self) -> Iterator[str]:
+        if self.evaluate and (self.evaluate.container or self.evaluate.srun or self.evaluate.activate):
+            yield "evaluate: lm-eval is started by what serves, in its container; only `python` counts here"
         if self.local.train and self.train:
             yield "local.train: copies the locked environment; with one of your own in `envs.train` leave it null"
 
