@@ -75,8 +75,8 @@ class Configuration:
             )
         if self.evaluate.tasks and contained(self.envs.serve) and not self.envs.evaluate:
             yield (
-                "envs.evaluate: the model is served in a container, where `.envs/evaluate` of this project may not run; "
-                "give `python`, one with lm-eval inside the container"
+                "envs.evaluate: the model is served in a container, where `.envs/evaluate` of this project may not "
+                "run; give `python`, one with lm-eval inside the container"
             )
         if train.spare_nodes and not self.preflight.in_training:
             yield (
