@@ -145,11 +145,13 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         ended = bool(validation and validated and validation.ends())
         if saved.is_due(step, result) or ended:
             metrics.progress |= validation.kept() if validation else {}
-            seconds = saved.save(step, result, lambda: metrics.snapshot(requests.wall_seconds(), health.state()))
+            # Of each checkpoint that can become the result; its marker must be there to hold them.
+            leaves = last or result.time_is_up or ended or bool(validated and settings.validation.early_stop)
+            kept = lambda: metrics.snapshot(requests.wall_seconds(), health.state())  # noqa: E731
+            seconds = saved.save(step, result, kept, at_once=leaves)
             metrics.saved(seconds)
             requests.saved()
-            # Of each checkpoint that can become the result.
-            if last or result.time_is_up or ended or (validated and settings.validation.early_stop):
+            if leaves:
                 saved.leave_losses(step)
         if ended and not last and rank == 0:
             validation.tell_end(step)

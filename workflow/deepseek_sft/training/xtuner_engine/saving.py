@@ -74,19 +74,22 @@ class Checkpoints:
         asked = result.stop_requested or result.save_due or result.time_is_up
         return asked or step == self._config.schedule.steps or step % self._config.settings.save_every_steps == 0
 
-    def save(self, step: int, result: StepResult, progress: Callable[[], dict[str, Any]]) -> float:
+    def save(
+        self, step: int, result: StepResult, progress: Callable[[], dict[str, Any]], at_once: bool = False
+    ) -> float:
         """Save step ``step``; returns the seconds that it took here.
 
         With ``async_save: auto`` it is only begun, unless no step follows: ``finish`` must come before the next update.
 
         Args:
             progress: asked for on all ranks; kept in the marker.
+            at_once: commit it now, whatever follows.
 
         Raises:
             RuntimeError: on all ranks alike, the checkpoint was not committed.
         """
         goes_on = step < self._config.schedule.steps and not (result.stop_requested or result.time_is_up)
-        if self._writer and goes_on:
+        if self._writer and goes_on and not at_once:
             return self._begin(step, progress)
         self._watchdog.enter("save", step)
         started = time.monotonic()
