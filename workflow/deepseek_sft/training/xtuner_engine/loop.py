@@ -147,8 +147,9 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
             metrics.progress |= validation.kept() if validation else {}
             # Of each checkpoint that can become the result; its marker must be there to hold them.
             leaves = last or result.time_is_up or ended or bool(validated and settings.validation.early_stop)
-            kept = lambda: metrics.snapshot(requests.wall_seconds(), health.state())  # noqa: E731
-            seconds = saved.save(step, result, kept, at_once=leaves)
+            seconds = saved.save(
+                step, result, lambda: metrics.snapshot(requests.wall_seconds(), health.state()), at_once=leaves
+            )
             metrics.saved(seconds)
             requests.saved()
             if leaves:

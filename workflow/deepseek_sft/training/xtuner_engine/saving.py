@@ -62,7 +62,6 @@ class Checkpoints:
         self._last_bytes = 0
         self._writer = BackgroundWriter() if config.settings.async_save == "auto" else None
         self._pending: _Pending | None = None
-        self._losses: dict[str, Any] | None = None  # for the marker of what is being written
 
     @property
     def is_writing(self) -> bool:
@@ -137,9 +136,6 @@ class Checkpoints:
         sizes, digests = self._writer.result(pending.files, pending.folder.name, told=dist.get_rank() == 0)
         self._agree(pending.step, pending.folder, pending.progress, Written(sizes, digests, pending.biases))
         self._pending = None
-        if self._losses is not None and dist.get_rank() == 0:
-            checkpoints.amend(pending.folder, {loss_rows.KEY: self._losses})
-        self._losses = None
         ended = time.monotonic()
         self._watchdog.took("save", ended - pending.begun)
         self._watchdog.enter("step", step)
@@ -163,17 +159,13 @@ class Checkpoints:
         """Add the losses of a few rows under the final weights to the marker of step ``step``.
 
         After the commit: should this fail, the checkpoint is there, and the smoke test says that it was not measured.
-        Of a checkpoint that is still being written they are measured now, under its weights, and added once it is.
         """
         self._watchdog.enter("save", step)
         started = time.monotonic()
         config = self._config
         found = final_losses.measure(self._engine.deepspeed, Path(config.tokens), config.settings.dtype, step)
-        if self._pending:
-            self._losses = found
-        elif dist.get_rank() == 0:
-            checkpoints.amend(checkpoints.folder_of(self._attempt.run, step), {loss_rows.KEY: found})
         if dist.get_rank() == 0:
+            checkpoints.amend(checkpoints.folder_of(self._attempt.run, step), {loss_rows.KEY: found})
             tokens = sum(len(row["losses"]) for row in found["rows"])
             say(f"losses of {len(found['rows'])} rows, {tokens} tokens, measured in {time.monotonic() - started:.1f} s")
 
