@@ -28,7 +28,7 @@ BACKSTOP = 60.0  # after that the kernel ends a process in which no Python threa
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # where ranks wait for others
 RECENT = 50  # measured times of a phase that its limit follows
 NO_RECORDER = "this torch has no flight recorder"
-PLACES = ("start", "data", "forward", "backward", "commit", "update", "save")  # in the order of a step
+PLACES = ("start", "data", "forward", "backward", "commit", "update", "validation", "save")  # in the order of a step
 
 
 class Watchdog:
