@@ -173,7 +173,7 @@ def strings(word: str) -> list[str]:
 # What stands unquoted in shell texts of rules, each with why it cannot hold anything but plain text.
 PLAIN = {
     "RESULTS", "LOGS", "SCRIPT", "rule", "folder", "name",  # place.check_results, our own names
-    "receipt(rule)", "place", "rendering", "command", "arguments", "more", "allocation",  # made of the others
+    "receipt(rule)", "place", "rendering", "judged", "command", "arguments", "more", "allocation",  # made of the others
 }  # fmt: skip
 
 

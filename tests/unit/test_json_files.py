@@ -35,6 +35,7 @@ OTHER_READERS = {
     *("data/template_child.py", "data/template_process.py", "data/base_rendering.py"),
     *("report/chat_section.py", "strict_yaml.py", "json_files.py"),
     *("data/evaluation_sets.py", "data/held_out_split.py", "evaluation/server_checks.py"),
+    "task_evaluation/lm_eval_run.py",  # what lm-eval hands to a model, and lines of its own run
     "macros.sbatch.j2",  # slow_nodes.json in the job itself; torn, no node is left out
 }
 NOT_JSON = {

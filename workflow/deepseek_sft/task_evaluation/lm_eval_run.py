@@ -115,7 +115,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
-            entry = json.loads(line)
+            entry = json_files.parse(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and {"key", "final", "finish_reason", "tokens"} <= set(entry):

@@ -5,7 +5,6 @@ import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from ...cli import say
 from .. import first_batch, gpu_hours, same_training
 from ..health import StepHealth
 from ..watchdog import Watchdog
-from . import base_check, gates, micro_batches, resuming, start_checks
+from . import base_check, gates, micro_batches, resuming, start_checks, validation_loss
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .metrics import Metrics
@@ -24,7 +23,6 @@ from .phases import WAITING, PhaseClock
 from .saving import Checkpoints
 from .step_guard import StepGuard
 from .step_result import Requests, StepResult
-from .validation_loss import Validation
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     saved = Checkpoints(config, attempt, engine, watchdog)
     tools = StepTools(guard, requests, clock, watchdog, saved)
     metrics = Metrics(config, attempt, engine, done, before)
-    validation = _validation(config, before, tools)
+    validation = validation_loss.of_run(config, before, watchdog, guard)
     rows = micro_batches.StepRows(config.tokens, settings, metrics.operations.pairs_per_token, schedule.rows_after)
 
     # What is built stays: Python's collector need not walk through it again and again in each step.
@@ -164,21 +162,6 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     saved.close()
     metrics.close()
     return Ending(step, stopped, began)
-
-
-def _validation(config: EngineConfig, before: dict[str, Any], tools: StepTools) -> Validation | None:
-    """What measures the validation loss, where the run does; each of its passes may take as long as a step."""
-    if config.settings.validation is None or config.held_out is None:
-        return None
-
-    def alive() -> None:
-        tools.watchdog.enter("step", tools.guard.step)
-        tools.watchdog.place = "validation"
-
-    found = Validation(config.held_out, config.settings, config.schedule.steps, before, alive)
-    if dist.get_rank() == 0:
-        say(found.describe())
-    return found
 
 
 def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, started: float) -> StepResult | None:

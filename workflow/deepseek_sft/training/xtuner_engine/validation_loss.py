@@ -22,8 +22,11 @@ from ...data.tokens import TokenDataset
 from ...errors import BadInputError
 from .. import validation as rule
 from ..settings import Settings
+from ..watchdog import Watchdog
+from .config import EngineConfig
 from .evaluating import evaluating
 from .micro_batches import NO_LOSS, pad
+from .step_guard import StepGuard
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,26 @@ class Validation:
         of_rows = np.array([len(sizes) for _, sizes in self._dataset.names_and_lengths()])
         samples, every = int(of_rows[self._rows].sum()), self._chosen.every_steps
         return f"validation: {samples:,} held-out samples in {len(self._rows):,} rows, every {every} steps"
+
+
+def of_run(config: EngineConfig, before: dict[str, Any], watchdog: Watchdog, guard: StepGuard) -> Validation | None:
+    """What measures the validation loss, where the run does; each of its passes may take as long as a step.
+
+    Args:
+        before: progress of the checkpoint that the run goes on from.
+        guard: that knows the step.
+    """
+    if config.settings.validation is None or config.held_out is None:
+        return None
+
+    def alive() -> None:
+        watchdog.enter("step", guard.step)
+        watchdog.place = "validation"
+
+    found = Validation(config.held_out, config.settings, config.schedule.steps, before, alive)
+    if dist.get_rank() == 0:
+        say(found.describe())
+    return found
 
 
 def choose(dataset: TokenDataset, samples: int) -> np.ndarray:
