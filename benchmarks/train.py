@@ -301,9 +301,7 @@ def padding(bench: Bench) -> None:
     loose = bench.rows_of("loose", [[int(length)] for length in lengths])
     rows = best_fit(lengths, LONGEST)
     packed = bench.rows_of("packed", [[int(lengths[number]) for number in row] for row in rows])
-    # Of two ranks, four rows each, the longest sets the pace as of the published run's 128: 38 % of slots useful in
-    # order there, 27 % in that run.
-    shape = {"micro_batch_size": 4, "gradient_accumulation_steps": 16}
+    shape = {"micro_batch_size": 2, "gradient_accumulation_steps": 16}
     fewer = dealing.accumulation_for(shape["gradient_accumulation_steps"], len(lengths) / len(rows))
     found = bench.run(
         {
@@ -317,8 +315,7 @@ def padding(bench: Bench) -> None:
     each = f"{len(lengths) / len(rows):.1f} samples a row"
     print(
         f"timed: {RANKS} ranks × 1 thread, samples of {lengths.mean():.0f} tokens on average, up to {LONGEST}, micro "
-        f"batches of {shape['micro_batch_size']}, {shape['gradient_accumulation_steps']} of them a step, {fewer} "
-        f"packed ({each})"
+        f"batches of 2, {shape['gradient_accumulation_steps']} of them a step, {fewer} packed ({each})"
     )
     rates = {name: figures["tokens"] / figures["seconds"] for name, figures in found.items()}
     for name, rate in rates.items():
