@@ -26,7 +26,7 @@ NOT_RUN = {
     "needs a base model": 1,
     "needs a checkpoint": 2,
     "needs a checkpoint of the guide": 1,
-    "needs a run that is going": 4,
+    "needs a run that is going": 5,
     "needs a served base model": 1,
     "needs a format of the reader's": 1,
 }
