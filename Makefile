@@ -76,12 +76,7 @@ families:
 	@rm -f families.jsonl
 	@$(DEV)/python -m pytest -s tests/drills/family_drills.py
 
-evaluation:
-	@$(PYTHON) workflow/scripts/build_env.py workflow
-	@$(PYTHON) workflow/scripts/build_env.py dev
-	@$(PYTHON) workflow/scripts/build_env.py train
-	@$(PYTHON) workflow/scripts/build_env.py serve-cpu
-	@$(PYTHON) workflow/scripts/build_env.py evaluate
+evaluation: envs
 	@$(DEV)/python -m pytest -s tests/drills/evaluation_drills.py
 
 drills:

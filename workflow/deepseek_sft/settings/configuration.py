@@ -8,7 +8,7 @@ from .. import secrets_file
 from ..data.held_out_prompts import LONGEST_QUESTION
 from .convert import Convert
 from .data import Data
-from .envs import Envs, contained
+from .envs import Envs
 from .evaluate import Evaluate
 from .field_types import Text, matching, plain, section
 from .model import Model
@@ -73,7 +73,7 @@ class Configuration:
                 f"train.sequence_parallel_size: {size} does not divide the {ranks} ranks of a node; "
                 f"allowed: {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
             )
-        if self.evaluate.tasks and contained(self.envs.serve) and not self.envs.evaluate:
+        if self.evaluate.tasks and self.envs.serve and self.envs.serve.contained and not self.envs.evaluate:
             yield (
                 "envs.evaluate: the model is served in a container, where `.envs/evaluate` of this project may not "
                 "run; give `python`, one with lm-eval inside the container"

@@ -56,13 +56,21 @@ class Own:
                 yield f"srun: {option}: write --{name}=…"
             elif name == "container-mounts":
                 yield from (f"srun: --{name}: {text!r}: give a path that begins with /" for text in _relative(value))
-        images = [option for option in self.srun if option.startswith("--container-image=")]
+        images = self._images()
         if len(images) > 1:
             yield "srun: --container-image stands there twice"
         if images and self.container:
             yield "container: srun starts one already (--container-image)"
         if (images or self.container) and self.cuda_compat:
             yield "cuda_compat: is set outside of the container; put those libraries into the image"
+
+    def _images(self) -> list[str]:
+        return [option for option in self.srun if option.startswith("--container-image=")]
+
+    @property
+    def contained(self) -> bool:
+        """Whether it runs in a container."""
+        return self.container is not None or bool(self._images())
 
 
 @section
@@ -72,13 +80,6 @@ class Local:
     runs it where it was built."""
     folder: Absolute = "/tmp"
     """Folder on the nodes' own disks."""
-
-
-def contained(own: Own | None) -> bool:
-    """Whether it runs in a container."""
-    return own is not None and (
-        own.container is not None or any(option.startswith("--container-image=") for option in own.srun)
-    )
 
 
 @section
