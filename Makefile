@@ -17,7 +17,7 @@ help:
 	@echo "make test   every test, the demo chain included"
 	@echo "make test-swap   as root: conversion with a real swap file, which is switched on and off"
 	@echo "make families   a tiny base of each family (Moonlight, Kimi-K2, GigaChat3) through the whole chain; about 25 minutes"
-	@echo "make evaluation   the demo and an early step of it, both evaluated on 100 questions: one passes its gates, one fails; about 20 minutes, not run yet"
+	@echo "make evaluation   the demo and an early step of it, both evaluated on 100 questions: one passes its gates, one fails; about 15 minutes"
 	@echo "make drills   time limits, preemption, deaths of Snakemake, nodes and controller, on an emulated cluster; about 75 minutes"
 	@echo "make drills-without   each mechanism behind them taken out once: its drill must fail; about 35 minutes"
 	@echo "make expert-spreads   experts spread over ranks with every pair of other settings, 20 runs beside a plain loop; about 3 minutes"

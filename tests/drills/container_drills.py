@@ -67,7 +67,8 @@ def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Si
 
 @pytest.fixture(scope="module")
 def image(project: Path) -> Path:
-    subprocess.run([project / "cluster/image", "train"], check=True)
+    made = subprocess.run([project / "cluster/image", "train"], check=False)
+    assert made.returncode == 0, "cluster/image train failed; what it printed is above"
     return project / ".cache/images/train"
 
 
