@@ -23,7 +23,7 @@ help:
 	@echo "make expert-spreads   experts spread over ranks with every pair of other settings, 20 runs beside a plain loop; about 3 minutes"
 	@echo "make soak   training runs that random faults befall; SOAK='--runs 20 --seed 7 --folder DIR', see tests/drills/soak.py"
 	@echo "make soak-slurm  the same under Slurm, on an emulated cluster; SOAK_RUNS=10 SOAK_SEED=18"
-	@echo "make containers  as root: the demo's training in an image built from its lock, by podman and a stand-in for Pyxis; about 10 minutes"
+	@echo "make containers  as root: the demo's training in an image built from its lock, by podman and a stand-in for Pyxis; about 15 minutes"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, and planned for conversion with its experts spread over 1, 8, 64; about 6 minutes"
 	@echo "make async-save-kills   training killed twenty times while a checkpoint is written; KILLS='--kills 20 --seed 30', about 20 minutes"

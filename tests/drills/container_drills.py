@@ -1,4 +1,4 @@
-"""The demo's training in a container, by a stand-in for Pyxis and by podman: `make containers`, as root, 10 minutes.
+"""The demo's training in a container, by a stand-in for Pyxis and by podman: `make containers`, as root, 15 minutes.
 
 The image (.cache/images/train, made by cluster/image) holds Debian's Python and the environment `train` alone, built
 from its lock and a folder of wheels: nothing of Slurm. Each training is killed once after it has saved, so that its
