@@ -6,7 +6,7 @@ from .settings import Samples, Training
 
 
 def measurements(training: Training, steps: int) -> int:
-    """How often a run of ``steps`` steps measures: the base before the first, then every so many, and after the last."""
+    """How often a run of ``steps`` steps measures: the base first, then every so many steps, and after the last."""
     return 1 + math.ceil(steps / training.validation.every_steps) if training.validation else 0
 
 

@@ -177,7 +177,8 @@ def of(run: Path, metrics: list[dict[str, Any]]) -> GpuHours | None:
     last = 0
     for line in metrics:
         # The start that trained it: of those that resumed before it the last, since each begins where lines were cut.
-        ranks = [start["ranks"] for start in starts if start["resumed_step"] < (line["step"] or 1) or start is starts[0]][-1]
+        step = line["step"] or 1  # the base's, step 0, is measured before the first
+        ranks = [start["ranks"] for start in starts if start["resumed_step"] < step or start is starts[0]][-1]
         slowed = line.get("seconds_slowed") or 0.0
         spent["trained"] += ranks * (line.get("seconds", 0.0) * (line["step"] - last) - slowed)
         spent["saved"] += ranks * _saving(line)
