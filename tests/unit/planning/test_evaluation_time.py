@@ -1,4 +1,4 @@
-"""What a plan says of an evaluation: its time by items, answers, tokens and the deployment, GPU hours and their cost."""
+"""What a plan says of an evaluation: time by items, answers, tokens and the deployment; GPU hours and their cost."""
 
 import dataclasses
 import json
