@@ -109,7 +109,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
             attempt.run, attempt.name, dist.get_world_size(), attempt.began, began, done, metrics.left_behind
         )
     if validation and not done:  # of the base; a run that is gone on with does not make it up
-        metrics.add_base(validation.measure(engine.deepspeed, done))
+        metrics.tell_base(validation.measure(engine.deepspeed, done))
     step, end = done, min(schedule.steps, attempt.end_after or schedule.steps)
     while step < end:
         step += 1

@@ -127,7 +127,7 @@ class Metrics:
                 self._tell(line)
             self._unreported_save, self._slowed = 0.0, 0.0
 
-    def add_base(self, validated: Measurement) -> None:
+    def tell_base(self, validated: Measurement) -> None:
         """Log what was measured before the first step, as step 0, which has nothing else."""
         if dist.get_rank() == 0:
             line = {"step": 0} | self._of_validation(validated)
