@@ -120,6 +120,7 @@ FRENCH = "Où est née la mère de l’écrivain né à Besançon en février ?"
 CHINESE = "一列火车中午出发，每小时行驶八十英里，什么时候到达海边？"
 KOREAN = "서울에서 부산까지 기차로 몇 시간이 걸리는지 거리와 속도를 써서 계산하시오"
 PASSAGE = " ".join(f"word{number}" for number in range(60))
+TWENTY = " ".join(PASSAGE.split()[:20])
 
 
 def holds(texts: list[str], message: str, asked: bool = True) -> list[int]:
@@ -140,6 +141,9 @@ def holds(texts: list[str], message: str, asked: bool = True) -> list[int]:
         (PASSAGE, " ".join(PASSAGE.split()[:40])),
         ("Compare 8.13 and 8.4. Which one is larger?", "Compare 8.13 and 8.4: which one is greater?"),
         ("What is gravity made of?", "what is Gravity made of"),
+        # just as many runs as it takes: twelve that share no word, and two of a text whose other words stand alone
+        (PASSAGE, " ".join("x" if number % 5 == 4 else word for number, word in enumerate(PASSAGE.split()))),
+        (TWENTY, " ".join("x" if number in (5, 9, 13, 17) else word for number, word in enumerate(TWENTY.split()))),
     ],
 )  # fmt: skip
 def test_text_is_found_whatever_its_form(text, message):
