@@ -123,10 +123,13 @@ def test_a_run_that_validates_and_ends_early_trains_as_one_that_does_not(trainer
     assert (
         "has not fallen by more than 50 in 2 measurements" in text and f"the run ends after step 6 of {STEPS}" in text
     )
-    assert without_times(run.metrics()) == without_times(uninterrupted.metrics()[:6])
+    base, *steps = run.metrics()
+    assert without_times(steps) == without_times(uninterrupted.metrics()[:6])
+    assert without_times([base]) == [{"step": 0}], "measured before the first step, which is no step"
     measured = {line["step"]: line["validation_loss"] for line in run.metrics() if "validation_loss" in line}
     figures = run.receipt["figures"]
-    assert list(measured) == [2, 4, 6]
+    assert list(measured) == [0, 2, 4, 6]
+    assert (figures["validation_first_step"], figures["validation_first_loss"]) == (0, measured.pop(0))
     assert (figures["ended_early"], figures["steps"], figures["planned_steps"]) == (True, 6, STEPS)
     best = min((4, 6), key=measured.get)
     assert (figures["converted_step"], figures["converted_validation_loss"]) == (best, measured[best])

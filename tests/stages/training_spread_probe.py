@@ -6,7 +6,7 @@ CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments"
 Writes OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
 parameter's gradient is not a number. ``visits``: rows that arrived from other nodes in the newest layer's exchange, of
 all ranks, and how many the tokens' experts ask for. ``counted``: tokens of each expert, and checksums of each rank's
-weights and moments, after the last step. ``validated``: the held-out rows are measured after each step. With
+weights and moments, after the last step. ``validated``: the held-out rows are measured before and after each step. With
 ``moments`` they are measured before the first.
 """
 
@@ -55,6 +55,8 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
             measure = validation_of(run, inputs)
             if case.get("moments"):
                 figures["validation"] = measure()
+            if case.get("validated"):
+                figures["untouched"] = unrecorded(run) and math.isfinite(measure()) and unrecorded(run)
             for step in range(case["steps"]):
                 figures["losses"].append(run.step())
                 figures["verdicts"].append(run.result.verdict.kind)
@@ -101,6 +103,11 @@ def untouched(run, measure) -> bool:
     run.clock.take()
     before, loss, after = kept(run), measure(), kept(run)
     return math.isfinite(loss) and before == after
+
+
+def unrecorded(run) -> bool:
+    """Whether DeepSpeed has recorded no order of modules yet, as at a start."""
+    return run.engine.optimizer.parameter_offload.get_param_coordinator().is_invalid_trace()
 
 
 def kept(run) -> list:

@@ -91,9 +91,9 @@ def _unless(values: dict[str, Any], key: str, usual: Any) -> list[Any]:
 
 def _plan(experiment: "Experiment") -> Values:
     (train, others) = _refine_plan(experiment)
-    # Served sizes are told in the plan, and make none again: params of begun experiments stay.
-    serve = others.pop("serve")
-    return others | train, {"train": others["train"], "serve": serve}
+    # What is told of serving and evaluating makes no plan again: params of begun experiments stay.
+    told = {key: others.pop(key) for key in ("serve", "evaluate") if key in others}
+    return others | train, {"train": others["train"], **told}
 
 
 def _refine_plan(experiment: "Experiment") -> Values:
@@ -112,6 +112,7 @@ def _refine_plan(experiment: "Experiment") -> Values:
         "plan": configuration.settled("plan", config),
         "train": {key: steering[key] for key in used if key in steering},
         "serve": config["serve"],
+        **({"evaluate": config["evaluate"]} if config["evaluate"]["tasks"] else {}),
     }
     return {"train": {key: shaping[key] for key in used if key in shaping} | _other_engine(config)}, others
 

@@ -27,6 +27,7 @@ from deepseek_sft.planning.settings import COUNTED
 from deepseek_sft.planning.training_resources import read_resources
 from deepseek_sft.settings import reading
 from deepseek_sft.settings.convert import Convert
+from deepseek_sft.settings.evaluate import Evaluate
 from deepseek_sft.settings.model import Model
 from deepseek_sft.settings.plan import Plan
 from deepseek_sft.settings.serve import Serve
@@ -107,7 +108,8 @@ def main() -> None:
         questions.node_memory_mb(args.partition, resources.get("nodes", 1)) if args.partition is not None else None
     )
     serve = reading.parse(Serve, settings["serve"], "serve") if "serve" in settings else None
-    plan = load.from_config(settings, resources, tokens, node_mb, serve)
+    evaluate = reading.parse(Evaluate, settings["evaluate"], "evaluate") if "evaluate" in settings else None
+    plan = load.from_config(settings, resources, tokens, node_mb, serve, evaluate)
     gate.check_possible(plan)
     if args.sweep and args.fit:
         raise BadInputError("--sweep and --fit are two questions", "ask one at a time")

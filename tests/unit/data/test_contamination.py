@@ -5,9 +5,10 @@ import json
 import random
 import unicodedata
 
+import numpy as np
 import pytest
 
-from deepseek_sft.data import evaluation_sets, text_tokens
+from deepseek_sft.data import contamination, evaluation_sets, text_tokens
 from deepseek_sft.data.contamination import LONGEST, MOST_TEXTS, build
 from deepseek_sft.data.evaluation_sets import EvaluationSet
 from deepseek_sft.data.prepare import prepare
@@ -119,6 +120,7 @@ FRENCH = "Où est née la mère de l’écrivain né à Besançon en février ?"
 CHINESE = "一列火车中午出发，每小时行驶八十英里，什么时候到达海边？"
 KOREAN = "서울에서 부산까지 기차로 몇 시간이 걸리는지 거리와 속도를 써서 계산하시오"
 PASSAGE = " ".join(f"word{number}" for number in range(60))
+TWENTY = " ".join(PASSAGE.split()[:20])
 
 
 def holds(texts: list[str], message: str, asked: bool = True) -> list[int]:
@@ -139,6 +141,9 @@ def holds(texts: list[str], message: str, asked: bool = True) -> list[int]:
         (PASSAGE, " ".join(PASSAGE.split()[:40])),
         ("Compare 8.13 and 8.4. Which one is larger?", "Compare 8.13 and 8.4: which one is greater?"),
         ("What is gravity made of?", "what is Gravity made of"),
+        # just as many runs as it takes: twelve that share no word, and two of a text whose other words stand alone
+        (PASSAGE, " ".join("x" if number % 5 == 4 else word for number, word in enumerate(PASSAGE.split()))),
+        (TWENTY, " ".join("x" if number in (5, 9, 13, 17) else word for number, word in enumerate(TWENTY.split()))),
     ],
 )  # fmt: skip
 def test_text_is_found_whatever_its_form(text, message):
@@ -170,6 +175,26 @@ def test_what_many_items_share_is_no_evidence():
     texts = [f"{head} {Writer(number).english(14)}" for number in range(MOST_TEXTS + 1)]
     assert holds(texts, f"{head} {Writer(99).english(20)}") == []
     assert holds(texts, f"{head} {Writer(3).english(14)}") == [3]
+
+
+def test_what_is_found_is_the_same_however_few_bits_runs_are_added_up_by(monkeypatch):
+    writer = Writer(31)
+    items = [writer.question() for _ in range(300)]
+    chosen = [writer.chance.choice(items) for _ in range(200)]
+    records = [[(writer.question(), True), (f"{writer.english(30)} {writer.edited(item)}", False)] for item in chosen]
+    found = []
+    for bits in (1, 15, 20):
+        monkeypatch.setattr(contamination, "_PAIR_SHIFT", np.uint64(64 - bits))
+        found.append(build(items).find(records))
+    assert found[0] == found[1] == found[2] and sum(map(bool, found[0])) > 150
+
+
+def test_bits_hold_the_numbers_that_were_put_in_and_no_others():
+    chance = np.random.default_rng(31)
+    numbers = chance.integers(1 << 20, size=5000, dtype=np.uint64)
+    asked = np.arange(1 << 20, dtype=np.uint64)
+    there = contamination._has(contamination._bits(numbers, 20), asked.copy())
+    assert set(np.flatnonzero(there).tolist()) == set(numbers.tolist())
 
 
 def test_runs_do_not_go_from_one_message_to_the_next():

@@ -148,7 +148,7 @@ def test_every_named_gpu_is_in_the_schema_and_the_documentation():
     assert field_types.keys(Plan)["gpu"].choices == (*gpu_models.GPUS, None)
     page = (PROJECT / "docs/planning.md").read_text()
     for name, gpu in gpu_models.GPUS.items():
-        assert f"| `{name}` | {gpu.memory_gib:g} | {gpu.tflops:,} |" in page
+        assert f"| `{name}` | {gpu.memory_gib:g} | {gpu.tflops:,} | {gpu.memory_tb_per_second:g} |" in page
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """What of a task is refused before anything runs."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deepseek_sft.errors import BadInputError
+from deepseek_sft.evaluation.held_out import read_prompts
 from deepseek_sft.settings import field_types, reading
 from deepseek_sft.settings.evaluate import Evaluate
 from deepseek_sft.task_evaluation import items
@@ -118,3 +122,24 @@ def test_gates_shape_no_result_and_data_does(tmp_path):
     plain = items.content("sums", own(tmp_path, asked("2")))
     assert items.content("sums", own(tmp_path, asked("2"), min=0.5, max_drop=0.1)) == plain
     assert items.content("sums", own(tmp_path, asked("3"))) != plain
+
+
+def test_the_shipped_task_is_gated_above_what_guessing_gets(project):
+    """Also above one that knows the language; of a constant answer a third is right at most, as the page says."""
+    config = yaml.safe_load((project / "config/evaluation/demo.yaml").read_text())
+    task = settings(**config["evaluate"]["tasks"]["kinds"])
+    answers = Counter(item["answer"] for item in items.own_items("kinds", task | {"data": project / task["data"]}))
+    assert answers.total() == 100 and max(answers.values()) <= 100 / 3
+    chinese = {answer: count for answer, count in answers.items() if not answer.isascii()}
+    english = {answer: count for answer, count in answers.items() if answer.isascii()}
+    assert (max(chinese.values()) + max(english.values())) / 100 < task["min"]
+
+
+def test_the_demos_exact_matches_are_judged_for_their_form_alone(project):
+    """Guessing meets the gate and the demo's model is no better: no gate of this kind could tell them apart."""
+    smoke = yaml.safe_load((project / "config/experiments/demo.yaml").read_text())["smoke_test"]
+    prompts = read_prompts(project / smoke["prompts"])
+    right = Counter(prompt.answer for prompt in prompts).most_common(1)[0]
+    compared = [prompt for prompt in prompts if len(re.findall(r"\d\.\d", prompt.question)) == 2]
+    assert (right, len(compared), len(prompts)) == (("9.4", 6), 36, 50), "as the comment beside the gate says"
+    assert smoke["min_exact_match_rate"] < 6 / 50 and smoke["max_loss"] == 1 and smoke["min_loss_drop"] == 5

@@ -16,7 +16,7 @@ from deepseek_sft.planning import validation_time
 from deepseek_sft.planning.disk import disk
 from deepseek_sft.planning.settings import Samples
 from deepseek_sft.planning.settings import Validation as Planned
-from deepseek_sft.report import validation_rows
+from deepseek_sft.report import plots, status, validation_rows
 from deepseek_sft.settings.train import EarlyStop, Validation
 from deepseek_sft.training import checkpoints, gpu_hours, rehearsal, retention, run_folder, stage, validation
 
@@ -108,6 +108,7 @@ def test_the_receipt_names_what_is_converted_and_why(tmp_path):
     assert told == {
         "validation_loss": 2.4,
         "validation_first_loss": 3.0,
+        "validation_first_step": 10,
         "validation_lowest_loss": 2.0,
         "validation_lowest_step": 20,
         "validation_seconds": 6.0,
@@ -116,6 +117,22 @@ def test_the_receipt_names_what_is_converted_and_why(tmp_path):
         "converted_validation_loss": 2.0,
     }
     assert validation.figures(found[-1], found[-1], None)["validation_loss"] == 2.4
+
+
+BASE_IS_BEST = [[0, 1.5], *FALLING]
+
+
+def test_the_bases_loss_is_told_first_and_judged_by_no_rule(tmp_path):
+    counts = [validation.without_a_lower_loss(BASE_IS_BEST[:count], 0.0) for count in range(6)]
+    assert counts == [0, 0, 0, 0, 1, 2]
+    saved(tmp_path, 20, BASE_IS_BEST)
+    saved(tmp_path, 40, BASE_IS_BEST)
+    found = checkpoints.committed(tmp_path, "abc")
+    assert validation.result(found, STOPS).step == 20, "there is no checkpoint of the base"
+    told = validation.figures(found[-1], found[0], STOPS)
+    assert (told["validation_first_loss"], told["validation_first_step"]) == (1.5, 0)
+    assert (told["validation_lowest_loss"], told["validation_lowest_step"]) == (2.0, 20)
+    assert validation.best([[0, 1.5]]) is None
 
 
 @pytest.mark.parametrize("edited", [None, 3, {"20": 2.0}, [[20]], [["20", 2.0]], [[20, "low"]], [20]])
@@ -172,7 +189,7 @@ def test_a_receipt_without_held_out_tokens_is_refused_with_what_to_do(tmp_path):
 def test_a_measurement_is_planned_by_the_passes_of_its_samples():
     chosen = dataclasses.replace(training(4, "zero3_offload", 2), validation=Planned(100, 1000))
     samples = Samples(100_000, 8_000, 16_000, "counted", held_out=130)
-    assert validation_time.measurements(chosen, 1001) == 11
+    assert validation_time.measurements(chosen, 1001) == 12  # the base, then ten by their number, and the last step
     assert validation_time.turns(chosen, samples, groups=64) == 2  # 65 micro batches
     assert validation_time.turns(chosen, dataclasses.replace(samples, held_out=None), groups=64) == 8
     accumulated = chosen.gradient_accumulation_steps
@@ -199,6 +216,49 @@ def test_gpu_hours_of_measurements_are_neither_training_nor_lost(tmp_path):
     assert "1.00 validating" in found.text()
     left = gpu_hours.left_behind(tmp_path, 1)
     assert left["seconds"] == 460.0, "what is trained again, is measured again"
+
+
+def test_gpu_hours_of_the_bases_measurement_count_with_the_start_that_made_it(tmp_path):
+    base = {"step": 0, "validation_loss": 3.0, "seconds_validation": 450.0}
+    lines = [base, {"step": 1, "seconds": 10.0}]
+    (tmp_path / run_folder.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    left = gpu_hours.left_behind(tmp_path, 0)
+    assert (left["seconds"], left["steps"]) == (460.0, 1), "without a checkpoint the base is measured again"
+    assert gpu_hours.left_behind(tmp_path, 1)["seconds"] == 0.0
+    gpu_hours.note_start(tmp_path, "1", 4, 0.0, 100.0, 0, None)
+    gpu_hours.note_start(tmp_path, "2", 8, 1000.0, 1100.0, 0, left)
+    found = gpu_hours.read(tmp_path)
+    assert (found.validated, found.trained) == (8 * 450 / 3600, 8 * 10 / 3600)
+
+
+def test_a_run_that_begins_anew_drops_the_bases_line_too(tmp_path):
+    (tmp_path / run_folder.METRICS).write_text('{"step": 0, "validation_loss": 3.0}\n{"step": 1}\n')
+    run_folder.cut_metrics(tmp_path, -1)
+    assert (tmp_path / run_folder.METRICS).read_text() == ""
+
+
+def test_status_tells_the_base_apart(tmp_path):
+    lines = [{"step": step, "validation_loss": loss} for step, loss in [[0, 4.0], *FALLING]]
+    said = [validation_rows.row(lines[:count])[0][1] for count in (1, 2, 5)]
+    assert said == [
+        "loss 4.0000 of the base",
+        "loss 3.0000 after step 10, the lowest, 4.0000 of the base",
+        "loss 2.4000 after step 40, lowest 2.0000 after step 20, 4.0000 of the base",
+    ]
+    rows = dict(status.training_rows(tmp_path, None, lines[:1]))
+    assert rows["step"].startswith("none of") and rows["validation"] == "loss 4.0000 of the base"
+    lines[0]["validation_loss"] = 1.5
+    assert validation_rows.row(lines)[0][1] == "loss 2.4000 after step 40, never below the 1.5000 of the base"
+    told = {"validation_first_loss": 4.0, "validation_first_step": 0, "validation_loss": 2.4}
+    assert validation_rows.of_receipt(told) == ", validation loss 4 (of the base) → 2.4"
+
+
+def test_the_curve_of_the_validation_loss_starts_at_the_base():
+    lines = [{"step": 0, "validation_loss": 4.0}] + [{"step": n, "loss": 3.0, "learning_rate": 1e-3} for n in (1, 2)]
+    lines[-1]["validation_loss"] = 2.0
+    assert [values.tolist() for values in plots.series(lines, "validation_loss")] == [[0, 2], [4.0, 2.0]]
+    (drawn,) = plots.training(lines)
+    assert "circles: validation loss" in drawn.caption
 
 
 def test_status_tells_the_loss_and_the_lowest():

@@ -23,7 +23,7 @@ SHARE, ALIGNED_SHARE = 0.65, 0.8
 MOST_TEXTS = 10  # of the sets that may share a run
 APART = 32  # tokens between two runs that still belong together
 LEAST_WHOLE = 4  # tokens of a text that a message may be just
-BLOCK = 1 << 16  # characters that are compared at once
+BLOCK = 1 << 17  # characters that are compared at once
 LONGEST, OVERLAP = 1 << 18, 1 << 13  # characters of a message that are compared at once, and again with what follows
 ROWS = 4096  # runs of short texts that are aligned at once
 Integers = NDArray[np.int64]
@@ -33,6 +33,7 @@ _FACTORS = np.random.default_rng(8).integers(1 << 63, size=ALIGNED * LEAST[CHARA
 _FACTORS += np.uint64(1)
 _WIDTHS = np.array([RUN.get(kind, 0) for kind in range(max(CHARACTER, WORD, BREAK) + 1)])
 _AGAIN = np.uint64(0x9E3779B97F4A7C15)
+_PAIR_SHIFT = np.uint64(64 - 15)  # bits of a number of message and text by which tokens are added up
 
 
 @dataclass(frozen=True, order=True)
@@ -62,7 +63,10 @@ class Index:
         short: by text, its row in ``rows``, which hold the tokens of short texts (0 behind their end), or -1; ``fixed``
             says of each token whether the text is another one without it.
         whole: number of a text's tokens → the text, for texts that messages are compared with as a whole.
-        common, common_again: whether a run may be in ``runs``, by its first bits and by other ones.
+        needed: by text, the fewest tokens that its runs in a message must have together for it to be found there.
+        common, common_again: whether a run may be in ``runs``, by its first bits and by other ones; a bit each, so that
+            they stay in a core's cache.
+        begins: where in ``runs`` those begin that have these first bits.
         uncompared: numbers of the texts that cannot be looked for: too short, or like too many others.
     """
 
@@ -84,9 +88,13 @@ class Index:
         bits = max(16, min(24, (len(self.runs) * 8).bit_length()))
         self.reader = Reader()
         self.shift = np.uint64(64 - bits)
-        self.common, self.common_again = np.zeros((2, 1 << bits), bool)
-        self.common[self.runs >> self.shift] = True
-        self.common_again[self.runs * _AGAIN >> self.shift] = True
+        self.common, self.common_again = (_bits(runs >> self.shift, bits) for runs in (self.runs, self.runs * _AGAIN))
+        self.begins_shift = self.shift + np.uint64(3)
+        firsts = np.arange(1 << bits - 3, dtype=np.uint64) << self.begins_shift
+        self.begins = np.minimum(np.searchsorted(self.runs, firsts), len(self.runs) - 1).astype(np.int32)
+        several = np.where(self.long, 2 * RUN[WORD], 1)  # of a longer text one run is no evidence
+        needed = np.where(self.short >= 0, several, np.inf)
+        self.needed = np.minimum(needed, np.where(self.long, SHARE * self.totals, np.inf))
 
     def find(self, records: Sequence[Sequence[tuple[str, bool]]]) -> list[list[Match]]:
         """The texts that each record holds, the one that most is found of first.
@@ -112,11 +120,14 @@ class Index:
             return {}
         counts = self.offsets[run + 1] - self.offsets[run]
         entry = np.repeat(self.offsets[run] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        at, width = np.repeat(at, counts), np.repeat(width, counts)
-        text, place = self.texts[entry].astype(np.int64), self.places[entry].astype(np.int64)
+        text = self.texts[entry]
         message = np.searchsorted(taken.starts, at, side="right") - 1
-        count, most = _together(message * len(self.totals) + text, width)
-        short = (self.short[text] >= 0) & (count > self.long[text])  # of a longer text one run is no evidence
+        kept, pair = self._candidates(np.repeat(message, counts), text, np.repeat(width, counts))
+        hit = np.repeat(np.arange(len(at)), counts)[kept]
+        at, width, message, text = at[hit], width[hit], message[hit], text[kept].astype(np.int64)
+        place = self.places[entry[kept]].astype(np.int64)
+        count, most = _together(pair, width)
+        short = (self.short[text] >= 0) & (count > self.long[text])
         found = self._aligned(taken.values, message[short], text[short], (at - place)[short])
         long = np.flatnonzero(self.long[text] & (most >= SHARE * self.totals[text]))
         order = long[np.lexsort((at[long], text[long], message[long]))]
@@ -135,15 +146,31 @@ class Index:
             found[key] = max(match, found.get(key, match))
         return found
 
+    def _candidates(self, message: Integers, text: NDArray[np.int32], width: Integers) -> tuple[Integers, Integers]:
+        """Those of these runs by which their texts may be found, and the number of each one's message and text.
+
+        Tokens are added up by a few bits of that number: what is left out has too few of them whatever shares its bits.
+        """
+        pair = message * len(self.totals) + text
+        bucket = (pair.view(np.uint64) * _AGAIN >> _PAIR_SHIFT).view(np.int64)
+        together = np.bincount(bucket, width, minlength=1)
+        kept = np.flatnonzero(together[bucket] >= self.needed[text])
+        return kept, pair[kept]
+
     def _hits(self, taken: Tokens) -> tuple[Integers, Integers, Integers]:
         """Where a run of the sets begins, which one, and its length."""
         numbers = _run_numbers(taken.values, taken.kinds)
-        place = np.flatnonzero(self.common.take((numbers >> self.shift).view(np.int64)))
-        again = numbers[place] * _AGAIN >> self.shift
-        place = place[self.common_again.take(again.view(np.int64))]
-        run = np.searchsorted(self.runs, numbers[place])
-        run[run == len(self.runs)] = 0
-        there = self.runs[run] == numbers[place] if len(self.runs) else np.zeros(len(run), bool)
+        place = np.flatnonzero(_has(self.common, numbers >> self.shift))
+        numbers = numbers[place]
+        again = np.flatnonzero(_has(self.common_again, numbers * _AGAIN >> self.shift))
+        place, numbers = place[again], numbers[again]
+        if not len(self.runs):
+            return place[:0], place[:0], place[:0]
+        run = self.begins[(numbers >> self.begins_shift).view(np.int64)].astype(np.int64)
+        last = len(self.runs) - 1
+        while (before := (self.runs[run] < numbers) & (run < last)).any():
+            run += before
+        there = self.runs[run] == numbers
         place = place[there]
         return place, run[there], _WIDTHS[taken.kinds[place]]
 
@@ -294,8 +321,8 @@ def _run_numbers(values: Numbers, kinds: NDArray[np.uint8]) -> Runs:
     three += padded[2 : count + 2] * _FACTORS[2]
     numbers = padded[3:count] * _FACTORS[3]
     numbers += three[:-3]
-    if (characters := kinds == CHARACTER).any():
-        np.copyto(numbers, three[:-3] * _FACTORS[4] + three[3:], where=characters)
+    characters = np.flatnonzero(kinds == CHARACTER)
+    numbers[characters] = three[characters] * _FACTORS[4] + three[characters + 3]
     return numbers
 
 
@@ -305,6 +332,23 @@ def _whole_runs(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
     words = np.all([padded[i : i + len(kinds)] == WORD for i in range(RUN[WORD])], axis=0)
     unbroken = np.all([padded[i : i + len(kinds)] != BREAK for i in range(RUN[CHARACTER])], axis=0)
     return words | ((kinds == CHARACTER) & unbroken)
+
+
+def _bits(numbers: Runs, bits: int) -> NDArray[np.uint8]:
+    """A set of numbers below 2 ** bits, a bit each."""
+    found = np.zeros(1 << bits, bool)
+    found[numbers] = True
+    return np.packbits(found, bitorder="little")
+
+
+def _has(found: NDArray[np.uint8], numbers: Runs) -> NDArray[np.bool_]:
+    """Whether each number is in a set of ``_bits``; the numbers are used up."""
+    bit = numbers.view(np.uint8)[::8] & np.uint8(7)  # the least byte comes first
+    numbers >>= np.uint64(3)
+    there = found.take(numbers.view(np.int64))
+    there >>= bit
+    there &= np.uint8(1)
+    return there.view(bool)
 
 
 def _together(pair: Integers, width: Integers) -> tuple[Integers, Integers]:

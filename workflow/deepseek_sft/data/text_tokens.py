@@ -58,7 +58,7 @@ class Reader:
     def tokens(self, texts: Sequence[str]) -> Tokens:
         """Tokens of texts."""
         parts, codes = _encoded(texts)
-        if (codes - np.uint16(0x0300) < 0x0070).any():  # accents by themselves
+        if _any_between(codes, 0x0300, 0x036F):  # accents by themselves
             parts, codes = _encoded([unicodedata.normalize("NFC", text) for text in texts])
         count = len(codes)
         self._grow(count)
@@ -72,8 +72,8 @@ class Reader:
         following = self._following[:count]
         np.add(numbers[1:], _LAST, out=following[:-1])
         following[-1:] = _LAST
-        kinds = numbers.view(np.uint8)[::4] & _KIND
-        if unspaced := bool((kinds == CHARACTER).any()):
+        if unspaced := _any_between(codes, UNSPACED[0][0], UNSPACED[-1][1]):
+            kinds = numbers.view(np.uint8)[::4] & _KIND
             word = kinds == WORD
             begins[1:] |= written[1:] & ~(word[1:] & word[:-1])
             following[np.flatnonzero(word[:-1] & (kinds[1:] == CHARACTER))] = _LAST  # no part of the word
@@ -81,7 +81,7 @@ class Reader:
         firsts = np.flatnonzero(begins)
         sums = np.cumsum(following, dtype=np.uint32, out=self._sums[1 : count + 1])
         values = np.diff(self._sums[firsts], append=sums[-1:])
-        kinds = kinds[firsts]
+        kinds = numbers[firsts].view(np.uint8)[::4] & _KIND
         if unspaced:
             alone = np.flatnonzero(kinds == CHARACTER)
             values[alone] = numbers[firsts[alone]]
@@ -105,6 +105,11 @@ def _encoded(texts: Sequence[str]) -> tuple[list[bytes], NDArray[np.uint16]]:
     """Texts and what stands between them in UTF-16, and the codes of all together."""
     parts = [part for text in texts for part in (text.encode("utf-16-le", "surrogatepass"), _BETWEEN)]
     return parts, np.frombuffer(b"".join(parts), np.uint16)
+
+
+def _any_between(codes: NDArray[np.uint16], first: int, last: int) -> bool:
+    """Whether a code lies there; smaller ones wrap to the end."""
+    return bool((codes - np.uint16(first) <= np.uint16(last - first)).any())
 
 
 @functools.cache

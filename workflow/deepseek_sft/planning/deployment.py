@@ -18,6 +18,7 @@ WORKING = 3.0 * GIB  # NCCL, captured graphs
 BATCHED_TOKENS = 8192  # of one step, vLLM's default for servers on large GPUs
 MOST_GATHERED = 32768  # tokens whose experts are computed at once
 WIDTH = {"bf16": 2, "fp32": 4, "fp8": 1}
+OF_BASE = "bf16"  # as prepare_model leaves it
 DTYPES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 BLOCK = 32  # smallest into which vLLM 0.32 refines the blocks of 128 of the FP8 format
 

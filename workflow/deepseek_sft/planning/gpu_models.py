@@ -19,6 +19,7 @@ class Gpu:
     Attributes:
         memory_gib: memory that PyTorch sees.
         tflops: peak of dense BF16 matrix products, TFLOP/s.
+        memory_tb_per_second: of its own memory.
         nvlink_gb_per_second: to the other GPUs of its node, each direction.
         pcie_gb_per_second: to its host, each direction.
         capability: compute capability.
@@ -27,6 +28,7 @@ class Gpu:
 
     memory_gib: float
     tflops: float
+    memory_tb_per_second: float
     nvlink_gb_per_second: float
     pcie_gb_per_second: float
     capability: tuple[int, int]
@@ -39,13 +41,13 @@ class Gpu:
 
 
 GPUS = {
-    "a100-40gb": Gpu(39.4, 312, 300, 31.5, (8, 0), LOOP),
-    "a100-80gb": Gpu(79.1, 312, 300, 31.5, (8, 0), LOOP),
-    "h100": Gpu(79.1, 989, 450, 63, (9, 0), GROUPED),
-    "h800": Gpu(79.1, 989, 200, 63, (9, 0), GROUPED),
-    "h20": Gpu(95.0, 148, 450, 63, (9, 0), GROUPED),
-    "h200": Gpu(139.7, 989, 450, 63, (9, 0), GROUPED),
-    "b200": Gpu(178.3, 2250, 900, 63, (10, 0), f"{GROUPED}; needs a CUDA 12.8 build or later of every package"),
+    "a100-40gb": Gpu(39.4, 312, 1.56, 300, 31.5, (8, 0), LOOP),
+    "a100-80gb": Gpu(79.1, 312, 2.04, 300, 31.5, (8, 0), LOOP),
+    "h100": Gpu(79.1, 989, 3.35, 450, 63, (9, 0), GROUPED),
+    "h800": Gpu(79.1, 989, 3.35, 200, 63, (9, 0), GROUPED),
+    "h20": Gpu(95.0, 148, 4.0, 450, 63, (9, 0), GROUPED),
+    "h200": Gpu(139.7, 989, 4.8, 450, 63, (9, 0), GROUPED),
+    "b200": Gpu(178.3, 2250, 8.0, 900, 63, (10, 0), f"{GROUPED}; needs a CUDA 12.8 build or later of every package"),
 }
 WORDS = re.compile(r"(a100|h100|h800|h200|h20|b200)", re.IGNORECASE)
 

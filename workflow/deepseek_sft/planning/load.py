@@ -9,7 +9,7 @@ from .. import families
 from ..convert import tiny_model
 from ..expert_shards import AUTO
 from ..families import cut
-from . import deployment, expert_choice
+from . import deployment, evaluation_time, expert_choice
 from . import plan as planning
 from .counting import Model, count
 from .settings import Cluster, Samples, Training
@@ -58,6 +58,7 @@ def from_config(
     tokens: dict[str, Any] | None = None,
     node_mb: int | None = None,
     serve: deployment.Served | None = None,
+    evaluate: evaluation_time.Evaluated | None = None,
 ) -> planning.Plan:
     """Plan an experiment.
 
@@ -67,6 +68,7 @@ def from_config(
         tokens: receipt of tokenize_data, or None for an estimate.
         node_mb: memory of a node as Slurm says it; None where it does not.
         serve: how the model is served; None plans no deployment.
+        evaluate: on what it is then evaluated.
 
     Raises:
         BadInputError: what is missing to plan.
@@ -80,5 +82,9 @@ def from_config(
         found = expert_choice.choose(found, config["train"]["experts_per_shard"])
     if serve is None or cluster.gpu_bytes is None:
         return found
-    served = deployment.plan(model, serve, dtype, cluster.gpu_bytes, cluster.ranks_per_node)
-    return dataclasses.replace(found, deployment=served)
+    served, base = (
+        deployment.plan(model, serve, kind, cluster.gpu_bytes, cluster.ranks_per_node)
+        for kind in (dtype, deployment.OF_BASE)
+    )
+    asked = evaluation_time.plan(model, cluster, samples, evaluate, served, base) if evaluate else ()
+    return dataclasses.replace(found, deployment=served, evaluation=asked)

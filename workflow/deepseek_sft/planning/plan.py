@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from . import device_memory, disk, duration, host_memory
+from . import device_memory, disk, duration, evaluation_time, host_memory
 from .counting import Model
 from .deployment import Deployment
 from .device_memory import Peak
@@ -45,7 +45,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as planned, and how its model is served; None where that is not planned, as on CPU."""
+    """A run as planned, and how its model is served and evaluated; not planned on CPU."""
 
     model: Model
     training: Training
@@ -58,6 +58,7 @@ class Plan:
     duration: Duration
     served_dtype: str
     deployment: Deployment | None = None
+    evaluation: tuple[evaluation_time.Stage, ...] = ()
 
     @property
     def device_bytes(self) -> float:

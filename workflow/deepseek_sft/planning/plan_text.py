@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import time_limits
-from . import alternatives, deployment, duration, gate, gpu_kernels, host_memory
+from . import alternatives, deployment, duration, evaluation_time, gate, gpu_kernels, host_memory
 from . import plan as planning
 from .advice import notes, profile_lines
 from .device_memory import tokens_per_rank
@@ -42,6 +42,7 @@ def text(plan: Plan, explain: bool = False, hang_minutes: dict[str, float | None
         *_time(plan),
         *_limits_of_time(plan, hang_minutes),
         *_deployment(plan),
+        *evaluation_time.lines(plan.evaluation, plan.cluster.price_per_gpu_hour),
     ]
     if explain:
         lines += ["", *_explained(plan)]
@@ -76,7 +77,8 @@ def _deployment(plan: Plan) -> list[str]:
 def figures(plan: Plan) -> dict[str, Any]:
     """What the receipt and ``--json`` say: what is counted, and what is advised."""
     found = planning.figures(plan) | {"profile_lines": profile_lines(plan), "notes": notes(plan)}
-    return found | ({"deployment": deployment.figures(plan.deployment)} if plan.deployment else {})
+    found |= {"deployment": deployment.figures(plan.deployment)} if plan.deployment else {}
+    return found | ({"evaluation": evaluation_time.figures(plan.evaluation)} if plan.evaluation else {})
 
 
 def verdict(plan: Plan) -> str:

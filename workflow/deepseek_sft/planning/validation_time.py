@@ -6,8 +6,8 @@ from .settings import Samples, Training
 
 
 def measurements(training: Training, steps: int) -> int:
-    """How often a run of ``steps`` steps measures: every so many, and after the last."""
-    return math.ceil(steps / training.validation.every_steps) if training.validation else 0
+    """How often a run of ``steps`` steps measures: the base first, then every so many steps, and after the last."""
+    return 1 + math.ceil(steps / training.validation.every_steps) if training.validation else 0
 
 
 def turns(training: Training, samples: Samples, groups: int) -> int:

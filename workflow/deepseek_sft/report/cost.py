@@ -6,6 +6,7 @@ an end was killed, or still runs: the time of its log stands for it.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ RULES = (
     "evaluate",
 )  # those that hold GPUs; a deployment is not counted
 TRAINING = ("preflight", "rehearse", "train")  # on training's nodes
+PLANNED = {"training": ("train",), "evaluation": ("evaluate_base", "evaluate")}  # the latter in smoke_test's job
 FILE = "attempts.tsv"
 HOUR = 3600
 
@@ -115,8 +117,7 @@ def of(
         each = [one.seconds * (one.gpus or gpus) / HOUR for one in made]
         if not made and stage and (seconds := _receipt_seconds(stage)):
             each = [seconds * gpus / HOUR]
-        planned = glance.last_plan(stages).figures.get("gpu_hours") if rule == "train" else None
-        planned = (planned[0], planned[1]) if _numbers(planned) else None
+        planned = _planned(rule, glance.last_plan(stages).figures)
         spent = sum(each)
         if rule == "train":
             lost = gpu_hours.lost(spent, hours.served if hours else _steps_seconds(metrics) * gpus / HOUR)
@@ -140,15 +141,18 @@ def sentence(costs: list[Cost], price: float | None) -> str:
         return ""
     spent, lost = sum(one.spent for one in costs), sum(one.lost for one in costs)
     planned = [one.planned for one in costs if one.planned]
+    together = sum(one[0] for one in planned), sum(one[1] for one in planned)
     parts = []
     if spent:
         parts.append(f"{_hours(spent)} GPU hours spent, {_hours(lost)} of them lost ({lost / spent:.0%})")
-    if planned:
-        parts.append(f"training planned with {_hours(planned[0][0])} to {_hours(planned[0][1])}")
+    for name, rules in PLANNED.items():
+        if each := [one.planned for one in costs if one.planned and one.rule in rules]:
+            low, high = sum(one[0] for one in each), sum(one[1] for one in each)
+            parts.append(f"{name} planned with {_hours(low)} to {_hours(high)}")
     if price and spent:
         parts.append(f"{_money(spent, price)} at {price:g} an hour, {_money(lost, price)} lost")
     elif price and planned:
-        parts.append(f"{_money(planned[0][0], price)} to {_money(planned[0][1], price)} at {price:g} an hour")
+        parts.append(f"{_money(together[0], price)} to {_money(together[1], price)} at {price:g} an hour")
     return "; ".join(parts)
 
 
@@ -163,7 +167,7 @@ def grid(costs: list[Cost], price: float | None) -> tuple[str, list[str], list[l
             f"{_hours(one.planned[0])} to {_hours(one.planned[1])}" if one.planned else "",
             _hours(one.spent),
             _hours(one.lost),
-            "the last" if one.attempts is None else str(one.attempts),
+            str(one.attempts or ("the last" if one.spent else "")),
         ]
         + ([_money(one.spent, price), _money(one.lost, price)] if price else [])
         for one in costs
@@ -183,8 +187,15 @@ def _gpus(rule: str, stages: dict[str, Stage], config: dict[str, Any]) -> int:
         found = stages["train"].figures.get("world_size", glance.last_plan(stages).figures.get("ranks"))
         return found if isinstance(found, int) else 0
     serve = mapping(config.get("serve"))
-    sizes = [serve.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
-    return sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else 0
+    sizes = [serve.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else 0
+
+
+def _planned(rule: str, figures: dict[str, Any]) -> tuple[float, float] | None:
+    """GPU hours that the plan says of a stage."""
+    whole = figures if rule == "train" else mapping(mapping(figures.get("evaluation")).get(rule))
+    found = whole.get("gpu_hours")
+    return (found[0], found[1]) if _numbers(found) else None
 
 
 def _receipt_seconds(stage: Stage) -> float:

@@ -211,8 +211,8 @@ def training_rows(run: Path, now: Progress, lines: list[dict[str, Any]]) -> list
     """Step, losses, gradient, speed, memory and time left of a training run, from the lines of its metrics."""
     settings = mapping(collect.read_json(run / "settings.json"))
     total = steps_of(run)
-    if not lines:
-        return [("step", f"none of {total} yet: loading the model, or the first step")]
+    if not lines or not lines[-1]["step"]:  # a line of step 0 is the base's validation loss
+        return [("step", f"none of {total} yet: loading the model, or the first step"), *validation_rows.row(lines)]
     last, step = lines[-1], lines[-1]["step"]
     of = f" of {total:,} ({100 * step / total:.1f} %)" if isinstance(total, int) and total > 0 else ""
     epoch = f", epoch {last['epoch']:.3f}" if isinstance(last.get("epoch"), float) else ""

@@ -11,11 +11,16 @@ def row(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     steps, losses = plots.series(lines, "validation_loss")
     if not len(losses):
         return []
-    lowest = int(losses.argmin())
+    lowest, of_base = int(losses.argmin()), steps[0] == 0
+    if of_base and len(losses) == 1:
+        return [("validation", f"loss {losses[0]:.4f} of the base")]
+    last, first = f"loss {losses[-1]:.4f} after step {steps[-1]:,.0f}", "of the base" if of_base else "at first"
+    if of_base and lowest == 0:
+        return [("validation", f"{last}, never below the {losses[0]:.4f} {first}")]
     least = (
         "the lowest" if lowest == len(losses) - 1 else f"lowest {losses[lowest]:.4f} after step {steps[lowest]:,.0f}"
     )
-    return [("validation", f"loss {losses[-1]:.4f} after step {steps[-1]:,.0f}, {least}, {losses[0]:.4f} at first")]
+    return [("validation", f"{last}, {least}, {losses[0]:.4f} {first}")]
 
 
 def seconds_left(lines: list[dict[str, Any]], steps: int, settings: dict[str, Any]) -> float:
@@ -30,7 +35,8 @@ def of_receipt(figures: dict[str, Any]) -> str:
     first, last = figures.get("validation_first_loss"), figures.get("validation_loss")
     if not isinstance(first, float) or not isinstance(last, float):
         return ""
-    text = f", validation loss {first:.4g} → {last:.4g}"
+    of_base = " (of the base)" if figures.get("validation_first_step") == 0 else ""
+    text = f", validation loss {first:.4g}{of_base} → {last:.4g}"
     step, loss = figures.get("converted_step"), figures.get("converted_validation_loss")
     if isinstance(step, int) and isinstance(loss, float):
         text += f"; converted is step {step:,} with {loss:.4g}"

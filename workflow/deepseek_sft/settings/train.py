@@ -47,7 +47,8 @@ class EarlyStop:
 @section
 class Validation:
     every_steps: Positive = 100
-    """Steps between two measurements of the validation loss; the last step of a run is always measured."""
+    """Steps between two measurements of the validation loss; the base, before a run's first step, and a run's last step
+    are always measured."""
     samples: Positive = 1000
     """At most so many of the held-out samples, chosen once for the experiment; one measurement takes about a quarter of
     the time of training on them."""

@@ -126,13 +126,13 @@ def left_behind(run: Path, step: int) -> dict[str, Any] | None:
         return None
     marker = checkpoints.folder_of(run, step) / MARKER
     committed = max(ended, marker.stat().st_mtime) if marker.exists() else ended
-    again = [line for line in lines if line["step"] > step]
+    again = [line for line in lines if line["step"] > (step or -1)]  # without a checkpoint the base's loss as well
     if not again:  # saved and ended: no line says how long that took
         return {"ended": committed, "steps": 0, "seconds": 0.0, "seconds_save": 0.0, "kept_save": committed - ended}
     steps = lines[-1]["step"] - step  # also those that were not logged
     # A line reports the checkpoints before it: the first those of the one that is there.
     kept, *lost = (_saving(line) for line in again)
-    seconds = steps * statistics.fmean(line["seconds"] for line in again)
+    seconds = steps * statistics.fmean([line["seconds"] for line in again if line["step"]] or [0.0])
     seconds += sum(line.get("seconds_validation") or 0.0 for line in again)
     return {"ended": ended, "steps": steps, "seconds": seconds, "seconds_save": sum(lost), "kept_save": kept}
 
@@ -177,9 +177,10 @@ def of(run: Path, metrics: list[dict[str, Any]]) -> GpuHours | None:
     last = 0
     for line in metrics:
         # The start that trained it: of those that resumed before it the last, since each begins where lines were cut.
-        ranks = [start["ranks"] for start in starts if start["resumed_step"] < line["step"] or start is starts[0]][-1]
+        step = line["step"] or 1  # the base's, step 0, is measured before the first
+        ranks = [start["ranks"] for start in starts if start["resumed_step"] < step or start is starts[0]][-1]
         slowed = line.get("seconds_slowed") or 0.0
-        spent["trained"] += ranks * (line["seconds"] * (line["step"] - last) - slowed)
+        spent["trained"] += ranks * (line.get("seconds", 0.0) * (line["step"] - last) - slowed)
         spent["saved"] += ranks * _saving(line)
         spent["validated"] += ranks * (line.get("seconds_validation") or 0.0)
         last = line["step"]
@@ -207,12 +208,13 @@ def _parsed(path: Path) -> list[Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics with a step and its seconds; a torn or edited line counts as none."""
+    """Lines of metrics with a step and its seconds, and the base's; a torn or edited line counts as none."""
     return [one for one in _parsed(path) if _is_line(one)]
 
 
 def _is_line(one: Any) -> bool:
-    return _has(one, step=int, seconds=(int, float))
+    number = (int, float)
+    return _has(one, step=int, seconds=number) or (_has(one, step=int, seconds_validation=number) and one["step"] == 0)
 
 
 def _is_start(one: Any) -> bool:

@@ -1,7 +1,8 @@
 """The rule of validation: which measurement is the best, when a run ends early, and which checkpoint is its result.
 
 Pure functions of what was measured, which each checkpoint keeps up to its step: a resumed run judges as an
-uninterrupted one, and other numbers in the rule judge the same measurements anew.
+uninterrupted one, and other numbers in the rule judge the same measurements anew. What was measured before the first
+step, step 0, is the base's loss: told, and no part of the rule, since there is no checkpoint of it to go back to.
 """
 
 import math
@@ -32,13 +33,18 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
+def of_steps(measured: Measured) -> Measured:
+    """What was measured after a step: all but the base's."""
+    return [entry for entry in measured if entry[0] > 0]
+
+
 def without_a_lower_loss(measured: Measured, min_delta: float) -> int:
-    """Measurements since the last whose loss was lower than all before by more than ``min_delta``.
+    """Measurements since the last whose loss was lower than all before by more than ``min_delta``, the base's apart.
 
     One that is no number is not lower.
     """
     lowest, count = math.inf, 0
-    for _, loss in measured:
+    for _, loss in of_steps(measured):
         if loss is not None and loss < lowest - min_delta:
             lowest, count = loss, 0
         else:
@@ -52,8 +58,8 @@ def has_ended(measured: Measured, rule: EarlyStop | None) -> bool:
 
 
 def best(measured: Measured) -> tuple[int, float] | None:
-    """Step and loss of the lowest loss, the later of equals; None where there is no number."""
-    found = [(loss, -step) for step, loss in measured if loss is not None]
+    """Step and loss of the lowest loss after a step, the later of equals; None where there is no number."""
+    found = [(loss, -step) for step, loss in of_steps(measured) if loss is not None]
     return (-min(found)[1], min(found)[0]) if found else None
 
 
@@ -85,6 +91,7 @@ def figures(newest: Checkpoint, converted: Checkpoint, chosen: Validation | None
     told = {
         "validation_loss": measured[-1][1],
         "validation_first_loss": measured[0][1],
+        "validation_first_step": measured[0][0],
         "validation_lowest_loss": lowest[1] if lowest else None,
         "validation_lowest_step": lowest[0] if lowest else None,
         "validation_seconds": newest.progress.get(SECONDS),

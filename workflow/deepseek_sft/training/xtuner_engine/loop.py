@@ -108,6 +108,8 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         gpu_hours.note_start(
             attempt.run, attempt.name, dist.get_world_size(), attempt.began, began, done, metrics.left_behind
         )
+    if validation and not done:  # of the base; a run that is gone on with does not make it up
+        metrics.tell_base(validation.measure(engine.deepspeed, done))
     step, end = done, min(schedule.steps, attempt.end_after or schedule.steps)
     while step < end:
         step += 1

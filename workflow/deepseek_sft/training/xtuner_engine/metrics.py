@@ -75,7 +75,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.left_behind = gpu_hours.left_behind(attempt.run, done)
-            run_folder.cut_metrics(attempt.run, done)
+            run_folder.cut_metrics(attempt.run, done or -1)  # from the base on everything is measured again
             self._stream = open(attempt.run / run_folder.METRICS, "a", encoding="utf-8")  # noqa: SIM115  until ``close``
             self._board = SummaryWriter(attempt.run / "tensorboard", purge_step=done + 1)
             self._loads = LoadRecords(
@@ -121,17 +121,26 @@ class Metrics:
                     "host_memory_gib": host,
                     "kept_by_allocator_gib": kept if kept >= 0 else None,
                 }
-                if validated:
-                    self._validation_seconds = validated.seconds
-                    line |= {
-                        "validation_loss": validated.loss,
-                        "validation_tokens": validated.tokens,
-                        "seconds_validation": round(validated.seconds, 6),
-                    }
+                line |= self._of_validation(validated) if validated else {}
                 self._write(line | balance(counts) | ranks)
                 self._loads.add(step, counts)
                 self._tell(line)
             self._unreported_save, self._slowed = 0.0, 0.0
+
+    def tell_base(self, validated: Measurement) -> None:
+        """Log what was measured before the first step, as step 0, which has nothing else."""
+        if dist.get_rank() == 0:
+            line = {"step": 0} | self._of_validation(validated)
+            self._write(line)
+            say(f"before the first step  {_validated(line)}".rstrip())
+
+    def _of_validation(self, validated: Measurement) -> dict[str, Any]:
+        self._validation_seconds = validated.seconds
+        return {
+            "validation_loss": validated.loss,
+            "validation_tokens": validated.tokens,
+            "seconds_validation": round(validated.seconds, 6),
+        }
 
     def _count_save(self, result: StepResult) -> None:
         """The wait for a checkpoint, and how much slower the step was than those beside which nothing was written."""

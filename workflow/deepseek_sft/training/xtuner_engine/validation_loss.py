@@ -78,7 +78,7 @@ class Validation:
         return time_is_up or step == self._steps or step % self._chosen.every_steps == 0
 
     def measure(self, engine: Any, step: int) -> Measurement:
-        """Measure after step ``step``; a collective.
+        """Measure after step ``step``, 0 for the base; a collective.
 
         Args:
             engine: DeepSpeed's, between two steps.
