@@ -4,6 +4,7 @@ Usage: async_save_probe.py FOLDER; prints a JSON object.
 """
 
 import json
+import os
 import resource
 import sys
 import threading
@@ -63,6 +64,15 @@ def slow(folder: Path) -> int:
     return sizes[NAME] if digests.keys() == sizes.keys() else 0
 
 
+def niceness(folder: Path) -> dict[str, int]:
+    """Of the thread that writes, and of the one that gives the GPU its work, before and after."""
+    own, found = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), {}
+    writer = background_writer.BackgroundWriter()
+    writer.after(lambda: found.update(writer=os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) - own))
+    writer.close()
+    return found | {"computing": os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) - own}
+
+
 if __name__ == "__main__":
-    parts = (in_pieces, small_at_once, refused, slow)
+    parts = (in_pieces, small_at_once, refused, slow, niceness)
     print(json.dumps({part.__name__: part(Path(sys.argv[1])) for part in parts}))

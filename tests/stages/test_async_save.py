@@ -41,3 +41,8 @@ def test_a_step_that_waits_for_a_slow_disk_says_how_much_is_written(probe):
     found, said = probe
     assert found["slow"] > 4 << 20
     assert "the update waits for step_1 since" in said and "rank 0 has written 0.0 of 0.0 GB" in said
+
+
+def test_the_thread_that_writes_gives_way_to_the_one_that_computes(probe):
+    found = probe[0]["niceness"]
+    assert found["computing"] == 0 < found["writer"]
