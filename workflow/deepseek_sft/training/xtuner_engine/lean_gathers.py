@@ -75,13 +75,7 @@ class Turn:
         for parameter in self.there:
             if parameter.ds_status is _AWAY:
                 return False
-        for parameter in self.gathered:
-            if parameter.ds_status is not _AWAY:
-                return False
-        for parameter in self.ahead:
-            if parameter.ds_status is not _AWAY:
-                return False
-        return True
+        return all(parameter.ds_status is _AWAY for parameter in (*self.gathered, *self.ahead))
 
 
 class PartitionedParameterCoordinator(partitioned_param_coordinator.PartitionedParameterCoordinator):

@@ -173,7 +173,7 @@ def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch
 
 
 def _laid_out(tensors: list[torch.Tensor], sizes: list[int], ranks: int) -> torch.Tensor:
-    """[ranks, sum of the sizes]: every rank's part of each tensor, one after the other; what is over stays undefined."""
+    """[ranks, sum of the sizes]: every rank's part of each tensor, one after the other; the rest is undefined."""
     buffer, start = tensors[0].new_empty(ranks, sum(sizes)), 0
     for tensor, size in zip(tensors, sizes, strict=True):
         flat, full = tensor.reshape(-1), tensor.numel() // max(size, 1)
