@@ -111,8 +111,8 @@ class DeepSpeedZeroOptimizer_Stage3(stage3.DeepSpeedZeroOptimizer_Stage3):
                 if target.factor != 1.0:
                     part = part.mul(target.factor)
                 self._add(parameter, part.to(self.gradient_accumulation_dtype))
-                if not get_accelerator().is_synchronized_device():
-                    parameter.grad.record_stream(get_accelerator().current_stream())
+            if not get_accelerator().is_synchronized_device():  # the sum may not have read it yet
+                parameter.grad.record_stream(get_accelerator().current_stream())
             parameter.grad = None
 
     def _add(self, parameter: Any, part: torch.Tensor) -> None:
