@@ -71,7 +71,8 @@ ADVISED: dict[str, dict[str, Any]] = {  # settings that ``planning/recommend.py`
     "twice the experts a shard": {"experts_per_shard": 8},
     "attention kept": {"recompute": "without_attention"},
 }
-LONGEST = 1024  # of the rows of different lengths
+MEAN, SPREAD_OF_LENGTHS, LONGEST = 244, 0.8, 1024  # of log-normal rows: a 32nd of 7,800 and 32,768
+GROUPS = 64  # data-parallel ones of the published run
 PACKED_BAR = 1 / 3
 OLD, NEW = "DeepSpeed's own", "ours"  # with as many experts a shard as the configuration: 8 before, auto now
 LOOP_SECONDS = 0.5  # of ten million additions in Python, on the processors that host seconds are told for
@@ -292,35 +293,45 @@ def _speed(bench: Bench) -> None:
 
 
 def padding(bench: Bench) -> None:
-    """Tokens per second of rows of log-normal lengths: in the order of the data, dealt by cost, packed."""
+    """Tokens per second of rows of log-normal lengths: in the order of the data, dealt by cost, packed.
+
+    The published step at a thirty-second of its lengths: 64 data-parallel groups, micro batches of 2, 16 of them for
+    each group. As it was before rows were dealt or packed: in the order of the data, each micro batch padded to its
+    longest row, all groups waiting for the longest of the turn. Two ranks compute what all wait for.
+    """
     from deepseek_sft.data import dealing
     from deepseek_sft.data.packing import best_fit
 
-    drawn = np.random.default_rng(0).lognormal(np.log(250) - 0.9**2 / 2, 0.9, 256)
+    shape = {"micro_batch_size": 2, "gradient_accumulation_steps": 16}
+    drawn = np.random.default_rng(0).lognormal(np.log(MEAN) - SPREAD_OF_LENGTHS**2 / 2, SPREAD_OF_LENGTHS, 4096)
     lengths = np.clip(drawn, 16, LONGEST).astype(np.int32)
     loose = bench.rows_of("loose", [[int(length)] for length in lengths])
     rows = best_fit(lengths, LONGEST)
     packed = bench.rows_of("packed", [[int(lengths[number]) for number in row] for row in rows])
-    shape = {"micro_batch_size": 2, "gradient_accumulation_steps": 16}
     fewer = dealing.accumulation_for(shape["gradient_accumulation_steps"], len(lengths) / len(rows))
+    case = {"kind": "lockstep", "groups": GROUPS, "tokens": loose, "settings": shape}
     found = bench.run(
         {
-            "in order": {"kind": "stepping", "tokens": loose, "settings": shape | {"deal_rows": "order"}},
-            "dealt": {"kind": "stepping", "tokens": loose, "settings": shape},
-            "packed": {
-                "kind": "stepping", "tokens": packed, "settings": shape | {"gradient_accumulation_steps": fewer}
-            },
+            "in order": case | {"settings": shape | {"deal_rows": "order"}},
+            "dealt": case,
+            "packed": case | {"tokens": packed, "settings": shape | {"gradient_accumulation_steps": fewer}},
         }
-    )  # fmt: skip
+    )
     each = f"{len(lengths) / len(rows):.1f} samples a row"
     print(
-        f"timed: {RANKS} ranks × 1 thread, samples of {lengths.mean():.0f} tokens on average, up to {LONGEST}, micro "
-        f"batches of 2, {shape['gradient_accumulation_steps']} of them a step, {fewer} packed ({each})"
+        f"timed: one step of {GROUPS} groups, {RANKS} ranks × 1 thread computing the two longest micro batches of each "
+        f"turn; samples of {lengths.mean():.0f} tokens on average, up to {LONGEST}, micro batches of 2, "
+        f"{shape['gradient_accumulation_steps']} of them a step, {fewer} packed ({each})"
     )
-    rates = {name: figures["tokens"] / figures["seconds"] for name, figures in found.items()}
+    rates = {name: figures["tokens"] / figures["seconds"] / GROUPS for name, figures in found.items()}
     for name, rate in rates.items():
-        useful = f"{found[name]['useful']:.1%} of slots useful"
-        print(f"  {name}: {rate:.0f} tokens/s, {rate / rates['in order']:.2f} ×; {useful}")
+        figures = found[name]
+        of_processor = figures["tokens"] / figures["processor seconds"] / GROUPS
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in figures["phases"].items())
+        print(
+            f"  {name}: {rate:.1f} tokens/s a group, {rate / rates['in order']:.2f} ×; {figures['useful']:.1%} of slots"
+            f" useful; {figures['seconds']:.0f} s ({phases}), {of_processor:.1f} tokens a second of rank 0's processor"
+        )
     bench.bar("in order / packed, by tokens per second", rates["in order"] / rates["packed"], PACKED_BAR)
     bench.bar("slots that are not useful, dealt", 1 - found["dealt"]["useful"], 0.15)
     bench.bar("slots that are not useful, packed", 1 - found["packed"]["useful"], 0.05)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import training_ranks
@@ -99,16 +100,43 @@ def speed(run, case: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": best.seconds, "phases": best.phases, "gflop_per_second": max(rates)}
 
 
-def stepping(run, case: dict[str, Any]) -> dict[str, Any]:
-    """Tokens and seconds of three steps after one, and the share of useful slots in them."""
+def lockstep(run, case: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and seconds of one step of ``case["groups"]`` data-parallel groups, of which ranks stand for two.
+
+    In each turn all groups wait for the one whose micro batch takes longest. The ranks compute the two longest of each
+    turn, so that they take as long as all would. Before it a step of a few tokens, in which DeepSpeed learns the order
+    of modules, and what is built is built.
+    """
+    from deepseek_sft.data import dealing
+    from deepseek_sft.training.schedule import rows_from
+    from deepseek_sft.training.xtuner_engine import micro_batches
+
+    settings, known = run.settings, run.rows.rows
+    shape = settings.gradient_accumulation_steps, case["groups"], settings.micro_batch_size
+    chosen = rows_from(len(known), settings.seed, 0, shape[0] * shape[1] * shape[2])
+    if settings.deal_rows == "cost":
+        costs = known.of(chosen).costs(run.rows.pairs_per_token)
+        dealt = chosen[dealing.deal(costs, shape[2], shape[0], shape[1], settings.seed, 1)]
+    else:
+        dealt = chosen.reshape(shape)
+    longest = known.lengths[dealt].max(axis=2) * run.rows.pairs_per_token * shape[2] + known.pairs[dealt].sum(axis=2)
+    group = np.argsort(-longest, axis=1, kind="stable")[:, torch.distributed.get_rank()]
+    rows = [run.rows.dataset[int(row)] for turn in range(shape[0]) for row in dealt[turn, group[turn]]]
+    batches = micro_batches.collate(rows, shape[2], 1)
+    few = [{key: row[key][:8] for key in ("input_ids", "labels")} | {"sample_lengths": [8]} for row in rows]
+    run.batches = lambda step: batches if step else micro_batches.collate(few, shape[2], 1)
     run.step()
-    tokens = slots = 0
-    seconds = 0.0
-    for step in range(1, 4):
-        slots += run.rows.of_step(step + 1).slots
-        run.step()
-        tokens, seconds = tokens + run.result.tokens, seconds + run.result.seconds
-    return {"tokens": tokens, "seconds": seconds, "useful": tokens / slots}
+    begin = time.process_time()
+    run.step()
+    tokens = int(known.lengths[dealt].sum())
+    return {
+        "tokens": tokens,
+        "seconds": run.result.seconds,
+        "processor seconds": time.process_time() - begin,
+        "phases": run.result.phases,
+        "useful": tokens / dealing.slots(known.lengths[dealt]),
+        "computed slots": sum(batch.valid.numel() for batch in batches),
+    }
 
 
 def native(run, case: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +181,7 @@ def native(run, case: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": min(seconds[2:])}
 
 
-KINDS = {"count": count, "memory": memory, "speed": speed, "stepping": stepping, "native": native}
+KINDS = {"count": count, "memory": memory, "speed": speed, "lockstep": lockstep, "native": native}
 
 
 def run_case(case: dict[str, Any], output: Path) -> None:

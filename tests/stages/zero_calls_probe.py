@@ -89,8 +89,24 @@ class Block(torch.nn.Module):
         return torch.utils.checkpoint.checkpoint(layer, rows, use_reentrant=True)
 
 
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.last = torch.nn.ModuleList(Block() for _ in range(5)), torch.nn.Linear(12, 4)
+
+    def forward(self, rows: torch.Tensor, without: int | None = None) -> torch.Tensor:
+        """Args: without: block that is left out."""
+        for number, block in enumerate(self.blocks):
+            if number != without:
+                rows = block(rows)
+        return self.last(rows)
+
+
 def train(folder: Path, lean: bool, frozen: str | None) -> None:
-    """Three steps of two micro batches: what was gathered when, losses, and this rank's weights at the end.
+    """Six steps of two micro batches: what was gathered when, losses, and this rank's weights at the end.
+
+    Before two of them something is evaluated, the first time before a micro batch has been seen whole in the learnt
+    order; and in one a block is left out, whose order is learnt anew.
 
     Args:
         lean: with our hooks, else with DeepSpeed's.
@@ -98,14 +114,15 @@ def train(folder: Path, lean: bool, frozen: str | None) -> None:
     """
     import deepspeed
 
-    from deepseek_sft.training.xtuner_engine import lean_modules, zero_calls
+    from deepseek_sft.training.xtuner_engine import evaluating, lean_gradients, lean_modules, zero_calls
 
     torch.manual_seed(3)
-    model = torch.nn.Sequential(*(Block() for _ in range(5)), torch.nn.Linear(12, 4))
+    model = Model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad = frozen is None or frozen not in name
     zero = {"stage": 3, "stage3_param_persistence_threshold": 4, "stage3_prefetch_bucket_size": 400}
     zero |= {"stage3_max_live_parameters": 1500, "stage3_max_reuse_distance": 300, "reduce_bucket_size": 300}
+    zero |= {"contiguous_gradients": not lean}
     settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "zero_optimization": zero}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     settings |= {"zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
@@ -123,17 +140,24 @@ def train(folder: Path, lean: bool, frozen: str | None) -> None:
     for parameter in parameters:
         parameter.all_gather_coalesced = logged
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    for _ in range(6):
+    repeated = []
+    for number in range(12):
         rows = torch.randn(3, 12, generator=generator).requires_grad_()
-        loss = engine(rows).square().mean()
+        if number in (2, 6):
+            with evaluating.evaluating(engine):
+                losses += [engine(rows).square().mean().item() for _ in range(2)]
+        loss = engine(rows, without=3 if number == 7 else None).square().mean()
         engine.backward(loss)
+        repeated.append(getattr(engine.optimizer.parameter_offload.get_param_coordinator(), "repeating", False))
         engine.step()
         losses.append(loss.item())
+    if lean:
+        assert type(engine.optimizer) is lean_gradients.DeepSpeedZeroOptimizer_Stage3
     rank, weights = torch.distributed.get_rank(), []
     for parameter in parameters:  # without what pads the last rank's part, which is anything
         part = parameter.ds_tensor.ds_numel
         weights.append(parameter.ds_tensor.view(-1)[: max(0, parameter.ds_numel - rank * part)].tolist())
-    figures = {"gathers": gathers, "losses": losses, "weights": weights}
+    figures = {"gathers": gathers, "losses": losses, "weights": weights, "repeated": repeated}
     (folder / f"{frozen}{lean}{rank}.json").write_text(json.dumps(figures))
 
 
@@ -149,5 +173,7 @@ if __name__ == "__main__":
     for rank, found in enumerate(figures):
         for name, frozen in (("trained alike", None), ("trained alike with a frozen norm", "norm")):
             own, ours = (json.loads((out / f"{frozen}{lean}{rank}.json").read_text()) for lean in (False, True))
-            found |= {name: own == ours, f"gathers, {name}": len(ours["gathers"])}
+            repeated = [number for number, done in enumerate(ours.pop("repeated")) if done]
+            own.pop("repeated")
+            found |= {name: own == ours, f"gathers, {name}": len(ours["gathers"]), f"repeated, {name}": repeated}
     print(json.dumps(figures))

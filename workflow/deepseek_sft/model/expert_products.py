@@ -190,6 +190,17 @@ def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:
         start += count
 
 
+def _without_rows(counts: list[int]) -> Iterator[slice]:
+    """Experts that have none, neighbours together."""
+    start = None
+    for expert, count in enumerate([*counts, 1]):
+        if count and start is not None:
+            yield slice(start, expert)
+            start = None
+        elif not count and start is None:
+            start = expert
+
+
 def _times(rows: torch.Tensor, weights: torch.Tensor, counts: Counts) -> torch.Tensor:
     """rows [n, k] · weights [experts, k, m] → [n, m]."""
     if counts.ends is not None and len(rows):
@@ -213,7 +224,6 @@ def _outer(left: torch.Tensor, right: torch.Tensor, counts: Counts) -> torch.Ten
         product = left.new_empty(len(counts.rows), left.shape[1], right.shape[1])
         for expert, part in _ranges(counts.rows):
             torch.mm(left[part].T, right[part], out=product[expert])
-    for expert, count in enumerate(counts.rows):
-        if not count:
-            product[expert].zero_()
+    for unused in _without_rows(counts.rows):
+        product[unused].zero_()
     return product

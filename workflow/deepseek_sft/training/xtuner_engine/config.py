@@ -117,7 +117,7 @@ def zero_optimization(settings: Settings, accelerator: str, base: Path) -> dict[
     section: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": accelerator == "cuda",
-        "contiguous_gradients": True,
+        "contiguous_gradients": False,  # a gradient waits where it is: each would be copied once more
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     by_shard = settings.zero_thresholds == "shard"

@@ -1,16 +1,15 @@
-"""What DeepSpeed's ZeRO-3 does in Python around each module call, with less of it: the same gathers in the same order.
+"""What DeepSpeed's ZeRO-3 does in Python around each module, with less of it: the same gathers in the same order.
 
 For 671B DeepSpeed's hooks run some twelve thousand times a micro batch. Each time they open ranges for a profiler,
-format messages that nobody prints, read signatures that never change and look parameters up by name. Here that is left
-out, and parameters are looked up once (docs/training.md has figures). Weights, gradients and their order stay
+format messages that nobody prints, read signatures that never change, wrap tensors that no gradient comes to, and find
+out anew what to gather. Here that is left out (docs/training.md has figures). Weights, gradients and their order stay
 DeepSpeed's.
 """
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import (
     linear,
     parameter_offload,
@@ -18,24 +17,9 @@ from deepspeed.runtime.zero import (
     partitioned_param_coordinator,
     stage3,
 )
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import nvtx, z3_leaf_module
 
-# Of DeepSpeed 0.19.8's coordinator; another version's may differ, and keeps its own way.
-_PRIVATE = (
-    "inflight_param_registry",
-    "step_id",
-    "param_queue",
-    "most_recent_step_id_param_fetched_for",
-    "n_available_params",
-    "max_n_available_params",
-    "prefetch_bucket_sz",
-    "ongoing_fetch_events",
-    "max_ongoing_fetch_events",
-    "allgather_stream",
-    "active_backward_submodules",
-    "params_to_release",
-)
+from . import lean_gathers, lean_gradients
 
 
 def install(optimizer: Any) -> bool:
@@ -49,19 +33,22 @@ def install(optimizer: Any) -> bool:
     """
     offload = optimizer.parameter_offload
     coordinator, modules = offload.get_param_coordinator(), list(offload.module.modules())
-    known = all(hasattr(coordinator, f"_PartitionedParameterCoordinator__{name}") for name in _PRIVATE)
-    on_disk = any(parameter.nvme_swapper is not None for parameter in offload.module.parameters())
-    if not known or on_disk or any(z3_leaf_module(module) for module in modules):
+    parameters = list(offload.module.parameters())
+    on_disk = any(parameter.nvme_swapper is not None for parameter in parameters)
+    if not lean_gathers.is_known(coordinator) or on_disk or any(z3_leaf_module(module) for module in modules):
         return False
     nvtx.enable_nvtx = False
     for module in (parameter_offload, partition_parameters, partitioned_param_coordinator, stage3):
         module.print_rank_0 = _say
-    _fix_signature(linear.LinearFunctionForZeroStage3)
+    linear.LinearFunctionForZeroStage3 = Linear
+    theirs = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
     for module in modules:
-        _lighten_hooks(module, needed=module is offload.module or any(True for _ in module.parameters(recurse=False)))
-    coordinator.__class__ = PartitionedParameterCoordinator
-    coordinator.looked_up = {}
-    offload.__class__ = Offload
+        _replace_hooks(module, theirs, offload)
+    if all(parameter.requires_grad for parameter in parameters):  # whose frozen ones DeepSpeed treats by themselves
+        coordinator.__class__ = lean_gathers.PartitionedParameterCoordinator
+        coordinator.begin(parameters)
+        offload.__class__ = Offload
+    lean_gradients.install(optimizer)
     return True
 
 
@@ -74,167 +61,140 @@ def _say(message: str, debug: bool = False, force: bool = False) -> None:
         _say_aloud(message, debug, force)
 
 
-def _fix_signature(function: type[torch.autograd.Function]) -> None:
-    """Have torch read once what the function takes, and not at each of its calls."""
-    function.forward.__signature__ = inspect.signature(function.forward)
+def _replace_hooks(module: torch.nn.Module, theirs: set[int], offload: Any) -> None:
+    """One hook before a module and one after it for DeepSpeed's two; none around modules without parameters.
+
+    Args:
+        theirs: numbers of DeepSpeed's hooks.
+    """
+    before = [key for key in module._forward_pre_hooks if key in theirs]
+    after = [key for key in module._forward_hooks if key in theirs]
+    if module is offload.module or any(True for _ in module.parameters(recurse=False)):
+        around = Around(module, offload, module._forward_hooks[after[0]])
+        module._forward_pre_hooks[before.pop(0)] = around.before
+        module._forward_hooks[after.pop(0)] = around.after
+    for key in before:
+        del module._forward_pre_hooks[key]
+    for key in after:
+        del module._forward_hooks[key]
 
 
-def _lighten_hooks(module: torch.nn.Module, needed: bool) -> None:
-    """Take DeepSpeed's hooks from a module without parameters; else call them without torch.compile's guard."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if not getattr(hook, "__module__", "").startswith("deepspeed."):
-                continue
-            if needed:
-                hooks[key] = getattr(hook, "_torchdynamo_orig_callable", hook)
-            else:
-                del hooks[key]
-    for function in (module.__dict__.get("pre_bwd_fn"), module.__dict__.get("post_bwd_fn")):
-        if function is not None:
-            _fix_signature(function)
+class Around:
+    """What comes before and after a module, forward and backward.
+
+    Args:
+        theirs: DeepSpeed's hook after a forward pass.
+    """
+
+    __slots__ = ("module", "offload", "theirs", "unfinished")
+
+    def __init__(self, module: torch.nn.Module, offload: Any, theirs: Callable[..., Any]):
+        self.module, self.offload, self.theirs = module, offload, theirs
+        self.unfinished = 0  # inputs whose gradients the backward pass has yet to give
+
+    def before(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.offload.pre_sub_module_forward_function(module)
+        self.unfinished = 0
+        if not torch.is_grad_enabled():
+            return None
+        return tuple([_each(argument, self._end_with) for argument in arguments])
+
+    def after(self, module: torch.nn.Module, arguments: tuple[Any, ...], result: Any) -> Any:
+        if type(result) is torch.Tensor:
+            parameter_offload.FWD_MODULE_STACK.pop()
+            self.offload.post_sub_module_forward_function(module)
+        else:
+            self.theirs(module, arguments, result)  # which looks for parameters among several results
+        return _each(result, self._begin_with) if torch.is_grad_enabled() else None
+
+    def _end_with(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _AfterBackward.apply(tensor, self) if tensor.requires_grad else tensor
+
+    def _begin_with(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _BeforeBackward.apply(tensor, self) if tensor.requires_grad else tensor
+
+
+def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The function of a tensor, or of all in a list, tuple or dictionary; other values as they are."""
+    if type(value) is torch.Tensor:
+        return function(value)
+    if isinstance(value, (torch.Tensor, tuple, list, dict)):
+        return parameter_offload.apply_to_tensors_only(function, value)
+    return value
+
+
+class _BeforeBackward(torch.autograd.Function):
+    """Of a module's result: its gradient comes before any other of the module's backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, around: Around) -> torch.Tensor:
+        ctx.around = around
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        around = ctx.around
+        around.offload.pre_sub_module_backward_function(around.module)
+        return gradient, None
+
+
+class _AfterBackward(torch.autograd.Function):
+    """Of a module's input: the last gradient of a module's inputs ends its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, around: Around) -> torch.Tensor:
+        ctx.around = around
+        around.unfinished += 1
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        around = ctx.around
+        around.unfinished -= 1
+        if not around.unfinished:
+            around.offload.post_sub_module_backward_function(around.module)
+        return gradient, None
 
 
 class Offload(parameter_offload.DeepSpeedZeRoOffload):
-    """What the hooks call."""
+    """What the hooks call; of no parameter a gradient comes from what they do."""
 
-    @torch.no_grad()
     def pre_sub_module_forward_function(self, module: torch.nn.Module) -> None:
         parameter_offload.FWD_MODULE_STACK.append(module)
-        self._fetch(module, forward=True)
+        self.param_coordinator.before_module(module, forward=True)
 
-    @torch.no_grad()
     def post_sub_module_forward_function(self, module: torch.nn.Module) -> None:
-        self.param_coordinator.release_sub_module(module, forward=True)
+        self.param_coordinator.after_module(module, forward=True)
 
-    @torch.no_grad()
     def pre_sub_module_backward_function(self, module: torch.nn.Module) -> None:
-        self._fetch(module, forward=False)
+        self.param_coordinator.before_module(module, forward=False)
 
-    @torch.no_grad()
     def post_sub_module_backward_function(self, module: torch.nn.Module) -> None:
-        self.param_coordinator.release_sub_module(module, forward=False)
-
-    def _fetch(self, module: torch.nn.Module, forward: bool) -> None:
-        coordinator = self.param_coordinator
-        coordinator.trace_prologue(module)
-        if coordinator.is_record_trace():
-            coordinator.record_module(module)
-        coordinator.fetch_sub_module(module, forward=forward)
+        self.param_coordinator.after_module(module, forward=False)
 
 
-class PartitionedParameterCoordinator(partitioned_param_coordinator.PartitionedParameterCoordinator):
-    """Which parameters are gathered and let go before and after each module; of DeepSpeed's name for its attributes.
+class Linear(torch.autograd.Function):
+    """DeepSpeed's product with a weight that is let go in between: the same products, outside of autocast."""
 
-    While the order of modules is being learnt, and for modules with frozen parameters, DeepSpeed's own code runs.
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight, bias)
+        if bias is None:
+            return rows.matmul(weight.t())
+        if rows.dim() == 2:
+            return torch.addmm(bias, rows, weight.t())
+        output = rows.matmul(weight.t())
+        output += bias
+        return output
 
-    Attributes:
-        looked_up: parameters of each module by its number; None where one is frozen.
-    """
-
-    looked_up: dict[int, tuple[Any, ...] | None]
-
-    def _clear_trace_structures(self) -> None:
-        super()._clear_trace_structures()
-        self.looked_up = {}
-
-    def _parameters(self, module: torch.nn.Module) -> tuple[Any, ...] | None:
-        if module.ds_id not in self.looked_up:
-            found = tuple(dict.fromkeys(partitioned_param_coordinator.iter_params(module)))
-            trained = all(parameter.requires_grad for parameter in found)
-            self.looked_up[module.ds_id] = found if trained else None
-        return self.looked_up[module.ds_id]
-
-    def fetch_sub_module(self, module: torch.nn.Module, forward: bool) -> None:
-        parameters = self._parameters(module) if self.is_complete_trace() else None
-        if parameters is None:
-            super().fetch_sub_module(module, forward)
-            return
-        if not forward:
-            self.__active_backward_submodules[module.ds_id] = module
-        self._gather([p for p in parameters if p.ds_status is ZeroParamStatus.NOT_AVAILABLE])
-        under_way = self.__inflight_param_registry.data
-        for parameter in parameters:
-            parameter.ds_active_sub_modules.add(module.ds_id)
-            handle = under_way.pop(parameter, None)
-            if handle is not None:
-                self._wait(handle)
-            if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
-                raise RuntimeError(parameter.ds_summary())
-        if not get_accelerator().resolves_data_dependency():
-            get_accelerator().current_stream().wait_stream(self.__allgather_stream)
-        self._leave_queue(module, parameters)
-        self._prefetch()
-        self.__step_id += 1
-
-    def _gather(self, parameters: list[Any]) -> None:
-        """Begin to gather them at once."""
-        if not parameters:
-            return
-        with get_accelerator().stream(self.__allgather_stream):
-            handle = parameters[0].all_gather_coalesced(parameters)
-        under_way = self.__inflight_param_registry.data
-        for parameter in parameters:
-            self.__n_available_params += parameter.ds_numel
-            under_way[parameter] = handle
-
-    def _wait(self, handle: Any) -> None:
-        """Have gathered parameters arrive, and hold the host back where it is several gathers ahead of the device."""
-        accelerator, events = get_accelerator(), self.__ongoing_fetch_events
-        with accelerator.stream(self.__allgather_stream):
-            while events and events[0].query():
-                events.popleft()
-            if len(events) > self.__max_ongoing_fetch_events:
-                events.popleft().synchronize()
-            handle.wait()
-            if not accelerator.handles_memory_backpressure():
-                event = accelerator.Event()
-                event.record()
-                events.append(event)
-
-    def _leave_queue(self, module: torch.nn.Module, parameters: tuple[Any, ...]) -> None:
-        """Take what is needed now from those to be gathered ahead."""
-        fetched, queue = self.__most_recent_step_id_param_fetched_for, self.__param_queue
-        expected = {p for p in parameters if fetched[p] < self.__step_id}
-        left = set()
-        while queue and len(left) < len(expected):
-            entry = queue.popleft()
-            fetched[entry.param] = entry.step_id_last_used_at
-            left.add(entry.param)
-        if left != expected:
-            raise RuntimeError(
-                f"module {module.ds_id} ({type(module).__name__}) at {self.__step_id} of the learnt order needs "
-                f"parameters {sorted(p.ds_id for p in expected)}, and next in the order are "
-                f"{sorted(p.ds_id for p in left)}"
-            )
-
-    def _prefetch(self) -> None:
-        """Begin to gather what comes next, within DeepSpeed's bounds."""
-        fetched, queue = self.__most_recent_step_id_param_fetched_for, self.__param_queue
-        room = min(self.__max_n_available_params - self.__n_available_params, self.__prefetch_bucket_sz)
-        chosen: dict[Any, None] = {}
-        elements = 0
-        while queue and elements < room:
-            entry = queue.popleft()
-            parameter = entry.param
-            fetched[parameter] = max(fetched[parameter], entry.step_id_last_used_at)
-            if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE and parameter not in chosen:
-                chosen[parameter] = None
-                elements += parameter.ds_numel
-        self._gather(list(chosen))
-
-    def release_sub_module(self, module: torch.nn.Module, forward: bool = False) -> None:
-        parameters = self._parameters(module) if self.is_complete_trace() else None
-        if parameters is None or module.ds_recompute_parameters:
-            super().release_sub_module(module, forward)
-            return
-        if not forward:
-            self.__active_backward_submodules.pop(module.ds_id, None)
-        let_go = self.__params_to_release(module, self.__step_id)
-        for parameter in parameters:
-            active = parameter.ds_active_sub_modules
-            active.discard(module.ds_id)
-            if parameter.ds_id not in let_go or parameter.is_external_param:
-                continue
-            if parameter.ds_status is ZeroParamStatus.AVAILABLE and not active:
-                partition_parameters.free_param(parameter)
-                self.__n_available_params -= parameter.ds_numel
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, bias = ctx.saved_tensors
+        of_rows = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[1]:
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            of_weight = flat.t().matmul(rows.reshape(-1, rows.shape[-1]))
+        if bias is not None and ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(list(range(gradient.dim() - 1)))
+        return of_rows, of_weight, of_bias

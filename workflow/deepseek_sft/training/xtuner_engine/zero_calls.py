@@ -4,6 +4,7 @@ DeepSpeed 0.19 cuts every gathered and every reduced tensor into one slice a ran
 of what the host does in a step (docs/training.md has figures). Here a whole parameter is one strided copy.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,29 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters, stage3
+from torch.distributed import distributed_c10d
 
 # Elements from which a parameter is gathered into memory of its own, which saves a copy, and not with others.
 ALONE = 1 << 24
-# torch's own, past the wrappers that DeepSpeed has for other back ends; older torch has the second name only.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# A process group's own calls, past what torch looks up around them each time; older torch has the second names only.
+_ALL_GATHER = getattr(dist.ProcessGroup, "all_gather_single", None) or dist.ProcessGroup._allgather_base
+_REDUCE_SCATTER = getattr(dist.ProcessGroup, "reduce_scatter_single", None) or dist.ProcessGroup._reduce_scatter_base
+_LATER = distributed_c10d.AllgatherOptions()
+_LATER.asyncOp = True
+_AT_ONCE = distributed_c10d.ReduceScatterOptions()
+_AT_ONCE.asyncOp = False
+
+
+def _all_gather(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """Begin to gather every rank's 1-D part into 1-D ``whole``; what is to be waited for."""
+    return _ALL_GATHER(group, whole, part, _LATER)
+
+
+def _reduce_scatter(part: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Sum of 1-D ``whole`` over ranks, of which this rank gets its 1-D part."""
+    work = _REDUCE_SCATTER(group, part, whole, _AT_ONCE)
+    if work is not None:
+        work.wait()
 
 
 def install(model: torch.nn.Module) -> bool:
@@ -101,18 +119,23 @@ def gather(parameters: Sequence[Any], safe_mode: bool = False, quantize: bool = 
 
 def _own_part(parameter: Any) -> torch.Tensor:
     """This rank's part on the device; from pinned memory without waiting for what the device does before."""
-    return parameter.ds_tensor.to(get_accelerator().current_device_name(), non_blocking=True)
+    return parameter.ds_tensor.to(_device(), non_blocking=True)
+
+
+@functools.cache
+def _device() -> torch.device:
+    """The rank's, which stays."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def _gather_alone(parameter: Any) -> Any:
     """Into memory of its own, which becomes the parameter's; None where this rank has it all."""
     part, ranks = _own_part(parameter), parameter.ds_zero_partition_world_size
-    if ranks == 1:
-        parameter.data = part.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
-        return None
-    whole = part.new_empty(part.numel() * ranks)
-    handle = _all_gather(whole, part, group=parameter.ds_process_group, async_op=True)
-    parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+    whole = part if ranks == 1 else part.new_empty(part.numel() * ranks)
+    handle = None if ranks == 1 else _all_gather(whole, part, parameter.ds_process_group)
+    if whole.numel() != parameter.ds_numel:
+        whole = whole.narrow(0, 0, parameter.ds_numel)
+    parameter.data = whole.view(parameter.ds_shape)
     return handle
 
 
@@ -120,10 +143,10 @@ def _gather_together(parameters: Sequence[Any]) -> tuple[Any, torch.Tensor]:
     """Into one tensor, [ranks, elements]: every rank's part of each parameter, one after the other."""
     group = parameters[0].ds_process_group
     parts = [_own_part(parameter) for parameter in parameters]
-    gathered = parts[0].new_empty(dist.get_world_size(group), sum(part.numel() for part in parts))
-    own = gathered[dist.get_rank(group)]
+    gathered = parts[0].new_empty(group.size(), sum(part.numel() for part in parts))
+    own = gathered[group.rank()]
     torch.cat(parts, out=own)
-    return _all_gather(gathered.view(-1), own, group=group, async_op=True), gathered
+    return _all_gather(gathered.view(-1), own, group), gathered
 
 
 def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
@@ -135,20 +158,27 @@ def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch
     Returns:
         1-D parts, ⌈elements / ranks⌉ of each but for the last ranks.
     """
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    group = group or dist.group.WORLD
+    ranks, rank = group.size(), group.rank()
+    is_even = len(tensors) == 1 and tensors[0].numel() % ranks == 0
     sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
-    if len(tensors) == 1 and tensors[0].numel() == sizes[0] * ranks:
-        buffer = tensors[0].view(ranks, sizes[0])
-    else:
-        buffer, start = tensors[0].new_empty(ranks, sum(sizes)), 0
-        for tensor, size in zip(tensors, sizes, strict=True):
-            flat, full = tensor.view(-1), tensor.numel() // max(size, 1)
-            buffer[:full, start : start + size] = flat[: full * size].view(full, size)
-            if rest := flat.numel() - full * size:
-                buffer[full, start : start + rest] = flat[full * size :]
-            start += size
+    buffer = tensors[0].reshape(ranks, -1) if is_even else _laid_out(tensors, sizes, ranks)
     buffer.div_(ranks)  # before the sum, as DeepSpeed does
     part = buffer[rank]
-    _reduce_scatter(part, buffer.view(-1), group=group)
+    _reduce_scatter(part, buffer.view(-1), group)
+    if is_even:
+        return [part]
     ends = [max(0, min(size, tensor.numel() - rank * size)) for tensor, size in zip(tensors, sizes, strict=True)]
     return [piece[:end] for piece, end in zip(part.split(sizes), ends, strict=True)]
+
+
+def _laid_out(tensors: list[torch.Tensor], sizes: list[int], ranks: int) -> torch.Tensor:
+    """[ranks, sum of the sizes]: every rank's part of each tensor, one after the other; the rest is undefined."""
+    buffer, start = tensors[0].new_empty(ranks, sum(sizes)), 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        flat, full = tensor.reshape(-1), tensor.numel() // max(size, 1)
+        buffer[:full, start : start + size] = flat[: full * size].view(full, size)
+        if rest := flat.numel() - full * size:
+            buffer[full, start : start + rest] = flat[full * size :]
+        start += size
+    return buffer
