@@ -1,8 +1,8 @@
 """Where checkpoints are saved, and how often: the run's folder, and a folder on each node's own disk."""
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
 
+from ..saving_tiers import Saving
 from .field_types import AboveZero, Positive, matching, section
 
 # Variables are each node's own, such as $SLURMD_NODENAME; the path goes into no shell.
@@ -19,44 +19,6 @@ class CheckpointTier:
     which only the shared storage may have, is `save_every_minutes`."""
     keep: Positive | None = None
     """Newest checkpoints kept there; null is `keep_checkpoints`, and 1 on the nodes' own disks."""
-
-
-class Saving(Protocol):
-    """Settings that say when checkpoints are saved."""
-
-    save_every_minutes: float | None
-    keep_checkpoints: int
-
-    @property
-    def checkpoints(self) -> Sequence[CheckpointTier]: ...
-
-
-def local(saving: Saving) -> CheckpointTier | None:
-    """The tier on the nodes' own disks."""
-    return next((tier for tier in saving.checkpoints if tier.path is not None), None)
-
-
-def local_seconds(saving: Saving) -> float | None:
-    """Between checkpoints on the nodes' own disks."""
-    tier = local(saving)
-    return tier and tier.every_minutes and 60 * tier.every_minutes
-
-
-def shared_minutes(saving: Saving) -> float | None:
-    """Minutes between checkpoints in the run's folder."""
-    stated = next((tier.every_minutes for tier in saving.checkpoints if tier.path is None), None)
-    return saving.save_every_minutes if stated is None else stated
-
-
-def shared_seconds(saving: Saving) -> float | None:
-    """The same in seconds."""
-    minutes = shared_minutes(saving)
-    return minutes and 60 * minutes
-
-
-def shared_keep(saving: Saving) -> int:
-    """Newest checkpoints kept in the run's folder."""
-    return next((tier.keep for tier in saving.checkpoints if tier.path is None and tier.keep), saving.keep_checkpoints)
 
 
 def problems(saving: Saving) -> Iterator[str]:

@@ -69,7 +69,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     """
     settings, schedule, rank = config.settings, config.schedule, dist.get_rank()
     candidates = resuming.candidates_of(attempt.run, config.run_id)
-    on_nodes = node_local_resume.look(config, attempt)
+    on_nodes = node_local_resume.look(config, attempt, alone=not candidates)
     begun = bool(candidates or on_nodes.choices)
     init_sequence_parallel(settings.sequence_parallel_size)
     if not begun:

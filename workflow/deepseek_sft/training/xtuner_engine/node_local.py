@@ -12,12 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ... import environment_faults
+from ... import environment_faults, saving_tiers
 from ...cli import say
 from ...convert import rank_state
 from ...engines import MARKER_FORMAT
 from ...errors import BadInputError, StageError
-from ...settings import checkpoint_tiers
 from ...slurm.nodes import own_name
 from .. import checkpoints, local_tier, lock
 from ..local_tier import NotUsableError
@@ -55,7 +54,7 @@ class NodeLocal:
     def __init__(self, config: EngineConfig, attempt: Attempt, root: Path, neighbours: Neighbours, names: list[str]):
         self.root, self.neighbours, self.names = root, neighbours, names
         self._attempt = attempt
-        self._keep = checkpoint_tiers.local(config.settings).keep or 1
+        self._keep = saving_tiers.local(config.settings).keep or 1
         self._last_bytes = 0
 
     def begin(self, step: int) -> Path | None:
@@ -206,7 +205,7 @@ def open_tier(config: EngineConfig, attempt: Attempt) -> NodeLocal | None:
     Raises:
         BadInputError: on all ranks alike: nodes see each other's files there.
     """
-    chosen = checkpoint_tiers.local(config.settings)
+    chosen = saving_tiers.local(config.settings)
     if chosen is None:
         return None
     neighbours = Neighbours(config.nodes)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ... import engines, environment_faults
 from ...cli import say
 from ...engines import MARKER
+from ...errors import BadInputError
 from .. import checkpoints, local_tier
 from ..checkpoints import Checkpoint
 from ..local_tier import Choice, Damaged, Held, Move
@@ -51,11 +52,15 @@ class OnNodes:
         return local_tier.refused(self.told, self.topology, dist.get_world_size(), self.damaged)
 
 
-def look(config: EngineConfig, attempt: Attempt) -> OnNodes:
+def look(config: EngineConfig, attempt: Attempt, alone: bool) -> OnNodes:
     """Open the tier, and ask every node what it holds; a collective.
 
+    Args:
+        alone: the shared storage has no checkpoint.
+
     Raises:
-        BadInputError: on all ranks alike, see ``node_local.open_tier``.
+        BadInputError: on all ranks alike: see ``node_local.open_tier``; or this start would begin anew where ranks of
+            another kind have left the only checkpoints.
     """
     tier = node_local.open_tier(config, attempt)
     if tier is None:
@@ -65,10 +70,20 @@ def look(config: EngineConfig, attempt: Attempt) -> OnNodes:
     layout = engines.XTUNER.checkpoint
     kind = layout.marker(config.settings.experts_per_shard, config.settings.expert_parallel_size)
     topology = local_tier.topology_of({"world_size": dist.get_world_size(), **kind})
-    return OnNodes(tier, config.run_id, told, topology)
+    found = OnNodes(tier, config.run_id, told, topology)
+    if alone and not found.choices:
+        others = [one for node in told for one in node if one.topology != topology]
+        if others:
+            raise BadInputError(
+                f"{found.refused()[max(one.step for one in others)]}; there is none, so that all steps would be lost",
+                "start once more as it was begun, and stop it (it saves there), or give another train.run_name to "
+                "begin a new run",
+            )
+        tell_refused(found)
+    return found
 
 
-def tell_refused(found: OnNodes, after: int) -> None:
+def tell_refused(found: OnNodes, after: int = -1) -> None:
     """Say which checkpoints later than step ``after``, which is gone on from, are not read, and why."""
     if dist.get_rank() == 0:
         for step, why in sorted(found.refused().items()):
@@ -182,13 +197,13 @@ def _differs(done: HandedOver, files: dict[str, int], marker: dict[str, Any]) ->
 def _set_aside(found: OnNodes, folder: Path, marker: dict[str, Any], bad: list[tuple[Damaged, str]]) -> None:
     """Move damaged files out of the checkpoint on their nodes; a collective."""
     near = found.tier.neighbours
-    for one, text in bad:
+    for one, _ in bad:
         if near.leads and near.node == one.node:
             try:
                 place = local_tier.set_aside(folder, local_tier.files_of(marker, one.rank))
-                say(f"warning: {found.tier.names[one.node]}: {text}; moved to {place}")
+                say(f"warning: {found.tier.names[one.node]}: what is damaged of rank {one.rank} is now in {place}")
             except OSError as error:
-                say(f"warning: {found.tier.names[one.node]}: {text}; {environment_faults.in_words(error)}")
+                say(f"warning: {found.tier.names[one.node]}: {environment_faults.in_words(error)}")
     found.damaged |= {one for one, _ in bad}
     dist.barrier()
 

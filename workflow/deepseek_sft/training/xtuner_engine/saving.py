@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ... import engines
+from ... import engines, saving_tiers
 from ...cli import say
 from ...convert import rank_state
 from ...data import loss_rows
 from ...files import fsync_directory
-from ...settings import checkpoint_tiers
 from .. import checkpoints, lock, validation
 from ..watchdog import Watchdog
 from . import final_losses
@@ -280,7 +279,7 @@ class Checkpoints:
         """Remove what is not kept: neither the newest ones nor the one that would be converted."""
         run_id, chosen = self._config.run_id, self._config.settings
         best = validation.result(checkpoints.committed(run, run_id), chosen.validation)
-        checkpoints.prune(run, run_id, checkpoint_tiers.shared_keep(chosen), best)
+        checkpoints.prune(run, run_id, saving_tiers.shared_keep(chosen), best)
 
 
 def marker_of(config: EngineConfig, step: int, progress: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...settings import checkpoint_tiers
+from ... import saving_tiers
 from .. import run_folder
 from ..health import Verdict
 from ..settings import Settings
@@ -110,10 +110,10 @@ def requests_of(settings: Settings, stop_files: list[Path], trained_seconds: flo
     """
     return Requests(
         stop_files,
-        save_seconds=checkpoint_tiers.shared_seconds(settings),
+        save_seconds=saving_tiers.shared_seconds(settings),
         end_seconds=settings.max_seconds,
         trained_seconds=trained_seconds,
-        local_seconds=checkpoint_tiers.local_seconds(settings) if on_nodes else None,
+        local_seconds=saving_tiers.local_seconds(settings) if on_nodes else None,
     )
 
 
