@@ -1,6 +1,9 @@
 """What ``train.checkpoints`` says: how often, and how many, on the nodes' own disks and on the shared storage."""
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -56,3 +59,22 @@ def of_shared(train: Mapping[str, Any]) -> dict[str, Any]:
     shared = next((tier for tier in train.get("checkpoints") or () if tier.get("path") is None), {})
     stated = {"save_every_minutes": shared.get("every_minutes"), "keep_checkpoints": shared.get("keep")}
     return {key: train.get(key) if value is None else value for key, value in stated.items()}
+
+
+def on_this_node(path: str, variables: Mapping[str, str] = os.environ) -> Path:
+    """The folder that a tier's path means on this node: ``$NAME`` and ``${NAME}`` are its own.
+
+    Raises:
+        ValueError: in words: a variable is not set here, or the path does not begin with / then.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not variables.get(name):
+            raise ValueError(f"train.checkpoints: {path}: the variable {name} is not set on this node")
+        return variables[name]
+
+    expanded = re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path)
+    if not expanded.startswith("/"):
+        raise ValueError(f"train.checkpoints: {path} is {expanded!r} on this node, which does not begin with /")
+    return Path(expanded)

@@ -163,10 +163,18 @@ def test_a_folder_that_others_sign_is_no_nodes_own(root):
 def test_a_run_that_is_begun_anew_has_another_folder(tmp_path):
     key = local_tier.key_of(tmp_path)
     assert local_tier.key_of(tmp_path) == key
-    local_tier.note(tmp_path, key, 5, 100, 1.0, 2.0)
-    assert local_tier.key_of(tmp_path) == key and local_tier.read_note(tmp_path)["step"] == 5
-    (tmp_path / local_tier.NOTE).unlink()
+    (tmp_path / local_tier.KEY).unlink()
     assert local_tier.key_of(tmp_path) != key
+
+
+def test_a_note_that_is_torn_or_edited_counts_as_none(tmp_path):
+    assert local_tier.read_note(tmp_path) == {}
+    local_tier.note(tmp_path, 5, 100, 1.0, 2.0)
+    assert local_tier.read_note(tmp_path)["step"] == 5
+    (tmp_path / local_tier.NOTE).write_text('{"step": "5"')
+    assert local_tier.read_note(tmp_path) == {}
+    (tmp_path / local_tier.NOTE).write_text('{"step": "5", "bytes": 1, "time": 2.0}')
+    assert local_tier.read_note(tmp_path) == {}
 
 
 @pytest.mark.parametrize("path", ["$NONE/x", "${NONE}", "$RELATIVE/x"])

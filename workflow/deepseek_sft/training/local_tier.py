@@ -2,7 +2,7 @@
 
 ``<path>/<run id>-<key>/step_<N>`` of each node holds the files of its own ranks, a copy of those of the node before it
 (of the last node with the first), and ``committed.json``, which is the same on all nodes. ``key`` stands in the run's
-folder (``node_local.json``): who removes a run and begins it anew does not find what the old one left on the nodes.
+folder (``node_local_key.json``): who removes a run and begins it anew does not find what the old one left on the nodes.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import engines, files, json_files
+from .. import engines, files, json_files, saving_tiers
 from ..engines import MARKER, XTUNER
 from . import checkpoints
 
-NOTE = "node_local.json"
+KEY, NOTE = "node_local_key.json", "node_local.json"
 STEP = re.compile(r"step_(\d+)")
 
 
@@ -30,22 +30,15 @@ class NotUsableError(Exception):
 
 
 def root_of(path: str, run_id: str, key: str, variables: Mapping[str, str] = os.environ) -> Path:
-    """A run's folder on this node's disk; ``$NAME`` and ``${NAME}`` of the path are this node's.
+    """A run's folder on this node's disk.
 
     Raises:
-        NotUsableError: a variable is not set here, or the path does not begin with / then.
+        NotUsableError: the path means nothing here, see ``saving_tiers.on_this_node``.
     """
-
-    def value(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
-        if not variables.get(name):
-            raise NotUsableError(f"train.checkpoints: {path}: the variable {name} is not set on this node")
-        return variables[name]
-
-    expanded = re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path)
-    if not expanded.startswith("/"):
-        raise NotUsableError(f"train.checkpoints: {path} is {expanded!r} on this node, which does not begin with /")
-    return Path(expanded) / f"{run_id}-{key}"
+    try:
+        return saving_tiers.on_this_node(path, variables) / f"{run_id}-{key}"
+    except ValueError as error:
+        raise NotUsableError(str(error)) from None
 
 
 def key_of(run: Path) -> str:
@@ -54,14 +47,14 @@ def key_of(run: Path) -> str:
     Raises:
         OSError: the run's folder cannot be written.
     """
-    told = read_note(run)
-    if not isinstance(key := told.get("key"), str) or not re.fullmatch(r"[0-9a-f]{8}", key):
+    key = _read(run / KEY).get("key")
+    if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]{8}", key):
         key = secrets.token_hex(4)
-        files.write_json(run / NOTE, {"key": key})
+        files.write_json(run / KEY, {"key": key})
     return key
 
 
-def note(run: Path, key: str, step: int, size: int, seconds: float, time: float) -> None:
+def note(run: Path, step: int, size: int, seconds: float, time: float) -> None:
     """Leave word in the run's folder of a checkpoint that is on the nodes: for ``status``, and as a sign of progress.
 
     Args:
@@ -69,14 +62,19 @@ def note(run: Path, key: str, step: int, size: int, seconds: float, time: float)
         seconds: that writing and copying took.
         time: of the commit, seconds since the epoch.
     """
-    told = {"key": key, "step": step, "bytes": size, "seconds": round(seconds, 3), "time": time}
-    files.write_json(run / NOTE, told)
+    files.write_json(run / NOTE, {"step": step, "bytes": size, "seconds": round(seconds, 3), "time": time})
 
 
 def read_note(run: Path) -> dict[str, Any]:
     """What ``note`` left; empty where nothing was, or it cannot be read."""
+    told = _read(run / NOTE)
+    kinds = {"step": int, "bytes": int, "time": float}
+    return told if all(type(told.get(key)) is kind for key, kind in kinds.items()) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        told = json_files.load(run / NOTE)
+        told = json_files.load(path)
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ... import json_files
 from ...files import fsync_directory
 
 PIECE = 1 << 26  # bytes on their way at once, one piece each way
@@ -184,7 +185,7 @@ class _Taker:
         yield self._neighbours.take(size, self._rank)
         text = torch.empty(int(size.item()), dtype=torch.uint8)
         yield self._neighbours.take(text, self._rank)
-        told |= json.loads(text.numpy().tobytes())
+        told |= json_files.parse(text.numpy().tobytes().decode())
 
 
 class _Stream:

@@ -127,8 +127,7 @@ class NodeLocal:
     def note(self, step: int, size: int, seconds: float) -> None:
         """Leave word of a committed checkpoint in the run's folder; on rank 0."""
         if dist.get_rank() == 0:
-            key = self.root.name.rpartition("-")[2]
-            local_tier.note(self._attempt.run, key, step, size, seconds, time.time())
+            local_tier.note(self._attempt.run, step, size, seconds, time.time())
 
     def forget(self, step: int) -> None:
         """Remove what is not kept on this node, now that step ``step`` is committed, here or on the shared storage."""
