@@ -65,6 +65,19 @@ def writing_on_nodes(cluster: Cluster, checkpoint: float) -> float:
     return copies * own / (cluster.local_gb_per_second * 1e9) + copying
 
 
+def stops_for_nodes(training: Training, cluster: Cluster, checkpoint: float, beside: Sequence[float]) -> list[float]:
+    """As ``stops``, on the nodes' own disks: the update waits for a node's own files, not for the copies.
+
+    Args:
+        beside: seconds of a step's forward and backward passes.
+    """
+    writing = writing_on_nodes(cluster, checkpoint)
+    if not training.saves_beside_steps:
+        return [writing for _ in beside]
+    own = checkpoint / cluster.nodes / (cluster.local_gb_per_second * 1e9)
+    return [max(own - seconds, SLOWED_SHARE * writing) for seconds in beside]
+
+
 def on_shared_storage(training: Training, cluster: Cluster, stop: float, mtbf_s: float, writing: float) -> float:
     """Seconds between checkpoints there that lose the least time; failures that the nodes' own disks survive need none.
 
@@ -99,5 +112,5 @@ def stood(
         found.append((count - 1) * one + saved)
         if training.checkpoints:  # those on the shared storage count for both
             more = max(0, math.floor(seconds / training.checkpoints.every_s) - count)
-            found[-1] += more * stops(training, writing_on_nodes(cluster, checkpoint), (passes, passes))[0]
+            found[-1] += more * stops_for_nodes(training, cluster, checkpoint, (passes,))[0]
     return found

@@ -20,7 +20,7 @@ class OwnDisks:
         bytes: of a node's own files.
         disk: bytes of a node's disk: own files and copies of all that are kept, and of the one being written.
         writing_s: writing the own files and a copy of the neighbour's.
-        stop_s: for which it keeps the GPUs from steps, with the fastest and the slowest step; None where not known.
+        stop_s: for which one keeps the GPUs from steps, with the fastest and the slowest step; None where not known.
         every_s, best_s: between two of them as configured, and as loses the least time.
         reading_s: reading them back at a start.
         after_failure_s: work lost by a failure on average, and reading, with these and with the shared storage alone.
@@ -31,7 +31,7 @@ class OwnDisks:
     bytes: float
     disk: float
     writing_s: float
-    stop_s: tuple[float, float] | None
+    stop_s: list[float] | None
     every_s: float
     best_s: float
     reading_s: float
@@ -51,7 +51,7 @@ def of(training: Training, cluster: Cluster, found: Duration, checkpoint: float)
         return None
     own, copies = checkpoint / cluster.nodes, min(2, cluster.nodes)
     writing, reading = checkpoint_cost.writing_on_nodes(cluster, checkpoint), own / (cluster.local_gb_per_second * 1e9)
-    stop = checkpoint_cost.stops(training, writing, _beside(found)) if found.step else None
+    stop = checkpoint_cost.stops_for_nodes(training, cluster, checkpoint, _beside(found)) if found.step else None
     costs, often = max(stop or (writing,)), writing if training.saves_beside_steps else 0.0
     shared, rarely = max(found.stop_s or (found.checkpoint_s,)), found.checkpoint_s if often else 0.0
     share = SURVIVED if copies > 1 else 0.0

@@ -46,6 +46,10 @@ class BackgroundWriter:
         self._written, self._to_write = 0, sum(file.bytes for file in words[-1])
         return self._thread.submit(action, folder, *words)
 
+    def then(self, action: Callable[..., Any], *words: Any) -> "Future[Any]":
+        """Begin ``action(*words)`` once what was asked for before is done."""
+        return self._thread.submit(action, *words)
+
     def after(self, action: Callable[..., None], *words: Any) -> None:
         """Do something once what was asked for before is done; ``check`` and ``close`` raise what came of it."""
         self._after.append(self._thread.submit(action, *words))

@@ -1,12 +1,14 @@
 """A run's checkpoints on the nodes' own disks: each rank's files on its node, a copy of them on the next one.
 
 Where a disk refuses, this is said, the checkpoint is given up on all nodes, and training goes on: the shared storage
-has its own cadence. All methods but ``write`` and ``forget`` are collectives, and decide the same on all ranks.
+has its own cadence.
+All methods but ``write``, ``copy`` and ``forget`` are collectives, and decide the same on all ranks.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ class NodeLocal:
     def write(
         self, folder: Path, put: Callable[[Path, list[DeferredFile]], None], files: list[DeferredFile]
     ) -> Written:
-        """Write this rank's files and hand a copy to the next node; in the checkpoint's thread, beside the next step.
+        """Write this rank's files; in the checkpoint's thread, beside the next step, whose update must wait for it.
 
         Args:
             put: writes and syncs files.
@@ -84,11 +86,18 @@ class NodeLocal:
             # torch's writer does not say what the file system told it.
             told = error if isinstance(error, OSError) else environment_faults.refusal(folder) or error
             failure = environment_faults.in_words(told)
-        near = self.neighbours
+        return Written(sizes, digests, {}, {}, failure)
+
+    def copy(self, folder: Path, own: "Future[Written]") -> Written:
+        """Hand a copy of what ``write`` has written to the next node; by the same thread, beside whatever steps."""
+        written, near = own.result(), self.neighbours
         if near.nodes == 1:
-            return Written(sizes, digests, {}, {}, failure)
-        done = near.hand_over(near.next, [folder / name for name in sizes], near.before, folder, failure)
-        return Written(sizes, digests, done.sent, {name: crc for name, (_, crc) in done.received.items()}, done.failure)
+            return written
+        done = near.hand_over(
+            near.next, [folder / name for name in written.sizes], near.before, folder, written.failure
+        )
+        copies = {name: crc for name, (_, crc) in done.received.items()}
+        return replace(written, sums=done.sent, copies=copies, failure=done.failure)
 
     def commit(self, folder: Path, marker: dict[str, Any], written: Written, biases: Any) -> int | None:
         """Commit on all nodes once all ranks have written and copied.

@@ -23,7 +23,7 @@ from .background_writer import BackgroundWriter
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .memory import GIB, rank_device
-from .node_local import NodeLocal
+from .node_local import NodeLocal, gather
 from .phases import WAITING
 from .start_checks import bias_checksum
 from .step_result import Due, StepResult
@@ -47,6 +47,7 @@ class _Pending:
         files: what came of writing them: sizes and digests, or ``node_local.Written``.
         begun: monotonic time.
         where: it lies.
+        copies: likewise, with what the next node has; None on the shared storage.
     """
 
     step: int
@@ -56,6 +57,7 @@ class _Pending:
     files: "Future[Any]"
     begun: float
     where: Due
+    copies: "Future[Any] | None" = None
 
 
 class Checkpoints:
@@ -113,11 +115,16 @@ class Checkpoints:
         Raises:
             RuntimeError: on all ranks alike, the checkpoint was not committed.
         """
-        if where is Due.NODES:
-            return self._save_on_nodes(step, progress)
         goes_on = step < self._config.schedule.steps and not (result.stop_requested or result.time_is_up)
+        # What is still being copied from node to node; a save to stop with does not wait for it.
+        drained = self.finish(step, wholly=True) if self._pending and goes_on else 0.0
+        if where is Due.NODES:
+            return drained + self._save_on_nodes(step, progress)
         if self._beside and goes_on and not at_once:
-            return self._begin(step, progress)
+            return drained + self._begin(step, progress)
+        return drained + self._save_at_once(step, progress)
+
+    def _save_at_once(self, step: int, progress: Callable[[], dict[str, Any]]) -> float:
         self._watchdog.enter("save", step)
         started = time.monotonic()
         folder = self._folder(step)
@@ -157,15 +164,19 @@ class Checkpoints:
         files = self._engine.describe(folder, step, alone=True)
         biases = bias_checksum(self._engine.model.llm)
         written = self._writer.submit(self._local.write, folder, self._writer.put, files)
-        self._pending = _Pending(step, folder, progress(), biases, written, started, Due.NODES)
+        copied = self._writer.then(self._local.copy, folder, written)
+        self._pending = _Pending(step, folder, progress(), biases, written, started, Due.NODES, copied)
         seconds = time.monotonic() - started
-        return seconds if self._beside else seconds + self.finish(step)
+        return seconds if self._beside else seconds + self.finish(step, wholly=True)
 
-    def finish(self, step: int) -> float:
+    def finish(self, step: int, wholly: bool = False) -> float:
         """Wait until the checkpoint that ``save`` has begun is written, and commit it; returns the seconds it took.
+
+        What is copied between nodes comes from files: states may change meanwhile, and the next call commits.
 
         Args:
             step: that waits.
+            wholly: also for copies.
 
         Raises:
             OSError, RuntimeError: this rank could not write its files; or, on all ranks alike, it was not committed.
@@ -177,10 +188,16 @@ class Checkpoints:
         self._watchdog.place = WAITING
         started = time.monotonic()
         found = self._writer.result(pending.files, pending.folder.name, told=dist.get_rank() == 0)
+        if pending.copies is not None:
+            if not wholly and not all(gather(pending.copies.done())):
+                self._watchdog.enter("step", step)
+                return time.monotonic() - started
+            found = self._writer.result(pending.copies, pending.folder.name, told=dist.get_rank() == 0)
         committed = self._committed(pending, found)
         self._pending = None
         ended = time.monotonic()
-        self._watchdog.took("save", ended - pending.begun)
+        if pending.where is Due.SHARED:
+            self._watchdog.took("save", ended - pending.begun)
         self._watchdog.enter("step", step)
         if dist.get_rank() == 0 and committed is not None:
             beside = f" beside step {step}, which waited {ended - started:.1f} s" if step > pending.step else ""
