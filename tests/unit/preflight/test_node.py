@@ -359,6 +359,12 @@ def test_a_folder_of_a_network_file_system_is_no_disk_of_the_nodes_own(tmp_path)
     assert found.passed is False and "lies on nfs4, which other nodes see" in found.detail
 
 
+def test_a_folder_inside_a_container_is_no_disk_of_the_nodes_own(tmp_path):
+    (tmp_path / "mounts").write_text("overlay / overlay rw 0 0\n")
+    found = on_own_disk(tmp_path).judge(Needs(), tmp_path, True, tmp_path / "mounts")
+    assert found.passed is False and "lies in a container, and ends with it" in found.detail
+
+
 def test_a_folder_in_which_another_nodes_file_shows_up_is_no_disk_of_the_nodes_own(tmp_path):
     first = on_own_disk(tmp_path / "local")
     on_own_disk(tmp_path / "local", rank=3)

@@ -70,6 +70,10 @@ class OwnDisk:
         kind = file_system(self._folder, mounts)
         if SHARED.fullmatch(kind):
             return Finding(CHECK, False, f"{self._folder} lies on {kind}, which other nodes see as well", kind)
+        if kind == "overlay":
+            return Finding(
+                CHECK, False, f"{self._folder} lies in a container, and ends with it: mount the node's", kind
+            )
         others = [
             found for found in self._folder.glob(f".preflight-{self._attempt}-*") if found != self._file(self._rank)
         ]
