@@ -1,4 +1,4 @@
-"""Run by the train environment's Python: starts of one run on two nodes of two ranks, each node with a disk of its own.
+"""Run by the train environment's Python: starts of runs on several nodes, each with a disk of its own.
 
 Usage: node_local_probe.py INPUTS FOLDER; in a mount namespace of its own. Prints a JSON object: name of a start → its
 losses, steps on each node's disk, the shared storage's steps, and what was said.
@@ -31,13 +31,13 @@ class Run:
     """A run, its nodes' disks, and its starts.
 
     Args:
-        ranks: two on each node.
+        ranks: of all nodes.
     """
 
-    def __init__(self, inputs: Path, folder: Path, ranks: int = 4):
+    def __init__(self, inputs: Path, folder: Path, ranks: int = 4, nodes: int = 4):
         self.inputs, self.folder, self.ranks = inputs, folder, ranks
         self.run = folder / "train" / "runs" / "probe"
-        self.disks = [folder / f"disk{node}" for node in range(ranks // 2)]
+        self.disks = [folder / f"disk{node}" for node in range(nodes)]
         for place in (self.run, *self.disks):
             place.mkdir(parents=True)
         self.starts = 0
@@ -60,6 +60,7 @@ class Run:
         return {
             "losses": [json.loads(line)["loss"] for line in lines],
             "nodes": [sorted(path.name for path in disk.glob("sft/*/step_*")) for disk in self.disks],
+            "markers": sorted({path.read_text() for path in self._markers(*self.disks)}),
             "said": (logs / "said").read_text(),
         }
 
@@ -82,9 +83,10 @@ class Run:
 
     def newest(self, node: int) -> Path:
         """A node's newest committed checkpoint."""
-        return max(
-            self.disks[node].glob("sft/*/step_*/committed.json"), key=lambda path: path.stat().st_mtime_ns
-        ).parent
+        return max(self._markers(self.disks[node]), key=lambda path: path.stat().st_mtime_ns).parent
+
+    def _markers(self, *disks: Path) -> list[Path]:
+        return [path for disk in disks for path in disk.glob("sft/*/step_*/committed.json")]
 
     def lose(self, *nodes: int) -> None:
         for node in nodes:
@@ -106,7 +108,7 @@ def start(run: Run, logs: Path, kill_at: int | None, changes: dict) -> None:
     with open(logs / "said", "a") as said:
         os.dup2(said.fileno(), 2)
     rank = dist.get_rank()
-    node = rank // 2
+    node = rank * len(run.disks) // run.ranks
     os.environ |= {"OWN_DISK": str(run.disks[node]), "SLURMD_NODENAME": f"node{node}"}
     chosen = make_settings(**changes)
     tokens, base = run.inputs / "tokens", run.inputs / "base"
@@ -155,14 +157,16 @@ def main(inputs: Path, folder: Path) -> dict:
     (run.folder / "away").rename(run.run / "step_6")
     run.lose(0, 1)
     found["both lost"] = run.start(async_save="off")
-    full = Run(inputs, folder / "full")
+    full = Run(inputs, folder / "full", nodes=2)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(full.disks[1])], check=True)
-    found["full disk"] = full.start(max_steps=4)
-    found["full disk"]["left"] = [path.name for path in full.disks[1].rglob("*.pt")]
+    found["full disk"] = full.start(kill_at=3, max_steps=4)
+    found["full disk"]["left"] = [path.name for path in full.disks[0].rglob("step_1/*")]
+    subprocess.run(["umount", str(full.disks[1])], check=True)
+    found["space again"] = full.start(max_steps=4)
     one = Run(inputs, folder / "one")
-    one.disks[1] = one.disks[0]
+    one.disks[3] = one.disks[0]
     found["no disks of their own"] = {"said": one.refused()}
-    single = Run(inputs, folder / "single", ranks=2)
+    single = Run(inputs, folder / "single", ranks=2, nodes=1)
     single.start(kill_at=3, max_steps=4)
     found["a single node"] = single.start(max_steps=4)
     return found

@@ -25,10 +25,15 @@ def starts(environment, project, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_all_nodes_have_the_same_marker(starts):
+    found = starts["killed"]
+    assert found["nodes"] == [["step_4", "step_5"]] * 4, "step 5 without a marker"
+    assert len(found["markers"]) == 1
+
+
 def test_a_lost_nodes_files_come_from_its_neighbour(starts):
-    assert starts["killed"]["nodes"] == [["step_4", "step_5"]] * 2, "step 5 without a marker"
     said = starts["a node lost"]["said"]
-    assert "step_4: " in said and "for node1 fetched from node0, checksums are right" in said
+    assert "step_4: " in said and "for node1 fetched from node2, checksums are right" in said
     assert "resumed from step_4" in said
 
 
@@ -46,8 +51,10 @@ def test_a_turned_bit_in_a_copy_is_named_and_the_shared_storages_checkpoint_take
     assert "resumed from step_6" in said
 
 
-def test_with_both_copies_lost_training_goes_on_from_the_shared_storage(starts):
-    assert "resumed from step_6" in starts["both lost"]["said"]
+def test_where_neighbours_are_lost_together_training_goes_on_from_the_shared_storage(starts):
+    said = starts["both lost"]["said"]
+    assert "step_7 is lost: the files zero_pp_rank_R_* of rank 0, which node0 wrote," in said
+    assert "resumed from step_6" in said
 
 
 def test_after_all_this_each_step_has_the_very_loss_of_the_undisturbed_run(starts):
@@ -57,7 +64,7 @@ def test_after_all_this_each_step_has_the_very_loss_of_the_undisturbed_run(start
 
 
 def test_a_finished_run_leaves_nothing_on_the_nodes(starts):
-    assert starts["both lost"]["nodes"] == [[], []]
+    assert starts["both lost"]["nodes"] == [[]] * 4
 
 
 def test_ranks_of_another_kind_do_not_begin_anew_over_what_lies_on_the_nodes(starts):
@@ -66,16 +73,17 @@ def test_ranks_of_another_kind_do_not_begin_anew_over_what_lies_on_the_nodes(sta
     assert "all steps would be lost" in said
 
 
-def test_a_full_disk_is_told_and_training_goes_on_with_the_shared_storage(starts):
+def test_a_full_disk_is_told_and_training_goes_on_with_nothing_left_of_that_checkpoint(starts):
     found = starts["full disk"]
     assert "node-local checkpoint step_1 is given up" in found["said"]
     assert "node1 (rank 2): " in found["said"] and "No space left on device" in found["said"]
-    assert "checkpoint step_3 committed" in found["said"] and found["losses"] == starts["undisturbed"]["losses"][:4]
-    assert found["left"] == []
+    assert "step 2/4" in found["said"] and found["left"] == [] and found["markers"] == []
+    assert "node-local checkpoint step_2 committed" in starts["space again"]["said"]
+    assert starts["space again"]["losses"] == starts["undisturbed"]["losses"][:4]
 
 
 def test_a_folder_that_nodes_share_is_refused(starts):
-    assert "is no disk of the nodes' own: node0 sees there what node1 wrote" in starts["no disks of their own"]["said"]
+    assert "is no disk of the nodes' own: node0 sees there what node3 wrote" in starts["no disks of their own"]["said"]
 
 
 def test_a_single_node_says_that_it_has_no_neighbour_and_reads_its_own_files_back(starts):

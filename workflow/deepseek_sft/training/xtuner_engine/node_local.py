@@ -103,7 +103,7 @@ class NodeLocal:
         """Commit on all nodes once all ranks have written and copied.
 
         Args:
-            marker: as of the shared storage, without its files.
+            marker: as of the shared storage, without its files; rank 0's counts, since ranks' clocks differ.
             biases: checksum of this rank's routers' biases.
 
         Returns:
@@ -112,9 +112,9 @@ class NodeLocal:
         Raises:
             RuntimeError: on all ranks alike: biases differ, or the run belongs to another start by now.
         """
-        told: list[tuple[Written, Any]] = gather((written, biases))
-        self._check(folder, [biases for _, biases in told])
-        parts = [part for part, _ in told]
+        told: list[tuple[Written, Any, Any]] = gather((written, biases, None if dist.get_rank() else marker))
+        self._check(folder, [biases for _, biases, _ in told])
+        parts, marker = [part for part, _, _ in told], told[0][2]
         if not self._agreed(folder, [part.failure for part in parts]) or not self._agreed(folder, self._copied(parts)):
             return None
         files = {name: size for part in parts for name, size in part.sizes.items()}
