@@ -109,6 +109,7 @@ def run_leg(inputs: Path, leg: dict, output: Path) -> None:
     from deepseek_sft.training.xtuner_engine import other_topology, saving
 
     def turn_bit(file: Path) -> None:
+        dist.barrier()  # all have judged the file's size, which changes for a moment
         if dist.get_rank() == 0:
             flip(file, -2)
         dist.barrier()
