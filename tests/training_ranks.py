@@ -27,11 +27,14 @@ def import_libraries() -> None:
     deepspeed.logger.setLevel("ERROR")
 
 
-def together(tasks: list[Callable[[], None]]) -> None:
+def together(tasks: list[Callable[[], None]], end: int = 0) -> None:
     """Run each task in a fork of this process, all at once.
 
+    Args:
+        end: signal that is to end each of them; 0: none.
+
     Raises:
-        SystemExit: one failed; the others are ended.
+        SystemExit: one ended otherwise; the others are ended.
     """
     running = set()
     for task in tasks:
@@ -48,19 +51,21 @@ def together(tasks: list[Callable[[], None]]) -> None:
     while running:
         child, status = os.wait()
         running.remove(child)
-        if status:
+        if status != end:
             for other in running:
                 os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
             raise SystemExit(f"process {child} ended with {status}")
 
 
-def group(world_size: int, task: Callable[..., None], meeting: Path, *arguments: Any) -> None:
+def group(world_size: int, task: Callable[..., None], meeting: Path, *arguments: Any, end: int = 0) -> None:
     """Run ``task(*arguments)`` on all ranks of a new gloo group.
 
     Args:
         meeting: file that the ranks find each other by; must not exist.
+        end: see ``together``.
     """
-    together([partial(_rank, world_size, rank, task, meeting, arguments) for rank in range(world_size)])
+    together([partial(_rank, world_size, rank, task, meeting, arguments) for rank in range(world_size)], end)
 
 
 def _rank(world_size: int, rank: int, task: Callable[..., None], meeting: Path, arguments: tuple[Any, ...]) -> None:

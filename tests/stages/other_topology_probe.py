@@ -48,11 +48,12 @@ class Beside:
     """Saves the step that is done at once, and a second time beside the next step, where nothing is written before its
     forward and backward passes are over: what they change would show."""
 
-    is_writing = True
-
     def __init__(self, run, folder: Path):
         import torch.distributed as dist
 
+        from deepseek_sft.training.xtuner_engine.step_result import Due
+
+        self.writing = Due.SHARED
         from deepseek_sft.training.xtuner_engine.background_writer import BackgroundWriter
 
         self._run, self._folder, self._later = run, folder, folder.with_name(f"{folder.name}_later")
@@ -68,7 +69,7 @@ class Beside:
     def finish(self, _: int) -> None:
         self._hold.set()
         self._written.result()
-        self.is_writing = False
+        self.writing = type(self.writing).NOWHERE
 
     def stopped(self, asked: list[bool]) -> bool:
         """Whether the next step, asked to stop as told by turns, ends without an update."""
@@ -108,6 +109,7 @@ def run_leg(inputs: Path, leg: dict, output: Path) -> None:
     from deepseek_sft.training.xtuner_engine import other_topology, saving
 
     def turn_bit(file: Path) -> None:
+        dist.barrier()  # all have judged the file's size, which changes for a moment
         if dist.get_rank() == 0:
             flip(file, -2)
         dist.barrier()
@@ -151,8 +153,8 @@ def run_leg(inputs: Path, leg: dict, output: Path) -> None:
                     checkpoints.commit(folder, marker | {"checksums": rank_state.digests_of(folder, sizes)}, sizes)
                 dist.barrier()
         if beside:
-            stopped = [beside.stopped([True]), beside.is_writing]
-            figures["stopped"] = [*stopped, beside.stopped([False, True]), beside.is_writing]
+            stopped = [beside.stopped([True]), bool(beside.writing)]
+            figures["stopped"] = [*stopped, beside.stopped([False, True]), bool(beside.writing)]
             figures["same"] = beside.same()
     if dist.get_rank() == 0:
         (output / f"{leg['name']}.json").write_text(json.dumps(figures))

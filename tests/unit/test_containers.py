@@ -87,6 +87,13 @@ def test_results_on_a_mount_that_is_read_only_are_refused(site):
     ]
 
 
+def test_the_nodes_own_folder_for_checkpoints_must_be_seen_in_the_container(site):
+    own = started_by("podman", str(site / "images/train"), str(site))
+    tiers = [{"path": "/local/sft", "every_minutes": 15}, {"every_minutes": 240}]
+    problems = experiment_of(own, train={"checkpoints": tiers}).unseen_in_containers(RULES)
+    assert problems == ["envs.train.container.mounts: train.checkpoints: /local/sft is not seen in the container"]
+
+
 def test_what_runs_outside_of_the_container_asks_for_no_mounts(site):
     own = pyxis(str(site / "images/train"))
     assert experiment_of(own).unseen_in_containers(("prepare_data", "convert_checkpoint", "smoke_test")) == []

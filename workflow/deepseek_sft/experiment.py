@@ -284,6 +284,8 @@ class Experiment:
             paths = [("the project", ".", False), ("results", config["results"], True)]
             if "/" in environment.python and not environment.python.startswith("/"):
                 paths.append((f"envs.{kind}.python", str(Path(environment.python).parent), False))
+            own = [tier["path"] for tier in config["train"]["checkpoints"] if kind == "train" and tier["path"]]
+            paths += [("train.checkpoints", path, True) for path in own if "$" not in path]
             named = [("model.base", config["model"]["base"])] if kind == "train" else []
             named += [(key, path) for rule, key, path in self._named() if rule in used and kind == "serve"]
             named += [(f"{kind}.secrets_file", config[kind]["secrets_file"])]

@@ -132,6 +132,8 @@ def preflight(experiment: "Experiment") -> Values:
         chosen["all_reduce_min_gb_per_second"] = round(least, 3)
     if config["train"]["attention"] == "flash":
         chosen["imports"] = ["flash_attn"]
+    if own := next((tier["path"] for tier in config["train"]["checkpoints"] if tier["path"]), None):
+        chosen["checkpoints"] = own
     chosen |= _other_engine(config)
     return chosen, {key: config["train"][key] for key in ("environment", "ranks_per_node")}
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import time
 import zlib
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.preflight import exchange, gpu_state, machine, network, settings, software
+from deepseek_sft.preflight import exchange, gpu_state, machine, network, own_disk, settings, software
 from deepseek_sft.preflight.exchange import Folder, Service
 from deepseek_sft.preflight.settings import Needs, Settings
 
@@ -332,3 +333,64 @@ def test_backend_follows_from_accelerator_and_nodes():
     assert Settings().backend("cpu", 4) == "gloo"
     assert Settings().backend("cpu", 5) == "sockets"
     assert Settings(all_reduce_backend="gloo").backend("cuda", 32) == "gloo"
+
+
+MOUNTS = "/dev/sda / ext4 rw 0 0\nserver:/x /scratch lustre rw 0 0\n/dev/nvme0n1 /scratch/own\\040disk xfs rw 0 0\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("/var/x", "ext4"), ("/scratch/a", "lustre"), ("/scratch/own disk/a", "xfs"), ("/scratched", "ext4")],
+)
+def test_the_file_system_of_a_folder_is_that_of_its_nearest_mount(tmp_path, folder, kind):
+    (tmp_path / "mounts").write_text(MOUNTS)
+    assert own_disk.file_system(Path(folder), tmp_path / "mounts") == kind
+
+
+def on_own_disk(folder: Path, rank: int = 0) -> own_disk.OwnDisk:
+    found = own_disk.OwnDisk(str(folder), "try", rank)
+    found.sign()
+    return found
+
+
+def test_a_folder_of_a_network_file_system_is_no_disk_of_the_nodes_own(tmp_path):
+    (tmp_path / "mounts").write_text(f"server:/x {tmp_path} nfs4 rw 0 0\n")
+    found = on_own_disk(tmp_path).judge(Needs(), tmp_path, True, tmp_path / "mounts")
+    assert found.passed is False and "lies on nfs4, which other nodes see" in found.detail
+
+
+def test_a_folder_inside_a_container_is_no_disk_of_the_nodes_own(tmp_path):
+    (tmp_path / "mounts").write_text("overlay / overlay rw 0 0\n")
+    found = on_own_disk(tmp_path).judge(Needs(), tmp_path, True, tmp_path / "mounts")
+    assert found.passed is False and "lies in a container, and ends with it" in found.detail
+
+
+def test_a_folder_in_which_another_nodes_file_shows_up_is_no_disk_of_the_nodes_own(tmp_path):
+    first = on_own_disk(tmp_path / "local")
+    on_own_disk(tmp_path / "local", rank=3)
+    found = first.judge(Needs(), tmp_path, True)
+    assert found.passed is False and "node 3's file is there" in found.detail
+
+
+def test_a_disk_that_is_too_small_for_the_planned_checkpoints_fails_and_what_lies_there_counts(tmp_path):
+    there = tmp_path / "local" / "run-12345678" / "step_1"
+    there.mkdir(parents=True)
+    (there / "file").write_bytes(bytes(8 << 20))
+    found = on_own_disk(tmp_path / "local")
+    free = shutil.disk_usage(tmp_path).free
+    assert found.judge(Needs(own_disk=free + (4 << 20)), tmp_path, True).passed is False
+    (tmp_path / "train" / "runs" / "run").mkdir(parents=True)
+    judged = found.judge(Needs(own_disk=free // 2 + (4 << 20)), tmp_path, True)
+    assert (
+        judged.passed is True and "no other node wrote there" in judged.detail and "8.00 MiB are there" in judged.detail
+    )
+    found.forget()
+    assert not list((tmp_path / "local").glob(".preflight*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_reason(tmp_path):
+    (tmp_path / "file").touch()
+    found = on_own_disk(tmp_path / "file" / "sft").judge(Needs(), tmp_path, True)
+    assert found.passed is False and "cannot be written: Not a directory" in found.detail
+    found = on_own_disk(Path("$NO_SUCH_VARIABLE/x")).judge(Needs(), tmp_path, True)
+    assert found.passed is False and "NO_SUCH_VARIABLE is not set on this node" in found.detail

@@ -14,6 +14,7 @@ from deepseek_sft.cluster_jobs import holders
 from deepseek_sft.cluster_jobs.record import Record, Rule
 from deepseek_sft.errors import BadInputError
 from deepseek_sft.report import slurm_jobs, status
+from deepseek_sft.training import local_tier
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -40,6 +41,17 @@ def test_training_under_slurm_shows_everything_that_is_asked_for(site):
     assert "step_25, 1.00 GiB" in rows["checkpoint"] and "step_50 being written" in rows["checkpoint"]
     assert "more checkpoints" in rows["disk left"]
     assert rows["log"].endswith("step 60/240")
+    assert "node-local" not in rows
+
+
+def test_a_newer_checkpoint_on_the_nodes_own_disks_is_told_beside_the_one_on_the_shared_storage(site):
+    site.training(steps=60, total=240)
+    run = next(site.results.glob("train/runs/*"))
+    local_tier.note(run, 55, 1 << 30, 2.0, time.time() - 60)
+    text = site.screen()["node-local"]
+    assert text.startswith("step_55 on the nodes' own disks, 1.00 GiB and as much copied, 1 min ")
+    local_tier.note(run, 20, 1 << 30, 2.0, time.time())
+    assert "node-local" not in site.screen(), "the shared storage has a newer one"
 
 
 def test_run_that_outlives_its_job_says_so(site):

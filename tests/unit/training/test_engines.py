@@ -94,7 +94,7 @@ def test_the_loop_is_read_from_top_to_bottom():
     """A step, its saving and its metrics are called by one function of one file, without a runner and its hooks."""
     text = LOOP.read_text()
     run = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "run")
-    order = ["rows.of_step", "train_step(", "gates.check_health", "metrics.add", "saved.is_due", "saved.save"]
+    order = ["rows.of_step", "train_step(", "gates.check_health", "metrics.add", "saved.due", "saved.save"]
     body = ast.unparse(run)
     places = [body.index(call) for call in order]
     assert places == sorted(places)

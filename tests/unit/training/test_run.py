@@ -49,6 +49,7 @@ def test_operational_settings_keep_the_run():
         "on_new_topology": "continue",
         "validation": {"every_steps": 10, "early_stop": {"patience": 2}},
         "async_save": "off",
+        "checkpoints": [{"path": "/local", "every_minutes": 5}, {"every_minutes": 60}],
     }
     assert others.keys() == training_settings.SAME_RUN
     assert run_id(**others) == run_id()

@@ -100,12 +100,13 @@ def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: archive_digest(folder / name) for name in names}
 
 
-def read(folder: Path, rank: int, marker: Mapping[str, Any]) -> RankState:
+def read(folder: Path, rank: int, marker: Mapping[str, Any], alone: bool = False) -> RankState:
     """Describe a rank's part of a checkpoint, and check that its files are the ones that the marker speaks of.
 
     Args:
         marker: content of ``committed.json``: ``step`` and ``world_size``, and where the version that wrote it knew
             them ``checksums`` (file name → ``archive_digest``).
+        alone: other ranks' files need not be there.
 
     Raises:
         BadInputError: naming the file that is missing, cut, refused, of another rank, step or size, or that has
@@ -113,7 +114,8 @@ def read(folder: Path, rank: int, marker: Mapping[str, Any]) -> RankState:
     """
     step, world_size = marker["step"], marker["world_size"]
     found = RankFiles.find(folder)
-    found.check(3, world_size, f"{folder.name}/committed.json")
+    if not alone or rank not in found.optimizer or rank not in found.model:
+        found.check(3, world_size, f"{folder.name}/committed.json")
     optimizer, model = found.optimizer[rank], found.model[rank]
     archives = {}
     for path in (optimizer, model):

@@ -116,7 +116,7 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         saves = [max(1, math.ceil(round(s / every, 6))) for s, every in zip(trained, between, strict=True)]
         measured = validation_time.measurements(training, steps)
         passes = [validation_time.seconds(training, samples, groups, s) for s in (step.fastest, step.slowest)]
-        stood = [(count - 1) * one + saved for count, one in zip(saves, stop, strict=True)]  # no step follows the last
+        stood = checkpoint_cost.stood(training, cluster, checkpoint, saved, trained, saves, stop, beside)
         ends = [t + still + loading + measured * v for t, still, v in zip(trained, stood, passes, strict=True)]
         times = str(saves[0]) if saves[0] == saves[1] else f"{saves[0]} to {saves[1]}"
         each = (
@@ -140,7 +140,7 @@ def duration(model: Model, training: Training, samples: Samples, cluster: Cluste
         saved,
         run,
         mtbf,
-        checkpoint_cost.cadence(max(stop or (saved,)), mtbf, saved if training.saves_beside_steps else 0.0),
+        checkpoint_cost.on_shared_storage(training, cluster, max(stop or (saved,)), mtbf, saved),
         dealt,
         between,
         loading,

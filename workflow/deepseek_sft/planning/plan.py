@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from . import device_memory, disk, duration, evaluation_time, host_memory
+from . import device_memory, disk, duration, evaluation_time, host_memory, own_disks
 from .counting import Model
 from .deployment import Deployment
 from .device_memory import Peak
 from .duration import Duration
+from .own_disks import OwnDisks
 from .settings import MB, Cluster, Samples, Training
 from .terms import Term, show, total
 
 FITS, TIGHT, MISFIT = "fits", "tight", "does not fit"
-DISK = "disk"
+DISK, OWN_DISK = "disk", "disk of a node"
 TIGHT_SHARE = 0.93  # above this share of a limit a plan is called tight
 MARGIN = 1.05  # of memory asked from Slurm over what is planned
 
@@ -65,12 +66,19 @@ class Plan:
         return self.peaks[0].bytes
 
     @property
+    def own_disks(self) -> OwnDisks | None:
+        """Checkpoints on the nodes' own disks, as configured or as they could be; None where they make no sense."""
+        return own_disks.of(self.training, self.cluster, self.duration, self.checkpoint)
+
+    @property
     def limits(self) -> list[Limit]:
         """What is judged, the most used first."""
         found = [
             Limit("host memory per node", total(self.host), self.cluster.host_bytes, "profile, train: mem_mb"),
             Limit(DISK, total(self.disk), self.cluster.storage_bytes, "plan.storage_tb, or free space of results"),
         ]
+        if self.training.checkpoints and self.own_disks:
+            found.append(Limit(OWN_DISK, self.own_disks.disk, self.cluster.local_bytes, "plan.local_tb"))
         if not self.cluster.cpu:
             found.append(Limit("GPU memory per rank", self.device_bytes, self.cluster.gpu_bytes, "plan.gpu_memory_gib"))
         return sorted(found, key=lambda limit: -limit.share)
@@ -165,6 +173,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "checkpoint_bytes": round(plan.checkpoint),
         "disk_bytes": round(total(plan.disk)),
         **duration.figures(plan.duration, plan.cluster),
+        **own_disks.figures(plan.own_disks, plan.training),
         "rank_memory": {f"{term.name}_bytes": round(term.value) for term in plan.peaks[0].terms},
         "host_memory": {f"{term.name}_bytes": round(term.value) for term in plan.host},
         "disk": {f"{term.name}_bytes": round(term.value) for term in plan.disk},

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import time_limits
-from . import alternatives, deployment, duration, evaluation_time, gate, gpu_kernels, host_memory
+from . import alternatives, deployment, duration, evaluation_time, gate, gpu_kernels, host_memory, own_disks
 from . import plan as planning
 from .advice import notes, profile_lines
 from .device_memory import tokens_per_rank
@@ -141,7 +141,7 @@ def _time(plan: Plan) -> list[str]:
         f"saving    {show(found.checkpoint_s, 's')} a checkpoint{beside}; a failure every {show(found.mtbf_s, 's')}: "
         f"best every {show(found.cadence_s, 's')}{every}"
     )
-    return lines
+    return lines + own_disks.lines(plan.own_disks, plan.training, plan.cluster)
 
 
 def _dealt(plan: Plan) -> str:

@@ -54,7 +54,7 @@ def _has_room(changed: Plan, plan: Plan) -> bool:
     return all(
         limit.share <= max(TIGHT_SHARE, now.get(limit.name, 0.0))
         for limit in changed.limits
-        if limit.name != planning.DISK
+        if limit.name not in (planning.DISK, planning.OWN_DISK)
     )
 
 

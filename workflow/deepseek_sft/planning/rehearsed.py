@@ -7,6 +7,7 @@ import dataclasses
 import statistics
 from typing import Any
 
+from .. import saving_tiers
 from ..json_files import Maybe
 from .duration import Duration
 from .settings import GIB, MB
@@ -151,8 +152,8 @@ def too_long(found: Duration, minutes: int) -> str:
 def _run_seconds(steps: int, step: float, save: float, start: float, settings: dict[str, Any]) -> float:
     """Seconds of the whole run in one start: its steps and saves at the rehearsal's speed."""
     every = settings["save_every_steps"] * step
-    if settings.get("save_every_minutes"):
-        every = min(every, 60 * settings["save_every_minutes"])
+    if minutes := saving_tiers.of_shared(settings)["save_every_minutes"]:
+        every = min(every, 60 * minutes)
     trained = steps * step
     if settings.get("max_hours"):
         trained = min(trained, 3600 * settings["max_hours"])

@@ -48,7 +48,7 @@ class Remedy:
 
 
 def _memory(plan: Plan) -> list[planning.Limit]:
-    return [limit for limit in plan.limits if limit.name != planning.DISK]
+    return [limit for limit in plan.limits if limit.name not in (planning.DISK, planning.OWN_DISK)]
 
 
 def suffices(plan: Plan) -> bool:

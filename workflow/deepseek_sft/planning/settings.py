@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import engines
+from .. import engines, saving_tiers
 from ..data import dealing
 from ..errors import BadInputError
 from ..expert_shards import AUTO, experts_per_shard
@@ -18,6 +18,7 @@ from ..json_files import Maybe
 from .gpu_models import GPUS
 
 GIB, MB = 1 << 30, 1 << 20  # Slurm's MB are powers of two
+LOCAL_GB_PER_SECOND = 3.0  # one NVMe drive writes as much, several in a stripe a multiple
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -31,11 +32,21 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class OwnDisks:
+    """The entry of ``train.checkpoints`` for the nodes' own disks."""
+
+    every_s: float
+    keep: int
+
+
+@dataclass(frozen=True)
 class Training:
     """The part of the configuration's ``train`` section that decides memory, disk and time.
 
     Attributes:
         stock_experts: of the ``plan`` section: expert layers hold as much as stock xtuner's.
+        save_every_minutes, keep_checkpoints: of the shared storage, wherever they are written.
+        checkpoints: on the nodes' own disks; None saves none there.
     """
 
     strategy: str
@@ -64,6 +75,7 @@ class Training:
     async_save: str | None = None
     engine: str = engines.DEFAULT
     validation: Validation | None = None
+    checkpoints: OwnDisks | None = None
 
     @property
     def process(self) -> engines.ProcessMemory:
@@ -74,7 +86,9 @@ class Training:
     def from_config(cls, train: dict[str, Any], plan: dict[str, Any], model: dict[str, Any]) -> "Training":
         """From the configuration's sections and the model's ``config.json``."""
         keys = [*cls.train_keys(), "engine"]
-        values = {key: train[key] for key in keys if key in train}
+        values = {key: train[key] for key in keys if key in train} | saving_tiers.of_shared(train)
+        own = next((tier for tier in values.get("checkpoints") or () if tier.get("path")), None)
+        values["checkpoints"] = own and OwnDisks(60 * own["every_minutes"], own.get("keep") or 1)
         if values.get("validation"):
             given = values["validation"]
             values["validation"] = Validation(given["every_steps"], given["samples"], bool(given["early_stop"]))
@@ -258,6 +272,8 @@ class Cluster:
         nvlink_gb_per_second: between GPUs of a node, each direction.
         pcie_gb_per_second: between a GPU and its host, each direction.
         price_per_gpu_hour: in whatever currency; None where it is not told.
+        local_gb_per_second: a node's own disk.
+        local_bytes: space of a node's own disk.
     """
 
     nodes: int
@@ -279,6 +295,8 @@ class Cluster:
     nvlink_gb_per_second: float = GPUS["h100"].nvlink_gb_per_second
     pcie_gb_per_second: float = GPUS["h100"].pcie_gb_per_second
     price_per_gpu_hour: float | None = None
+    local_gb_per_second: float = LOCAL_GB_PER_SECOND
+    local_bytes: float | None = None
 
     @property
     def ranks(self) -> int:
@@ -333,4 +351,6 @@ class Cluster:
             nvlink_gb_per_second=GPUS[gpu or "h100"].nvlink_gb_per_second,
             pcie_gb_per_second=GPUS[gpu or "h100"].pcie_gb_per_second,
             price_per_gpu_hour=plan.get("price_per_gpu_hour"),
+            local_gb_per_second=plan.get("local_gb_per_second") or LOCAL_GB_PER_SECOND,
+            local_bytes=plan["local_tb"] * 1e12 if plan.get("local_tb") else None,
         )

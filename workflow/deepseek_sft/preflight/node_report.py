@@ -10,6 +10,7 @@ from ..slurm.nodes import NodeEnvironment
 from . import affinity, cuda_stack, gpu_state, machine, network, software
 from .exchange import Folder
 from .findings import Finding
+from .own_disk import OwnDisk
 from .settings import Needs, Settings
 
 
@@ -114,7 +115,12 @@ def make(place: Place, settings: Settings, needs: Needs, folder: Folder, taken: 
     )
     guarded("infiniband", with_values("infiniband", gpu_state.infiniband))
     guarded("cpus", with_values("cpus", lambda: affinity.affinity(place.accelerator, node.ranks_per_node)))
+    own_disk = OwnDisk(settings.checkpoints, node.attempt, node.node_rank) if settings.checkpoints else None
+    if own_disk and settings.wants("own_disk"):
+        own_disk.sign()  # before the file in the shared folder that the next node waits for
     guarded("shared_files", shared_files)
+    if own_disk:
+        guarded("own_disk", lambda: own_disk.judge(needs, place.results, settings.wants("shared_files")))
     guarded("ports", lambda: _ports(place, settings, folder, taken, report))
     guarded("clock", lambda: _clock(place, report))
     guarded("software", packages)  # last, since cold imports take unlike times, and the others wait for each other

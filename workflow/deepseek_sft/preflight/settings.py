@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from .. import engines, receipts
+from .. import engines, json_files, receipts
+from ..errors import BadInputError
+from ..json_files import Maybe
 from ..settings import reading
 from ..settings.field_types import Text, section
 from ..settings.preflight import Checks
@@ -20,6 +22,8 @@ class Settings(Checks):
     """Modules that training imports beside its engine's."""
     engine: Text = engines.DEFAULT
     """Whose imports are tried."""
+    checkpoints: Text = ""
+    """Folder of `train.checkpoints` on the nodes' own disks; empty where there is none."""
 
     def wants(self, check: str) -> bool:
         return check not in self.skip
@@ -48,12 +52,15 @@ class Needs:
         host: memory of one node.
         disk: all that lies below the results folder in the end, and one checkpoint of it.
         rank: memory of one GPU.
+        own_disk: a node's own disk, and own files of one checkpoint with the copies of another node's.
     """
 
     host: float | None = None
     disk: float | None = None
     checkpoint: float = 0.0
     rank: float | None = None
+    own_disk: float | None = None
+    own_checkpoint: float = 0.0
 
 
 def read(path: Path) -> Settings:
@@ -74,5 +81,11 @@ def needs_of(plan_receipt: Path | None) -> Needs:
     if plan_receipt is None:
         return Needs()
     names = ("host_memory_bytes", "disk_bytes", "checkpoint_bytes", "rank_memory_bytes")
-    figures = receipts.read(plan_receipt, plan_receipt.stem, {"figures": dict.fromkeys(names, float)})["figures"]
-    return Needs(*(figures[name] for name in names))
+    wanted = dict.fromkeys(names, float) | {"own_disks": Maybe(dict)}
+    figures = receipts.read(plan_receipt, plan_receipt.stem, {"figures": wanted})["figures"]
+    own = figures.get("own_disks") or {}
+    try:
+        json_files.require(own, dict.fromkeys(("disk_bytes", "checkpoint_bytes"), float) if own else {})
+    except ValueError as error:
+        raise BadInputError(f"{plan_receipt} cannot be read: {error}", "plan again") from None
+    return Needs(*(figures[name] for name in names), own.get("disk_bytes"), 2 * own.get("checkpoint_bytes", 0.0))

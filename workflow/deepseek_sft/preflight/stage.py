@@ -18,6 +18,7 @@ from ..slurm.nodes import address_of
 from . import bandwidth, judge, node_report, spares, table
 from .exchange import Folder, Service, ask
 from .node_report import Place
+from .own_disk import OwnDisk
 from .settings import Needs, Settings
 
 POLL_S = 0.5
@@ -54,6 +55,8 @@ def run(place: Place, settings: Settings, needs: Needs) -> Outcome | None:
         return _lead(place, settings, folder, service, report, started)
     finally:
         (folder.path / f"probe-{place.node.node_rank}").unlink(missing_ok=True)
+        if settings.checkpoints:
+            OwnDisk(settings.checkpoints, place.node.attempt, place.node.node_rank).forget()
         if service is not None:
             service.shutdown()
             service.server_close()

@@ -10,6 +10,7 @@ SHORT = {
     "shared_memory": "/dev/shm",
     "locked_memory": "memlock",
     "local_disk": "local disk",
+    "own_disk": "own disk",
     "shared_files": "shared files",
     "memory_bandwidth": "memory GB/s",
     "nvlink": "in node",

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import engines, formatting
 from ..errors import BadInputError
-from ..training import gpu_hours, run_folder, slow_nodes
+from ..training import gpu_hours, local_tier, run_folder, slow_nodes
 from . import collect, cost, plots, progress, slurm_jobs, validation_rows
 from .collect import Stage, mapping
 from .progress import Progress
@@ -139,6 +139,7 @@ def rows_of(seen: Look) -> list[tuple[str, str]]:
     if run:
         rows += [("GPU hours", hours.text(cost.spent_in_training(costs)))] if hours else []
         rows.append(("checkpoint", _last_checkpoint(run, newest)))
+        rows.append(("node-local", _on_nodes(run, newest)))
     rows.append(("cost", cost.sentence(costs, cost.price_of(config))))
     return [*rows, ("disk left", _disk(seen.results, newest))]
 
@@ -293,6 +294,16 @@ def _last_checkpoint(run: Path, newest: tuple[Path, Path, int] | None) -> str:
     marker, folder, size = newest
     age = formatting.duration(max(0.0, time.time() - marker.stat().st_mtime))
     return f"{folder}, {formatting.byte_size(size)}, {age} ago{tail}"
+
+
+def _on_nodes(run: Path, newest: tuple[Path, Path, int] | None) -> str:
+    """The newest checkpoint on the nodes' own disks, where it is newer; that it is still there only the nodes know."""
+    told = local_tier.read_note(run)
+    if not told or (newest and _number(newest[1]) >= told["step"]):
+        return ""
+    age = formatting.duration(max(0.0, time.time() - told["time"]))
+    size = formatting.byte_size(told["bytes"])
+    return f"step_{told['step']} on the nodes' own disks, {size} and as much copied, {age} ago"
 
 
 def _newest_marker(run: Path) -> tuple[Path, Path, int] | None:

@@ -43,6 +43,11 @@ class Plan:
     """Host memory bandwidth of one node in GB/s (two sockets of 8 channels DDR5-4800: 614)."""
     storage_gb_per_second: AboveZero = 20
     """What the shared file system takes and gives from all nodes together, in GB/s."""
+    local_gb_per_second: AboveZero = setting(3.0, later=True)
+    """What a node's own disk takes and gives, in GB/s (one NVMe drive: 3; several in a stripe: a multiple), for
+    `train.checkpoints`."""
+    local_tb: AboveZero | None = setting(None, later=True)
+    """Space of a node's own disk in TB; null leaves that to preflight."""
     storage_tb: AboveZero | None = None
     """Space for results in TB (10¹² bytes); null takes what is free where `results` lies."""
     failures_per_1000_node_days: AboveZero = 6.5

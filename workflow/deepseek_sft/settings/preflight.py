@@ -13,6 +13,7 @@ CHECKS = {
     "locked_memory": "limit of locked memory: pinned buffers and InfiniBand need it unlimited (GPUs only)",
     "disk": "free space and inodes of the results folder against the plan",
     "local_disk": "free space of the node's own folder for temporary files",
+    "own_disk": "the folder of `train.checkpoints` on the node's own disk: writable, with space, and no other node's",
     "shared_files": "a file written to the results folder, and another node's read back",
     "code": "the same workflow code on all nodes",
     "software": "the same Python and packages on all nodes, and training can be imported",

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from . import deepspeed_keys
+from . import checkpoint_tiers, deepspeed_keys
+from .checkpoint_tiers import CheckpointTier
 from .field_types import (
     AboveZero,
     Count,
@@ -172,6 +173,10 @@ class Training:
     files are the same. `null` is `auto` for a new run, while a run begun before this key goes on with `off`."""
     keep_checkpoints: Positive = setting(2, operational=True)
     """Newest checkpoints kept."""
+    checkpoints: tuple[CheckpointTier, ...] = setting((), operational=True, later=True)
+    """Several folders with a cadence each: `[{path: /local, every_minutes: 15}, {every_minutes: 240, keep: 2}]` saves
+    often on each node's own disk, with a copy on the next node, and now and then on the shared storage, where results
+    lie (docs/training.md). Empty is the shared storage alone."""
     log_every_steps: Positive = setting(1, operational=True)
     """Steps between lines of metrics."""
     first_loss_max: AboveZero | None = setting(None, operational=True)
@@ -202,6 +207,7 @@ class Training:
 
     def problems(self) -> Iterator[str]:
         yield from deepspeed_keys.problems(self.deepspeed)
+        yield from checkpoint_tiers.problems(self)
         if self.optimizer == "cpu_adam" and (self.strategy != "zero3_offload" or self.offload == "parameters"):
             yield (
                 "optimizer: `cpu_adam` needs optimizer states in host memory; set strategy `zero3_offload` and offload "

@@ -94,6 +94,18 @@ class NotCommitted:
 
 def judge(folder: Path, run_id: str) -> Checkpoint | NotCommitted:
     """The committed checkpoint in a folder, or why there is none; a marker that was edited or torn counts as none."""
+    marker = marker_in(folder, run_id)
+    if isinstance(marker, NotCommitted):
+        return marker
+    found = sizes(folder)
+    for name, size in marker["files"].items():
+        if found.get(name) != size:
+            return NotCommitted(f"{name} has {found.get(name, 'no')} bytes instead of {size}")
+    return Checkpoint(folder, marker)
+
+
+def marker_in(folder: Path, run_id: str) -> dict[str, Any] | NotCommitted:
+    """The marker in a folder, whatever lies beside it, or why there is none of this run and step."""
     try:
         marker = json_files.load(folder / MARKER)
     except FileNotFoundError:
@@ -108,11 +120,7 @@ def judge(folder: Path, run_id: str) -> Checkpoint | NotCommitted:
         return NotCommitted(f"of run {marker['run_id']}")
     if folder_of(folder.parent, marker["step"]).name != folder.name:
         return NotCommitted(f"marker of step {marker['step']}")
-    found = sizes(folder)
-    for name, size in marker["files"].items():
-        if found.get(name) != size:
-            return NotCommitted(f"{name} has {found.get(name, 'no')} bytes instead of {size}")
-    return Checkpoint(folder, marker)
+    return marker
 
 
 # Fields of the marker that a start relies on, with their types.

@@ -30,6 +30,7 @@ def settings_of(chosen: Settings) -> Settings:
         save_every_steps=SAVED,
         save_every_minutes=None,
         keep_checkpoints=1,
+        checkpoints=(),
         async_save="off",  # what writing takes is what the plan is held against
         log_every_steps=1,
         validation=None,

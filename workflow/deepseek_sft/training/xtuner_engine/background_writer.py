@@ -39,16 +39,22 @@ class BackgroundWriter:
         self, folder: Path, rank: int, files: list[DeferredFile]
     ) -> "Future[tuple[dict[str, int], dict[str, str]]]":
         """Begin to write a rank's files; the result holds their sizes and digests by name."""
-        self._written, self._to_write = 0, sum(file.bytes for file in files)
-        return self._thread.submit(self._write, folder, rank, files)
+        return self.submit(self._write, folder, rank, files)
+
+    def submit(self, action: Callable[..., Any], folder: Path, *words: Any) -> "Future[Any]":
+        """Begin ``action(folder, *words)``, whose last word are the files that it writes by ``put``."""
+        self._written, self._to_write = 0, sum(file.bytes for file in words[-1])
+        return self._thread.submit(action, folder, *words)
+
+    def then(self, action: Callable[..., Any], *words: Any) -> "Future[Any]":
+        """Begin ``action(*words)`` once what was asked for before is done."""
+        return self._thread.submit(action, *words)
 
     def after(self, action: Callable[..., None], *words: Any) -> None:
         """Do something once what was asked for before is done; ``check`` and ``close`` raise what came of it."""
         self._after.append(self._thread.submit(action, *words))
 
-    def result(
-        self, files: "Future[tuple[dict[str, int], dict[str, str]]]", name: str, told: bool
-    ) -> tuple[dict[str, int], dict[str, str]]:
+    def result(self, files: "Future[Any]", name: str, told: bool) -> Any:
         """Wait for files.
 
         Args:
@@ -91,9 +97,7 @@ class BackgroundWriter:
 
     def _write(self, folder: Path, rank: int, files: list[DeferredFile]) -> tuple[dict[str, int], dict[str, str]]:
         try:
-            for file in files:
-                write(file, self._landing, self._count)
-            fsync_directory(folder)
+            self.put(folder, files)
             own = checkpoints.files_of_rank(folder, rank)
             return own, rank_state.digests_of(folder, own)
         except Exception as error:
@@ -106,6 +110,16 @@ class BackgroundWriter:
             )
             # Of this rank alone, whatever kind it is: no end that all ranks agree on.
             raise (told if isinstance(told, OSError) else RuntimeError(str(told))) from error
+
+    def put(self, folder: Path, files: list[DeferredFile]) -> None:
+        """Write files of a folder to its end and to the disk; by the thread.
+
+        Raises:
+            OSError, RuntimeError: they could not be written.
+        """
+        for file in files:
+            write(file, self._landing, self._count)
+        fsync_directory(folder)
 
     def _count(self, size: int) -> None:
         self._written += size

@@ -91,15 +91,23 @@ def describe(content: Any, path: Path) -> DeferredFile:
 
 
 @contextlib.contextmanager
-def collected(deepspeed: Any) -> Iterator[list[DeferredFile]]:
-    """Files that DeepSpeed's engine saves meanwhile are described, not written."""
+def collected(deepspeed: Any, alone: bool = False) -> Iterator[list[DeferredFile]]:
+    """Files that DeepSpeed's engine saves meanwhile are described, not written.
+
+    Args:
+        alone: it puts no scripts beside them either, which a full disk would refuse on rank 0 alone.
+    """
     files: list[DeferredFile] = []
     writer = deepspeed.checkpoint_engine
     writer.save = lambda state_dict, path: files.append(describe(state_dict, Path(path)))
+    if alone:
+        deepspeed._copy_recovery_script = lambda save_path: None
     try:
         yield files
     finally:
         del writer.save  # its class's method is there again
+        if alone:
+            del deepspeed._copy_recovery_script
 
 
 @dataclass

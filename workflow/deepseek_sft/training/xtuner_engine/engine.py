@@ -66,12 +66,15 @@ class XtunerEngine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
 
-    def describe(self, folder: Path, step: int) -> list[DeferredFile]:
+    def describe(self, folder: Path, step: int, alone: bool = False) -> list[DeferredFile]:
         """This rank's files of a checkpoint, as ``save`` would write them now; a collective.
 
         Until they are written, master weights and moments must stay as they are.
+
+        Args:
+            alone: without DeepSpeed's scripts beside the folder: nothing at all is written now.
         """
-        with deferred_files.collected(self.deepspeed) as found:
+        with deferred_files.collected(self.deepspeed, alone) as found:
             self.save(folder, step)
         return found
 

@@ -14,7 +14,7 @@ from ...cli import say
 from .. import first_batch, gpu_hours, same_training
 from ..health import StepHealth
 from ..watchdog import Watchdog
-from . import base_check, gates, micro_batches, resuming, start_checks, validation_loss
+from . import base_check, gates, micro_batches, node_local_resume, resuming, start_checks, validation_loss
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .metrics import Metrics
@@ -22,7 +22,7 @@ from .micro_batches import MicroBatch
 from .phases import WAITING, PhaseClock
 from .saving import Checkpoints
 from .step_guard import StepGuard
-from .step_result import Requests, StepResult
+from .step_result import Due, Requests, StepResult, requests_of
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class StepTools:
     saves: Checkpoints | None = None
 
     @property
-    def beside_save(self) -> bool:
-        """Whether a checkpoint is being written; the same on all ranks."""
-        return self.saves is not None and self.saves.is_writing
+    def beside_save(self) -> Due:
+        """Where a checkpoint is being written; the same on all ranks."""
+        return self.saves.writing if self.saves else Due.NOWHERE
 
     def begin(self, phase: str) -> None:
         """A phase of the step begins."""
@@ -69,14 +69,16 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     """
     settings, schedule, rank = config.settings, config.schedule, dist.get_rank()
     candidates = resuming.candidates_of(attempt.run, config.run_id)
+    on_nodes = node_local_resume.look(config, attempt, alone=not candidates)
+    begun = bool(candidates or on_nodes.choices)
     init_sequence_parallel(settings.sequence_parallel_size)
-    if not candidates:
+    if not begun:
         base_check.check(Path(config.base), config.base_sums, settings.check_base)
     # What the strategy logs goes to a folder of this start.
-    engine = XtunerEngine(config, attempt.logs / "mmengine", read_weights=not candidates)
+    engine = XtunerEngine(config, attempt.logs / "mmengine", read_weights=not begun)
     done, before = 0, {}
-    if candidates:
-        resumed = resuming.resume_newest(engine.deepspeed, candidates)
+    if begun:
+        resumed = resuming.resume_newest(engine.deepspeed, candidates, on_nodes)
         done, before = resumed.step, resumed.progress
         on_ranks = before.get("seconds", 0.0) * resumed.marker["world_size"]
         before = {"rank_seconds": on_ranks} | before  # earlier versions did not change their ranks
@@ -86,14 +88,9 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
     start_checks.check(engine.model.llm, Path(config.base), attempt.run, settings.dtype, fresh=done == 0)
 
     health = StepHealth(settings.on_not_finite, settings.spike_factor, settings.on_spike, before.get("health"))
-    requests = Requests(
-        attempt.stop_files,
-        save_seconds=settings.save_every_minutes and settings.save_every_minutes * 60,
-        end_seconds=settings.max_seconds,
-        trained_seconds=before.get("wall_seconds", 0.0),
-    )
+    requests = requests_of(settings, attempt.stop_files, before.get("wall_seconds", 0.0), bool(on_nodes.tier))
     guard, clock = StepGuard(engine.deepspeed, health), PhaseClock(engine.device)
-    saved = Checkpoints(config, attempt, engine, watchdog)
+    saved = Checkpoints(config, attempt, engine, watchdog, on_nodes.tier)
     tools = StepTools(guard, requests, clock, watchdog, saved)
     metrics = Metrics(config, attempt, engine, done, before)
     validation = validation_loss.of_run(config, before, watchdog, guard)
@@ -128,7 +125,7 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
 
         result = train_step(engine.deepspeed, batches, step, tools, started)
         if result is None:
-            if saved.is_writing:
+            if saved.writing:
                 metrics.saved(saved.finish(step))
             step, stopped = step - 1, True
             break
@@ -143,15 +140,17 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         if step == 1:
             gates.check_first_loss(attempt.run, result, settings.first_loss_max)
         ended = bool(validation and validated and validation.ends())
-        if saved.is_due(step, result) or ended:
+        if where := saved.due(step, result, ended):
             metrics.progress |= validation.kept() if validation else {}
             # Of each checkpoint that can become the result; its marker must be there to hold them.
-            leaves = last or result.time_is_up or ended or bool(validated and settings.validation.early_stop)
-            seconds = saved.save(
-                step, result, lambda: metrics.snapshot(requests.wall_seconds(), health.state()), at_once=leaves
+            best = bool(validated and settings.validation.early_stop)
+            leaves = where is Due.SHARED and (last or result.time_is_up or ended or best)
+            metrics.saved(
+                saved.save(
+                    step, result, lambda: metrics.snapshot(requests.wall_seconds(), health.state()), leaves, where
+                )
             )
-            metrics.saved(seconds)
-            requests.saved()
+            requests.saved(where)
             if leaves:
                 saved.leave_losses(step)
         if ended and not last and rank == 0:
@@ -159,9 +158,9 @@ def run(config: EngineConfig, attempt: Attempt, watchdog: Watchdog) -> Ending:
         stopped = result.stop_requested and not (last or ended)
         if stopped or result.time_is_up or ended:
             break
-    if saved.is_writing:  # a rehearsal ends without a last checkpoint
+    if saved.writing:  # a rehearsal ends without a last checkpoint
         metrics.saved(saved.finish(step))
-    saved.close()
+    saved.close(finished=not stopped)
     metrics.close()
     return Ending(step, stopped, began)
 
@@ -184,7 +183,7 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
     device = engine.device
     tools.begin("forward")
     counted = batches if get_sequence_parallel_rank() == 0 else []
-    flags = tools.requests.flags() if dist.get_rank() == 0 else (False, False, False)
+    flags = tools.requests.flags() if dist.get_rank() == 0 else (False, 0, False)
     tokens, trained, pairs, stop, save, end = _sum_over_ranks(
         sum(b.tokens for b in counted),
         sum(b.trained_tokens for b in counted),
@@ -193,7 +192,7 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
         device=device,
     )
     beside_save = tools.beside_save
-    if stop and beside_save:
+    if stop and beside_save is Due.SHARED:
         tools.clock.seconds()
         return None
     scale = dist.get_world_size() / max(trained, 1)
@@ -212,7 +211,7 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
             tools.clock.mark(WAITING)
             tools.saves.finish(step)  # the update changes what is being written
             asked = dist.get_rank() == 0 and tools.requests.flags()[0]
-            if _sum_over_ranks(float(asked), device=device)[0]:
+            if beside_save is Due.SHARED and _sum_over_ranks(float(asked), device=device)[0]:
                 tools.clock.seconds()
                 return None
         tools.begin("update")
@@ -230,9 +229,9 @@ def train_step(engine, batches: list[MicroBatch], step: int, tools: StepTools, s
         phases=phases,
         verdict=tools.guard.verdict,
         stop_requested=stop > 0,
-        save_due=save > 0,
+        save_due=Due(int(save)),
         time_is_up=end > 0,
-        beside_save=beside_save,
+        beside_save=bool(beside_save),
         waited=waited,
     )
 

@@ -19,32 +19,51 @@ from ...convert.rank_state import RankState, RecordingFiles
 from ...errors import BadInputError
 from .. import checkpoints
 from ..checkpoints import Checkpoint
-from . import engine_states, other_topology
+from ..local_tier import Choice
+from . import engine_states, node_local_resume, other_topology
 from .memory import GIB, rank_device
+from .node_local_resume import OnNodes
+
+ON_NO_NODES = OnNodes()
 
 
-def resume_newest(engine: Any, candidates: Sequence[Checkpoint]) -> Checkpoint:
-    """Fill the engine from the newest of ``candidates`` (oldest first) that is sound; a collective.
+def resume_newest(engine: Any, candidates: Sequence[Checkpoint], on_nodes: OnNodes = ON_NO_NODES) -> Checkpoint:
+    """Fill the engine from the newest checkpoint that is sound, of ``candidates`` (oldest first) and of those that lie
+    on the nodes' own disks; a collective.
 
-    Damaged ones are set aside by name (``step_<N>.damaged``).
+    Damaged ones are set aside by name (``step_<N>.damaged``; on the nodes, files).
 
     Raises:
         BadInputError: on all ranks alike, none is sound.
         OtherModelError: on all ranks alike, one is of another model or optimizer; it stays where it is.
     """
-    lost: list[str] = []
-    for checkpoint in reversed(candidates):
+    left, lost = list(candidates), []
+    while left or on_nodes.choices:
+        choice = on_nodes.choices[-1] if on_nodes.choices else None
+        if choice and (not left or choice.step > left[-1].step):
+            node_local_resume.tell_refused(on_nodes, after=choice.step)
+            found = _from_nodes(engine, on_nodes, choice)
+            if isinstance(found, Checkpoint):
+                return found
+            lost.append(f"step_{choice.step} on the nodes' own disks:\n{_listed(found)}")
+            continue
+        checkpoint = left.pop()
+        node_local_resume.tell_refused(on_nodes, after=checkpoint.step)
         written_alike = other_topology.is_same(engine, checkpoint.marker)
         problems = (fill if written_alike else other_topology.fill)(engine, checkpoint)
         if not problems:
             return checkpoint
-        shown = "\n".join(f"  - {problem}" for problem in problems[:8])
-        more = f"\n  - and {len(problems) - 8} more" if len(problems) > 8 else ""
+        shown = _listed(problems)
         if dist.get_rank() == 0:
             place = checkpoints.set_aside_damaged(checkpoint.folder)
-            say(f"warning: checkpoint {checkpoint.folder.name} is damaged, set aside as {place.name}:\n{shown}{more}")
+            say(f"warning: checkpoint {checkpoint.folder.name} is damaged, set aside as {place.name}:\n{shown}")
         dist.barrier()
-        lost.append(f"{checkpoint.folder.name}:\n{shown}{more}")
+        lost.append(f"{checkpoint.folder.name}:\n{shown}")
+    if not candidates:
+        raise BadInputError(
+            "no checkpoint on the nodes' own disks is sound, and the shared storage has none\n" + "\n".join(lost),
+            "the same command begins anew from the base; what is damaged lies beside the checkpoints on the nodes",
+        )
     folder = candidates[-1].folder.parent
     raise BadInputError(
         f"none of the {len(candidates)} checkpoints in {folder} is sound\n" + "\n".join(lost),
@@ -52,8 +71,31 @@ def resume_newest(engine: Any, candidates: Sequence[Checkpoint]) -> Checkpoint:
     )
 
 
-def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
+def _listed(problems: Sequence[str]) -> str:
+    shown = "\n".join(f"  - {problem}" for problem in problems[:8])
+    return shown + (f"\n  - and {len(problems) - 8} more" if len(problems) > 8 else "")
+
+
+def _from_nodes(engine: Any, on_nodes: OnNodes, choice: Choice) -> Checkpoint | list[str]:
+    """Have a checkpoint's files together on the nodes and read them; what is wrong with them is not chosen again."""
+    found = node_local_resume.fetch(on_nodes, choice)
+    if isinstance(found, Checkpoint):
+        problems = fill(engine, found, alone=True)
+        if not problems:
+            node_local_resume.keep_whole(on_nodes, found)
+            return found
+        node_local_resume.blame(on_nodes, choice, found, problems)
+        found = problems
+    if dist.get_rank() == 0:
+        say(f"warning: node-local checkpoint step_{choice.step} is damaged:\n{_listed(found)}")
+    return found
+
+
+def fill(engine: Any, checkpoint: Checkpoint, alone: bool = False) -> list[str]:
     """Read this rank's part of a checkpoint into the engine, and judge what all ranks read; a collective.
+
+    Args:
+        alone: the folder is this node's own and need not hold other ranks' files: each rank judges its own.
 
     Returns:
         what is wrong, the same on all ranks; empty where the engine is now as it was when the checkpoint was saved.
@@ -67,7 +109,7 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
     state, met = None, None
     with RecordingFiles() as opened:
         try:
-            state = rank_state.read(checkpoint.folder, rank, checkpoint.marker)
+            state = rank_state.read(checkpoint.folder, rank, checkpoint.marker, alone)
             _fits(engine, state, checkpoint.folder)
             engine_states.fill_optimizer(engine.optimizer, state, opened)
             engine_states.fill_buffers(engine.module, state, opened)
@@ -81,6 +123,8 @@ def fill(engine: Any, checkpoint: Checkpoint) -> list[str]:
         for name, some in of_rank.items():
             ranges.setdefault(name, []).extend(some)
     own = [name for number, name in enumerate(sorted(ranges)) if number % world_size == rank]
+    if alone:
+        own = sorted(opened.ranges())
     damaged, compared = engine_states.judge(checkpoint.folder, ranges, own)
     engine_states.refuse_other_model(checkpoint.folder, [error for error, _, _ in told], damaged)
     if problems := problems + damaged:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ... import engines
+from ... import engines, saving_tiers
 from ...cli import say
 from ...convert import rank_state
 from ...data import loss_rows
@@ -23,9 +23,10 @@ from .background_writer import BackgroundWriter
 from .config import Attempt, EngineConfig
 from .engine import XtunerEngine
 from .memory import GIB, rank_device
+from .node_local import NodeLocal, gather
 from .phases import WAITING
 from .start_checks import bias_checksum
-from .step_result import StepResult
+from .step_result import Due, StepResult
 
 
 @dataclass(frozen=True)
@@ -43,38 +44,65 @@ class _Pending:
 
     Attributes:
         progress: for its marker.
+        files: what came of writing them: sizes and digests, or ``node_local.Written``.
         begun: monotonic time.
+        where: it lies.
+        copies: likewise, with what the next node has; None on the shared storage.
     """
 
     step: int
     folder: Path
     progress: dict[str, Any]
     biases: Any
-    files: "Future[tuple[dict[str, int], dict[str, str]]]"
+    files: "Future[Any]"
     begun: float
+    where: Due
+    copies: "Future[Any] | None" = None
 
 
 class Checkpoints:
     """Saves, commits, and then removes the checkpoints that are not kept. Every method is a collective."""
 
-    def __init__(self, config: EngineConfig, attempt: Attempt, engine: XtunerEngine, watchdog: Watchdog):
+    def __init__(
+        self,
+        config: EngineConfig,
+        attempt: Attempt,
+        engine: XtunerEngine,
+        watchdog: Watchdog,
+        local: NodeLocal | None = None,
+    ):
         self._config, self._attempt, self._engine, self._watchdog = config, attempt, engine, watchdog
         self._last_bytes = 0
-        self._writer = BackgroundWriter() if config.settings.async_save == "auto" else None
+        self._local = local
+        self._beside = config.settings.async_save == "auto"
+        self._writer = BackgroundWriter() if self._beside or local else None
         self._pending: _Pending | None = None
 
     @property
-    def is_writing(self) -> bool:
-        """Whether a checkpoint is being written that ``finish`` has to commit; the same on all ranks."""
-        return self._pending is not None
+    def writing(self) -> Due:
+        """Where a checkpoint is being written that ``finish`` has to commit; the same on all ranks.
 
-    def is_due(self, step: int, result: StepResult) -> bool:
-        """Whether step ``step`` is saved: by number, as the last one, or because it is asked for."""
-        asked = result.stop_requested or result.save_due or result.time_is_up
-        return asked or step == self._config.schedule.steps or step % self._config.settings.save_every_steps == 0
+        One on the nodes' own disks is none to stop with: the next start may be on other nodes.
+        """
+        return self._pending.where if self._pending else Due.NOWHERE
+
+    def due(self, step: int, result: StepResult, ended: bool = False) -> Due:
+        """Where step ``step`` is saved: by number, as the last one, or because it is asked for.
+
+        What ends or stops the run lies on the shared storage, as does what can become its result.
+        """
+        asked = ended or result.stop_requested or result.time_is_up
+        if asked or step == self._config.schedule.steps or step % self._config.settings.save_every_steps == 0:
+            return Due.SHARED
+        return result.save_due
 
     def save(
-        self, step: int, result: StepResult, progress: Callable[[], dict[str, Any]], at_once: bool = False
+        self,
+        step: int,
+        result: StepResult,
+        progress: Callable[[], dict[str, Any]],
+        at_once: bool = False,
+        where: Due = Due.SHARED,
     ) -> float:
         """Save step ``step``; returns the seconds that it took here.
 
@@ -88,8 +116,15 @@ class Checkpoints:
             RuntimeError: on all ranks alike, the checkpoint was not committed.
         """
         goes_on = step < self._config.schedule.steps and not (result.stop_requested or result.time_is_up)
-        if self._writer and goes_on and not at_once:
-            return self._begin(step, progress)
+        # What is still being copied from node to node; a save to stop with does not wait for it.
+        drained = self.finish(step, wholly=True) if self._pending and goes_on else 0.0
+        if where is Due.NODES:
+            return drained + self._save_on_nodes(step, progress)
+        if self._beside and goes_on and not at_once:
+            return drained + self._begin(step, progress)
+        return drained + self._save_at_once(step, progress)
+
+    def _save_at_once(self, step: int, progress: Callable[[], dict[str, Any]]) -> float:
         self._watchdog.enter("save", step)
         started = time.monotonic()
         folder = self._folder(step)
@@ -115,14 +150,33 @@ class Checkpoints:
         files = self._engine.describe(folder, step)
         biases = bias_checksum(self._engine.model.llm)
         written = self._writer.write(folder, dist.get_rank(), files)
-        self._pending = _Pending(step, folder, progress(), biases, written, started)
+        self._pending = _Pending(step, folder, progress(), biases, written, started, Due.SHARED)
         return time.monotonic() - started
 
-    def finish(self, step: int) -> float:
+    def _save_on_nodes(self, step: int, progress: Callable[[], dict[str, Any]]) -> float:
+        """Likewise on the nodes' own disks, by the same thread; without ``async_save`` to its end."""
+        self._watchdog.enter("save", step)
+        started = time.monotonic()
+        self._writer.check()
+        folder = self._local.begin(step)
+        if folder is None:
+            return time.monotonic() - started
+        files = self._engine.describe(folder, step, alone=True)
+        biases = bias_checksum(self._engine.model.llm)
+        written = self._writer.submit(self._local.write, folder, self._writer.put, files)
+        copied = self._writer.then(self._local.copy, folder, written)
+        self._pending = _Pending(step, folder, progress(), biases, written, started, Due.NODES, copied)
+        seconds = time.monotonic() - started
+        return seconds if self._beside else seconds + self.finish(step, wholly=True)
+
+    def finish(self, step: int, wholly: bool = False) -> float:
         """Wait until the checkpoint that ``save`` has begun is written, and commit it; returns the seconds it took.
+
+        What is copied between nodes comes from files: states may change meanwhile, and the next call commits.
 
         Args:
             step: that waits.
+            wholly: also for copies.
 
         Raises:
             OSError, RuntimeError: this rank could not write its files; or, on all ranks alike, it was not committed.
@@ -133,27 +187,52 @@ class Checkpoints:
         self._watchdog.enter("save", step)
         self._watchdog.place = WAITING
         started = time.monotonic()
-        sizes, digests = self._writer.result(pending.files, pending.folder.name, told=dist.get_rank() == 0)
-        self._agree(pending.step, pending.folder, pending.progress, Written(sizes, digests, pending.biases))
+        found = self._writer.result(pending.files, pending.folder.name, told=dist.get_rank() == 0)
+        if pending.copies is not None:
+            if not wholly and not all(gather(pending.copies.done())):
+                self._watchdog.enter("step", step)
+                return time.monotonic() - started
+            found = self._writer.result(pending.copies, pending.folder.name, told=dist.get_rank() == 0)
+        committed = self._committed(pending, found)
         self._pending = None
         ended = time.monotonic()
-        self._watchdog.took("save", ended - pending.begun)
+        if pending.where is Due.SHARED:
+            self._watchdog.took("save", ended - pending.begun)
         self._watchdog.enter("step", step)
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and committed is not None:
+            beside = f" beside step {step}, which waited {ended - started:.1f} s" if step > pending.step else ""
+            kind = "checkpoint" if pending.where is Due.SHARED else "node-local checkpoint"
             say(
-                f"checkpoint {pending.folder.name} committed: {self._last_bytes / GIB:.2f} GiB in "
-                f"{ended - pending.begun:.1f} s beside step {step}, which waited {ended - started:.1f} s"
+                f"{kind} {pending.folder.name} committed: {committed / GIB:.2f} GiB in "
+                f"{ended - pending.begun:.1f} s{beside}"
             )
         return ended - started
 
-    def close(self) -> None:
+    def _committed(self, pending: _Pending, found: Any) -> int | None:
+        """Bytes of a checkpoint that is committed now; None where the nodes' disks refused it."""
+        if pending.where is Due.SHARED:
+            self._agree(pending.step, pending.folder, pending.progress, Written(*found, pending.biases))
+            return self._last_bytes
+        marker = marker_of(self._config, pending.step, pending.progress)
+        size = self._local.commit(pending.folder, marker, found, pending.biases)
+        if size is not None:
+            self._local.note(pending.step, size, time.monotonic() - pending.begun)
+            self._writer.after(self._local.forget, pending.step)
+        return size
+
+    def close(self, finished: bool = False) -> None:
         """Training has ended: wait for what is still being removed.
+
+        Args:
+            finished: nothing of the run is left to train.
 
         Raises:
             OSError: it could not be removed.
         """
         if self._writer:
             self._writer.close()
+        if self._local:
+            self._local.close(finished)
 
     def leave_losses(self, step: int) -> None:
         """Add the losses of a few rows under the final weights to the marker of step ``step``.
@@ -194,6 +273,8 @@ class Checkpoints:
         dist.broadcast_object_list(outcome, device=rank_device())
         if outcome[0]:
             raise RuntimeError(f"checkpoint of step {step} was not committed: {outcome[0]}") from failure
+        if self._local:
+            self._writer.after(self._local.forget, step)
 
     def _commit(self, folder: Path, step: int, progress: dict[str, Any], told: list[Written]) -> None:
         other = [rank for rank, written in enumerate(told) if written.biases != told[0].biases]
@@ -215,7 +296,7 @@ class Checkpoints:
         """Remove what is not kept: neither the newest ones nor the one that would be converted."""
         run_id, chosen = self._config.run_id, self._config.settings
         best = validation.result(checkpoints.committed(run, run_id), chosen.validation)
-        checkpoints.prune(run, run_id, chosen.keep_checkpoints, best)
+        checkpoints.prune(run, run_id, saving_tiers.shared_keep(chosen), best)
 
 
 def marker_of(config: EngineConfig, step: int, progress: dict[str, Any]) -> dict[str, Any]:

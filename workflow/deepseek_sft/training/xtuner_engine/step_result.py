@@ -1,11 +1,22 @@
 """What a step did, and what is asked for after it."""
 
+import enum
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ... import saving_tiers
 from .. import run_folder
 from ..health import Verdict
+from ..settings import Settings
+
+
+class Due(enum.IntEnum):
+    """Where a step is to be saved."""
+
+    NOWHERE = 0
+    NODES = 1
+    SHARED = 2
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class StepResult:
         phases: this rank's seconds by phase.
         verdict: whether the update was applied, and why not.
         stop_requested: someone asked to save and stop.
-        save_due: so many minutes have passed since the last checkpoint.
+        save_due: where so many minutes have passed since the last checkpoint.
         time_is_up: the run has trained as long as it may.
         beside_save: a checkpoint was written meanwhile.
         waited: seconds that the update waited for it.
@@ -36,7 +47,7 @@ class StepResult:
     phases: dict[str, float] = field(default_factory=dict)
     verdict: Verdict = field(default_factory=Verdict)
     stop_requested: bool = False
-    save_due: bool = False
+    save_due: Due = Due.NOWHERE
     time_is_up: bool = False
     beside_save: bool = False
     waited: float = 0.0
@@ -47,9 +58,10 @@ class Requests:
 
     Args:
         stop_files: files whose existence asks for a stop.
-        save_seconds: between checkpoints; None saves by steps alone.
+        save_seconds: between checkpoints on the shared storage; None saves by steps alone.
         end_seconds: of training in all starts, after which the run ends; None for no limit.
         trained_seconds: of earlier starts.
+        local_seconds: between checkpoints on the nodes' own disks; None saves none there.
     """
 
     def __init__(
@@ -58,26 +70,51 @@ class Requests:
         save_seconds: float | None = None,
         end_seconds: float | None = None,
         trained_seconds: float = 0.0,
+        local_seconds: float | None = None,
     ):
         self.stop_files, self.save_seconds, self.end_seconds = stop_files, save_seconds, end_seconds
-        self._started = self._saved = time.monotonic()
+        self.local_seconds = local_seconds
+        self._started = time.monotonic()
+        self._saved = dict.fromkeys((Due.NODES, Due.SHARED), self._started)
         self.trained_seconds = trained_seconds
 
     def wall_seconds(self) -> float:
         """Seconds of training up to now: this start's, and what the earlier ones kept."""
         return self.trained_seconds + time.monotonic() - self._started
 
-    def saved(self) -> None:
-        """There is a checkpoint; minutes to the next are counted from now."""
-        self._saved = time.monotonic()
+    def saved(self, where: Due = Due.SHARED) -> None:
+        """There is a checkpoint; minutes to the next are counted from now. The shared storage's counts for both."""
+        for place in self._saved:
+            if place <= where:
+                self._saved[place] = time.monotonic()
 
-    def flags(self) -> tuple[bool, bool, bool]:
+    def flags(self) -> tuple[bool, Due, bool]:
         """Stop, save, end."""
         return (
             any(Path(file).exists() for file in self.stop_files),
-            self.save_seconds is not None and time.monotonic() - self._saved >= self.save_seconds,
+            self._due(),
             self.end_seconds is not None and self.wall_seconds() >= self.end_seconds,
         )
+
+    def _due(self) -> Due:
+        limits = {Due.SHARED: self.save_seconds, Due.NODES: self.local_seconds}
+        now = time.monotonic()
+        passed = [where for where, limit in limits.items() if limit is not None and now - self._saved[where] >= limit]
+        return max(passed, default=Due.NOWHERE)
+
+
+def requests_of(settings: Settings, stop_files: list[Path], trained_seconds: float, on_nodes: bool) -> Requests:
+    """
+    Args:
+        on_nodes: whether this start saves to the nodes' own disks, too.
+    """
+    return Requests(
+        stop_files,
+        save_seconds=saving_tiers.shared_seconds(settings),
+        end_seconds=settings.max_seconds,
+        trained_seconds=trained_seconds,
+        local_seconds=saving_tiers.local_seconds(settings) if on_nodes else None,
+    )
 
 
 def stop_files(run: Path, stop_file: str | None) -> list[Path]:
