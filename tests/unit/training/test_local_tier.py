@@ -21,6 +21,8 @@ NODES, EACH = 4, 2
 WORLD = NODES * EACH
 KINDS = [("a", 10), ("b", 10), ("c", 20), ("d", 30)]  # digest and step of checkpoints that may lie about
 
+TEMPLATES = Path(__file__).resolve().parents[3] / "workflow/templates"
+
 
 def held(step: int, digest: str, ranks, topology: str = "t") -> Held:
     return Held(step, digest, topology, WORLD, tuple(f"n{i}" for i in range(NODES)), frozenset(ranks))
@@ -175,6 +177,18 @@ def test_a_note_that_is_torn_or_edited_counts_as_none(tmp_path):
     assert local_tier.read_note(tmp_path) == {}
     (tmp_path / local_tier.NOTE).write_text('{"step": "5", "bytes": 1, "time": 2.0}')
     assert local_tier.read_note(tmp_path) == {}
+
+
+def test_only_steps_that_no_start_has_come_to_are_progress(tmp_path):
+    """What `train.sbatch` counts attempts by: the time of this file."""
+    seen = []
+    for step in (5, 10, 5, 10, 11):
+        local_tier.note(tmp_path, step, 100, 1.0, 2.0)
+        file = tmp_path / local_tier.FURTHEST
+        seen.append((json.loads(file.read_text())["step"], file.stat().st_mtime_ns))
+    assert [step for step, _ in seen] == [5, 10, 10, 10, 11]
+    assert seen[1] == seen[2] == seen[3]
+    assert local_tier.FURTHEST in (TEMPLATES / "train.sbatch.j2").read_text()
 
 
 @pytest.mark.parametrize("path", ["$NONE/x", "${NONE}", "$RELATIVE/x"])

@@ -135,7 +135,7 @@ def _time(plan: Plan) -> list[str]:
     every = f" ({cadence[0]:,} to {cadence[1]:,} steps)" if cadence else ""
     beside = ""
     if found.stop_s and plan.training.saves_beside_steps:
-        stop = sorted({show(seconds, "s") for seconds in found.stop_s})
+        stop = dict.fromkeys(show(seconds, "s") for seconds in sorted(found.stop_s))
         beside = f" beside the next step, which costs {' to '.join(stop)}"
     lines.append(
         f"saving    {show(found.checkpoint_s, 's')} a checkpoint{beside}; a failure every {show(found.mtbf_s, 's')}: "

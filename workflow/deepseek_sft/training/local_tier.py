@@ -18,7 +18,7 @@ from .. import engines, files, json_files, saving_tiers
 from ..engines import MARKER, XTUNER
 from . import checkpoints
 
-KEY, NOTE = "node_local_key.json", "node_local.json"
+KEY, NOTE, FURTHEST = "node_local_key.json", "node_local.json", "node_local_furthest.json"
 STEP = re.compile(r"step_(\d+)")
 
 
@@ -57,12 +57,17 @@ def key_of(run: Path) -> str:
 def note(run: Path, step: int, size: int, seconds: float, time: float) -> None:
     """Leave word in the run's folder of a checkpoint that is on the nodes: for ``status``, and as a sign of progress.
 
+    Progress is a step that no start has come to: jobs that lose their nodes each time repeat the same ones for ever.
+
     Args:
         size: bytes of one copy, all nodes together.
         seconds: that writing and copying took.
         time: of the commit, seconds since the epoch.
     """
     files.write_json(run / NOTE, {"step": step, "bytes": size, "seconds": round(seconds, 3), "time": time})
+    before = _read(run / FURTHEST).get("step")
+    if type(before) is not int or before < step:
+        files.write_json(run / FURTHEST, {"step": step})
 
 
 def read_note(run: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ NICENESS = 10  # where cores are short, the thread that gives a GPU its work com
 
 
 def _give_way() -> None:
-    """Lower the priority of the calling thread alone: Linux takes a thread's number for a process here (setpriority(2))."""
+    """Lower the priority of the calling thread alone: Linux takes its number for a process's here (setpriority(2))."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
