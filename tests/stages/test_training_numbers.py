@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -122,6 +123,7 @@ def cases(world_size: int) -> dict:
     for name, settings in EXPERTS.get(world_size, {}).items():
         steps = STEPS if name == "experts-2" else 1
         found[name] = {"settings": EXACT | settings, "steps": steps, "moments": True, "visits": "nodes" in settings}
+        found[name]["order"] = True
     if world_size == 8:
         for name, settings in INTO_NODES.items():
             case = {"settings": EXACT | settings | {"nodes": 4, "micro_batch_size": 4}, "zero": NOTHING_KEPT}
@@ -243,6 +245,13 @@ def test_frozen_routers_keep_every_bit_and_all_others_their_gradients(figures):
 def test_a_token_travels_once_to_each_other_node_that_holds_experts_of_it(figures, name):
     found, needed = figures[name]["visits"]
     assert found == needed > 0
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_the_shared_experts_backward_pass_runs_while_rows_and_gradients_travel(figures, name):
+    seen = "".join({"sends": "s", "mlp": "m", "computes": "c"}[what] for what in figures[name]["order"])
+    # Of each of two layers with experts one shard's first chunk so, its others in a row; then comes the dense layer.
+    assert re.fullmatch("((sc)*smc(sc)*smc(sc)*m)+", seen), seen
 
 
 @pytest.mark.parametrize("name", INTO_NODES)

@@ -2,15 +2,17 @@
 
 Usage: training_spread_probe.py INPUTS CASES OUTPUT, with ``tests`` in PYTHONPATH
 CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool, "broken": bool, "visits": bool,
-"counted": bool, "validated": bool, "zero": {…}, "into_nodes": bool}.
+"counted": bool, "validated": bool, "zero": {…}, "into_nodes": bool, "order": bool}.
 Writes OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
 parameter's gradient is not a number. ``visits``: rows that arrived from other nodes in the newest layer's exchange, of
 all ranks, and how many the tokens' experts ask for. ``counted``: tokens of each expert, and checksums of each rank's
 weights and moments, after the last step. ``into_nodes``: what comes into the nodes in the last step, its experts drawn
-evenly, and the tokens of a rank in it. ``zero``: changes to DeepSpeed's ``zero_optimization``. ``validated``: the held-out rows are measured after each step. With
+evenly, and the tokens of a rank in it. ``order``: what the first step's backward passes of expert
+layers did, one after another. ``zero``: changes to DeepSpeed's ``zero_optimization``. ``validated``: the held-out rows are measured after each step. With
 ``moments`` they are measured before the first.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +21,7 @@ import time
 import zlib
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import training_ranks
@@ -62,7 +65,8 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
                 if case.get("into_nodes") and step + 1 == case["steps"]:
                     figures["into_nodes"] = into_nodes(run)
                     break
-                figures["losses"].append(run.step())
+                with in_order(figures) if case.get("order") and step == 0 else contextlib.nullcontext():
+                    figures["losses"].append(run.step())
                 figures["verdicts"].append(run.result.verdict.kind)
                 if hook is not None:
                     figures["unchanged"] = torch.equal(before, safe_get_full_fp32_param(broken))
@@ -142,6 +146,35 @@ def digest(run) -> list[int]:
         state = zero.optimizer.state[flat]
         found += [flat, *(torch.as_tensor(state[name]) for name in sorted(state))]
     return [zlib.crc32(tensor.detach().float().cpu().numpy().tobytes()) for tensor in found]
+
+
+@contextlib.contextmanager
+def in_order(figures: dict):
+    """Note when a backward pass begins to send, when it reaches the shared experts, when the routed are computed."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
+
+    from deepseek_sft.model import expert_parallel, node_exchange
+
+    noted: list[str] = []
+    figures["order"] = noted
+
+    def first_noting(what, function):
+        return lambda *arguments: (noted.append(what), function(*arguments))[1]
+
+    def with_hook(self, hidden, forward=DeepseekV3MLP.forward):
+        output = forward(self, hidden)
+        if output.requires_grad:
+            output.register_hook(lambda _: noted.append("mlp"))
+        return output
+
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(mock.patch.object(DeepseekV3MLP, "forward", with_hook))
+        for module, kind in ((expert_parallel, "Exchange"), (node_exchange, "TokenExchange")):
+            exchange, computed = getattr(module, kind), first_noting("computes", module.products_backward)
+            sending = first_noting("sends", exchange.start_back)
+            changed.enter_context(mock.patch.object(exchange, "start_back", sending))
+            changed.enter_context(mock.patch.object(module, "products_backward", computed))
+        yield
 
 
 def into_nodes(run) -> dict:
