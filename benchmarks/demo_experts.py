@@ -29,7 +29,9 @@ def demo_experts(bench: Any) -> None:
 
     folder = Path(bench.folder) / "demo-experts"
     folder.mkdir()
-    read = [yaml.safe_load((PROJECT / "config" / name).read_text()) for name in ("config.yaml", "experiments/demo.yaml")]
+    read = [
+        yaml.safe_load((PROJECT / "config" / name).read_text()) for name in ("config.yaml", "experiments/demo.yaml")
+    ]
     config = configuration.merge(configuration.merge(*read), {"results": str(folder)})
     experiment = Experiment.from_config(config)
     results = Path(experiment.results)
@@ -55,13 +57,15 @@ def demo_experts(bench: Any) -> None:
 
 def _told(bench: Any, world: dict[str, Any], found: dict[str, Any]) -> None:
     print(
-        f"the demo's training, {world['nodes']} nodes × {world['ranks'] // world['nodes']} ranks on this machine, sizes "
-        f"in turn step by step, medians of {bench.steps} steps of each after {WARM_UP}"
+        f"the demo's training, {world['nodes']} nodes × {world['ranks'] // world['nodes']} ranks on this machine, "
+        f"sizes in turn step by step, medians of {bench.steps} steps of each after {WARM_UP}"
     )
     for size, one in found.items():
         phases = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in one["phases"].items())
+        (low, middle, high), (_, work, _) = one["ratio"], one["work ratio"]
         print(
-            f"  experts over {size}: {1e3 * one['seconds']:.0f} ms a step ({phases}), {one['ratio']:.3f} of 1's "
-            f"(middle half {one['low']:.3f} to {one['high']:.3f}), {one['collectives']} collectives"
+            f"  experts over {size}: {1e3 * one['seconds']:.0f} ms a step ({phases}), {middle:.3f} of 1's (middle half "
+            f"{low:.3f} to {high:.3f}); processors {1e3 * one['worked']:.0f} ms, {work:.3f}; "
+            f"{one['collectives']} collectives"
         )
-    bench.bar("seconds of a step, experts over 2 / over 1", found["2"]["ratio"], NOT_SLOWER)
+    bench.bar("seconds of a step, experts over 2 / over 1", found["2"]["ratio"][1], NOT_SLOWER)

@@ -1,9 +1,9 @@
 """Ranks of ``benchmarks/train.py demo_experts``, run by the train environment's Python.
 
 Usage: demo_experts_worker.py CASE.json OUTPUT, with ``workflow`` and ``tests`` on its path
-CASE is {"base", "tokens", "settings", "warm_up", "steps", "worlds"}, a world {"name", "nodes", "ranks", "sizes", "settings"}.
-One engine for each size of expert parallelism lives in each rank, and they step in turn, in another order each time:
-what else the machine does falls on all alike. Rank 0 writes OUTPUT/<name>.json.
+CASE is {"base", "tokens", "settings", "warm_up", "steps", "worlds"}, a world {"name", "nodes", "ranks", "sizes",
+"settings"}. One engine for each size of expert parallelism lives in each rank, and they step in turn, in another order
+each time: what else the machine does falls on all alike. Rank 0 writes OUTPUT/<name>.json.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def settings_of(case: dict[str, Any], world: dict[str, Any], size: int, output: 
 
 def measure(case: dict[str, Any], world: dict[str, Any], output: Path) -> None:
     """On each rank of a world: all engines, then their steps."""
+    import torch
     import torch.distributed as dist
     from torch.utils._python_dispatch import TorchDispatchMode
     from training_engine import engine
@@ -48,7 +50,7 @@ def measure(case: dict[str, Any], world: dict[str, Any], output: Path) -> None:
             return function(*arguments, **(options or {}))
 
     sizes = world["sizes"]
-    found: dict[int, list[tuple[float, dict[str, float]]]] = {size: [] for size in sizes}
+    found: dict[int, list[tuple[float, float, dict[str, float]]]] = {size: [] for size in sizes}
     orders, counted = itertools.cycle(itertools.permutations(sizes)), {}
     with contextlib.ExitStack() as stack:
         engines = {}
@@ -61,25 +63,30 @@ def measure(case: dict[str, Any], world: dict[str, Any], output: Path) -> None:
         for step in range(case["warm_up"] + case["steps"]):
             for size in next(orders):
                 dist.barrier()
-                begin = time.perf_counter()
+                begin, worked = time.perf_counter(), time.process_time()
                 engines[size].step()
-                dist.barrier()
+                worked = torch.tensor(time.process_time() - worked)
+                dist.all_reduce(worked)
                 if step >= case["warm_up"]:
-                    found[size].append((time.perf_counter() - begin, engines[size].result.phases))
+                    found[size].append((time.perf_counter() - begin, worked.item(), engines[size].result.phases))
         for size in sizes:
             with Collectives() as counter:
                 engines[size].step()
             counted[size] = counter.count
     if dist.get_rank():
         return
+    alone, alone_worked, _ = zip(*found[sizes[0]], strict=True)
     figures: dict[str, Any] = {}
     for size, steps in found.items():
-        ratios = [one / alone for (one, _), (alone, _) in zip(steps, found[sizes[0]], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        phases = {name: statistics.median(step[1][name] for step in steps) for name in steps[0][1]}
-        seconds = statistics.median(step[0] for step in steps)
-        figures[size] = {"seconds": seconds, "phases": phases}
-        figures[size] |= {"ratio": ratio, "low": low, "high": high, "collectives": counted[size]}
+        seconds, worked, phases = zip(*steps, strict=True)
+        figures[size] = {
+            "seconds": statistics.median(seconds),
+            "ratio": statistics.quantiles(map(truediv, seconds, alone), n=4),
+            "worked": statistics.median(worked),
+            "work ratio": statistics.quantiles(map(truediv, worked, alone_worked), n=4),
+            "phases": {name: statistics.median(one[name] for one in phases) for name in phases[0]},
+            "collectives": counted[size],
+        }
     (output / f"{world['name']}.json").write_text(json.dumps(figures))
 
 

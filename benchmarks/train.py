@@ -5,7 +5,7 @@
     .envs/dev/bin/python benchmarks/train.py scale           256 faked ranks of 671B: host seconds, gathers, exposure
     .envs/dev/bin/python benchmarks/train.py exchange        the same with experts over 64 ranks: terabytes into a node
     .envs/dev/bin/python benchmarks/train.py skew            all tokens on one rank's experts: memory, and exactness
-    .envs/dev/bin/python benchmarks/train.py demo_experts    the demo with its experts over 1, 2, 4 ranks: seconds a step
+    .envs/dev/bin/python benchmarks/train.py demo_experts    the demo, experts over 1, 2, 4 ranks: seconds a step
     .envs/train/bin/python benchmarks/train.py --products    loop against grouped products on this machine's device
 
 A model of 100 M parameters in DeepSeek-V3's shape (head sizes 192 and 128, 32 experts, YaRN), random weights, in a

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -256,7 +256,10 @@ def test_the_shared_experts_backward_pass_runs_while_rows_and_gradients_travel(f
 
 @pytest.mark.parametrize("name", INTO_NODES)
 def test_what_comes_into_a_node_is_what_the_plan_says(figures, name):
-    found, (rows, weights) = figures[name]["into_nodes"], planned_into_nodes(name, figures[name]["into_nodes"]["tokens"])
+    found, (rows, weights) = (
+        figures[name]["into_nodes"],
+        planned_into_nodes(name, figures[name]["into_nodes"]["tokens"]),
+    )
     counted = found["bytes"]
     assert (counted["rows"] + counted["routes"]) / 4 == pytest.approx(rows, rel=0.1)
     assert sum(counted.values()) / 4 == pytest.approx(rows + weights, rel=0.1)

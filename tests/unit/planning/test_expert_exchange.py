@@ -87,7 +87,15 @@ def test_auto_divides_whatever_the_size(parallel):
 
 @pytest.mark.parametrize(
     ("stated", "parallel", "per_node", "each"),
-    [(16, 1, 8, 16), (16, 8, 8, 16), (16, 64, 8, 4), (16, 4, 2, 64), (12, 8, 8, 8), ("auto", 64, 8, 4), (16, 48, 8, 16)],
+    [
+        (16, 1, 8, 16),
+        (16, 8, 8, 16),
+        (16, 64, 8, 4),
+        (16, 4, 2, 64),
+        (12, 8, 8, 8),
+        ("auto", 64, 8, 4),
+        (16, 48, 8, 16),
+    ],
 )
 def test_a_stated_shard_follows_another_size_as_far_as_it_must(stated, parallel, per_node, each):
     assert expert_shards.adapted(DEEPSEEK_V3, stated, parallel, per_node) == each

@@ -180,9 +180,13 @@ class TokenExchange:
         return self._move(rows, self.came[chunk], self.sent[chunk], self.nodes.across)
 
     def to_experts(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
+        if self.nodes.ranks == 1:
+            return rows
         return self._move(rows, self.spread[chunk], self.received[chunk], self.nodes.inside)
 
     def from_experts(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
+        if self.nodes.ranks == 1:
+            return rows
         return self._move(rows, self.received[chunk], self.spread[chunk], self.nodes.inside)
 
     def leaving(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor, slice]:
