@@ -8,8 +8,8 @@ parameter's gradient is not a number. ``visits``: rows that arrived from other n
 all ranks, and how many the tokens' experts ask for. ``counted``: tokens of each expert, and checksums of each rank's
 weights and moments, after the last step. ``into_nodes``: what comes into the nodes in the last step, its experts drawn
 evenly, and the tokens of a rank in it. ``order``: what the first step's backward passes of expert layers did, one after
-another. ``zero``: changes to DeepSpeed's ``zero_optimization``. ``validated``: the held-out rows are measured after
-each step. With ``moments`` they are measured before the first.
+another. ``zero``: changes to DeepSpeed's ``zero_optimization``. ``validated``: the held-out rows are measured
+before and after each step. With ``moments`` they are measured before the first.
 """
 
 import contextlib
