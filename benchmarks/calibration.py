@@ -23,7 +23,7 @@ JUDGED = ("one checkpoint", "host memory of a node")
 def train(folder: Path, ranks: int, steps: int) -> Path:
     """Train the demo without Slurm; returns its results."""
     overlay = folder / "overlay.yaml"
-    overlay.write_text(f"results: {folder}\ntrain: {{ranks_per_node: {ranks}, max_steps: {steps}}}\n")
+    overlay.write_text(f"experiment: demo\nresults: {folder}\ntrain: {{ranks_per_node: {ranks}, max_steps: {steps}}}\n")
     snakemake = [str(PROJECT / ".envs/workflow/bin/snakemake"), "--profile", "profiles/local", "--quiet", "all"]
     snakemake += ["--configfile", "config/experiments/demo.yaml", str(overlay), "--until", "train"]
     subprocess.run(snakemake, cwd=PROJECT, check=True, stdout=sys.stderr)

@@ -5,6 +5,7 @@
     .envs/dev/bin/python benchmarks/train.py scale           256 faked ranks of 671B: host seconds, gathers, exposure
     .envs/dev/bin/python benchmarks/train.py exchange        the same with experts over 64 ranks: terabytes into a node
     .envs/dev/bin/python benchmarks/train.py skew            all tokens on one rank's experts: memory, and exactness
+    .envs/dev/bin/python benchmarks/train.py demo_experts    the demo, experts over 1, 2, 4 ranks: seconds a step
     .envs/train/bin/python benchmarks/train.py --products    loop against grouped products on this machine's device
 
 A model of 100 M parameters in DeepSeek-V3's shape (head sizes 192 and 128, 32 experts, YaRN), random weights, in a
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from demo_experts import demo_experts
 from faked_ranks import exchange, faked
 from skew import skew
 
@@ -89,7 +91,7 @@ class Bench:
         from deepseek_sft.convert import tiny_model
         from deepseek_sft.families import deepseek_v3
 
-        self.folder, self.missed, self.layers = folder, 0, 61
+        self.folder, self.missed, self.layers, self.steps = folder, 0, 61, 60
         self.sizes = sizes or SHAPE
         shape = tiny_model.TinyShape(**self.sizes)
         self.base = folder / "base"
@@ -409,6 +411,7 @@ PARTS = {
     "scale": scale,
     "exchange": exchange,
     "skew": skew,
+    "demo_experts": demo_experts,
 }
 
 
@@ -416,6 +419,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--layers", type=int, default=61, help="of the faked ranks of scale [61]")
+    parser.add_argument("--steps", type=int, default=60, help="of each size that demo_experts measures [60]")
     parser.add_argument("--products", action="store_true", help="measure expert products (in the train environment)")
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
@@ -425,7 +429,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        bench.layers = options.layers
+        bench.layers, bench.steps = options.layers, options.steps
         for part in options.parts or PARTS:
             PARTS[part](bench)
     print(f"{bench.missed} bars missed" if bench.missed else "all bars met")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,10 +14,14 @@ from training_inputs import probe_variables
 
 from deepseek_sft.convert import tiny_model
 from deepseek_sft.data import tokens
+from deepseek_sft.planning.counting import count
+from deepseek_sft.planning.expert_exchange import Exchange
+from deepseek_sft.planning.settings import Cluster, Training
 
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
 VOCABULARY, STEPS = 1024, 20
+SHAPE = tiny_model.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64, heads=8)
 GLOBAL_BATCH = 16
 
 # World size, sequence-parallel size, accumulation: all give the same 16 rows a step.
@@ -79,6 +84,15 @@ EXPERTS: dict[int, dict[str, dict]] = {
         },
     },
 }
+# What comes into four nodes of two ranks, DeepSpeed keeping nothing gathered: experts over all of them, over two each.
+INTO_NODES = {
+    "into-nodes-8": {"expert_parallel_size": 8, "experts_per_shard": 1},
+    "into-nodes-4": {"expert_parallel_size": 4, "experts_per_shard": 2, "recompute": "without_experts"},
+}
+NOTHING_KEPT = {
+    **{f"stage3_max_{what}": 0 for what in ("live_parameters", "reuse_distance")},
+    **dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), 0),
+}
 FROZEN = {"freeze": ["router"], "expert_parallel_size": 2, "micro_batch_size": 8}
 EXPERT_NAMES = [name for cases_of in EXPERTS.values() for name in cases_of]
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
@@ -109,6 +123,11 @@ def cases(world_size: int) -> dict:
     for name, settings in EXPERTS.get(world_size, {}).items():
         steps = STEPS if name == "experts-2" else 1
         found[name] = {"settings": EXACT | settings, "steps": steps, "moments": True, "visits": "nodes" in settings}
+        found[name]["order"] = True
+    if world_size == 8:
+        for name, settings in INTO_NODES.items():
+            case = {"settings": EXACT | settings | {"nodes": 4, "micro_batch_size": 4}, "zero": NOTHING_KEPT}
+            found[name] = case | {"steps": 1, "into_nodes": True}
     if world_size == 2:
         for name, settings in (MIXED | COMPILED if HAS_COMPILER else MIXED).items():
             micro = 4 if settings.get("sequence_parallel_size") == 2 else 2
@@ -139,9 +158,7 @@ def make_inputs(folder: Path, packed: bool = True) -> None:
     Args:
         packed: whether every third row holds several samples; else all hold one.
     """
-    tiny_model.write_tiny(
-        folder / "base", tiny_model.TinyShape(vocab_size=VOCABULARY, kv_lora_rank=64, heads=8), 0, 8_000_000
-    )
+    tiny_model.write_tiny(folder / "base", SHAPE, 0, 8_000_000)
     write_rows(folder / "tokens", 2 * GLOBAL_BATCH, np.random.default_rng(0), packed)
     write_rows(folder / "held_out", HELD_OUT, np.random.default_rng(1), packed)
 
@@ -228,6 +245,36 @@ def test_frozen_routers_keep_every_bit_and_all_others_their_gradients(figures):
 def test_a_token_travels_once_to_each_other_node_that_holds_experts_of_it(figures, name):
     found, needed = figures[name]["visits"]
     assert found == needed > 0
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_the_shared_experts_backward_pass_runs_while_rows_and_gradients_travel(figures, name):
+    seen = "".join({"sends": "s", "mlp": "m", "computes": "c"}[what] for what in figures[name]["order"])
+    # Of each of two layers with experts one shard's first chunk so, its others in a row; then comes the dense layer.
+    assert re.fullmatch("((sc)*smc(sc)*smc(sc)*m)+", seen), seen
+
+
+@pytest.mark.parametrize("name", INTO_NODES)
+def test_what_comes_into_a_node_is_what_the_plan_says(figures, name):
+    found, (rows, weights) = (
+        figures[name]["into_nodes"],
+        planned_into_nodes(name, figures[name]["into_nodes"]["tokens"]),
+    )
+    counted = found["bytes"]
+    assert (counted["rows"] + counted["routes"]) / 4 == pytest.approx(rows, rel=0.1)
+    assert sum(counted.values()) / 4 == pytest.approx(rows + weights, rel=0.1)
+
+
+def planned_into_nodes(name: str, tokens: float) -> tuple[float, float]:
+    """Bytes of rows, and of weights and gradients in fp32, that the plan brings into a node in a micro batch."""
+    settings = {"strategy": "zero3", "sequence_parallel_size": 1, "micro_batch_size": 4, "epochs": 1, "max_steps": None}
+    settings |= {"gradient_accumulation_steps": 1, "dtype": "float32", "activation_checkpointing": True}
+    settings |= {"save_every_steps": 1, "keep_checkpoints": 1} | INTO_NODES[name]
+    unknown = dict.fromkeys(("gpu_bytes", "host_bytes", "storage_bytes", "gpu_tflops", "node_gb_per_second"))
+    unknown |= dict.fromkeys(("memory_gb_per_second", "storage_gb_per_second", "failures_per_1000_node_days"), 1.0)
+    plan = Exchange(count(tiny_model.config_of(SHAPE)), Training(**settings), Cluster(4, 2, **unknown))
+    four = 4 * (3 + 1)  # bytes of three gathers and of a scatter
+    return plan.rows_into_node(tokens), four * (plan.experts_into_node() + plan.others_into_node())
 
 
 def test_keys_for_deepspeed_reach_its_engine(figures):

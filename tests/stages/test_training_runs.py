@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from training_inputs import Trainer, make_inputs, ranks_of, tensors_of
 
+from deepseek_sft import receipts
+
 pytestmark = pytest.mark.stage("train")
 STAGES = Path(__file__).resolve().parent
 STEPS = 20
@@ -219,13 +221,13 @@ def test_a_stop_file_saves_and_while_it_is_there_nothing_starts(trainer, tmp_pat
     assert "exists" in run.run(1, "--stop-file", str(stop), expected=4, **settings)
 
 
-def on_two_nodes(run: Trainer, job: str, **settings) -> tuple:
+def on_two_nodes(run: Trainer, job: str, *more: str, **settings) -> tuple:
     """Start one rank on each of two nodes; the processes of both and where the second writes."""
     variables = {"SLURM_JOB_ID": job, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2"}
     variables["GLOO_SOCKET_IFNAME"] = "lo"
-    second = run.start(1, environment=variables | {"SLURM_NODEID": "1"}, **settings)
+    second = run.start(1, *more, environment=variables | {"SLURM_NODEID": "1"}, **settings)
     told = run.log
-    return run.start(1, environment=variables | {"SLURM_NODEID": "0"}, **settings), second, told
+    return run.start(1, *more, environment=variables | {"SLURM_NODEID": "0"}, **settings), second, told
 
 
 SPREAD_EXPERTS = {
@@ -254,18 +256,29 @@ def test_two_nodes_train_together_and_the_first_writes_the_receipt(two_nodes, un
     assert two_nodes.losses() == pytest.approx(uninterrupted.losses()[:8], rel=1e-5)
 
 
-def test_a_kill_on_one_of_two_nodes_between_which_experts_are_spread_changes_no_bit(trainer, two_nodes):
-    run = trainer()
-    first, second, told = on_two_nodes(run, "779", **SPREAD_EXPERTS)
+def planned_over(ranks: int, folder: Path) -> tuple[str, str]:
+    """Options of a start after a plan that spreads experts over so many ranks."""
+    plan = folder / f"over-{ranks}/refine_plan.json"
+    figures = {"expert_parallel_size": ranks, "checkpoint_s": None, "loading_s": None, "step_slowest_s": None}
+    receipts.write(plan, "refine_plan", inputs={}, settings={}, result={}, figures=figures)
+    return "--plan-receipt", str(plan)
+
+
+def test_a_kill_on_one_of_two_nodes_between_which_experts_are_spread_changes_no_bit(trainer, two_nodes, tmp_path):
+    """Begun with the plan's choice, which it keeps although the plan that it goes on after chooses otherwise."""
+    run, settings = trainer(), SPREAD_EXPERTS | {"expert_parallel_size": "auto"}
+    first, second, told = on_two_nodes(run, "779", *planned_over(2, tmp_path), **settings)
     run.wait_for(first, lambda: run.steps_done() >= 4)
     ranks_of(second)[0].kill()
     run.finish(first, expected=5)
     assert second.wait(60) == 5, told.read_text()
     assert run.steps_done() < 8
 
-    first, second, told = on_two_nodes(run, "780", **SPREAD_EXPERTS)
+    first, second, told = on_two_nodes(run, "780", *planned_over(1, tmp_path), **settings)
     run.finish(first, expected=0)
     assert second.wait(60) == 0, told.read_text()
+    kept = json.loads((run.run_folder / "settings.json").read_text())
+    assert (kept["settings"]["expert_parallel_size"], kept["stated"]["expert_parallel_size"]) == (2, "auto")
     assert run.receipt["figures"]["resumed_from_step"] in (3, 6)
     assert run.losses() == two_nodes.losses()
     ended, wanted = (sorted(part[1:] for part in tensors_of(one.run_folder / "step_8")) for one in (run, two_nodes))

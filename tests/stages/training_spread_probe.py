@@ -2,14 +2,17 @@
 
 Usage: training_spread_probe.py INPUTS CASES OUTPUT, with ``tests`` in PYTHONPATH
 CASES is JSON: world size → name → {"settings": {…}, "steps": N, "moments": bool, "broken": bool, "visits": bool,
-"counted": bool, "validated": bool}.
+"counted": bool, "validated": bool, "zero": {…}, "into_nodes": bool, "order": bool}.
 Writes OUTPUT/<name>.json for each, and the references (``training_reference.py``). ``broken``: in the first step one
 parameter's gradient is not a number. ``visits``: rows that arrived from other nodes in the newest layer's exchange, of
 all ranks, and how many the tokens' experts ask for. ``counted``: tokens of each expert, and checksums of each rank's
-weights and moments, after the last step. ``validated``: the held-out rows are measured before and after each step. With
-``moments`` they are measured before the first.
+weights and moments, after the last step. ``into_nodes``: what comes into the nodes in the last step, its experts drawn
+evenly, and the tokens of a rank in it. ``order``: what the first step's backward passes of expert layers did, one after
+another. ``zero``: changes to DeepSpeed's ``zero_optimization``. ``validated``: the held-out rows are measured
+before and after each step. With ``moments`` they are measured before the first.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +21,7 @@ import time
 import zlib
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import training_ranks
@@ -45,7 +49,7 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
     node_exchange.TokenExchange.__init__ = remembered
     for name, case in cases.items():
         begin = time.monotonic()
-        with engine(inputs / "base", inputs / "tokens", **case["settings"]) as run:
+        with engine(inputs / "base", inputs / "tokens", case.get("zero"), **case["settings"]) as run:
             figures: dict = {"losses": [], "biases": [], "verdicts": []}
             run.counts = run.model.count_experts()
             run.clock = compute_clock.ComputeClock(run.model.llm.model.layers, run.engine.device)
@@ -58,7 +62,11 @@ def run_cases(inputs: Path, cases: dict, output: Path) -> None:
             if case.get("validated"):
                 figures["untouched"] = unrecorded(run) and math.isfinite(measure()) and unrecorded(run)
             for step in range(case["steps"]):
-                figures["losses"].append(run.step())
+                if case.get("into_nodes") and step + 1 == case["steps"]:
+                    figures["into_nodes"] = into_nodes(run)
+                    break
+                with in_order(figures) if case.get("order") and step == 0 else contextlib.nullcontext():
+                    figures["losses"].append(run.step())
                 figures["verdicts"].append(run.result.verdict.kind)
                 if hook is not None:
                     figures["unchanged"] = torch.equal(before, safe_get_full_fp32_param(broken))
@@ -138,6 +146,56 @@ def digest(run) -> list[int]:
         state = zero.optimizer.state[flat]
         found += [flat, *(torch.as_tensor(state[name]) for name in sorted(state))]
     return [zlib.crc32(tensor.detach().float().cpu().numpy().tobytes()) for tensor in found]
+
+
+@contextlib.contextmanager
+def in_order(figures: dict):
+    """Note when a backward pass begins to send, when it reaches the shared experts, when the routed are computed."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
+
+    from deepseek_sft.model import expert_parallel, node_exchange
+
+    noted: list[str] = []
+    figures["order"] = noted
+
+    def first_noting(what, function):
+        return lambda *arguments: (noted.append(what), function(*arguments))[1]
+
+    def with_hook(self, hidden, forward=DeepseekV3MLP.forward):
+        output = forward(self, hidden)
+        if output.requires_grad:
+            output.register_hook(lambda _: noted.append("mlp"))
+        return output
+
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(mock.patch.object(DeepseekV3MLP, "forward", with_hook))
+        for module, kind in ((expert_parallel, "Exchange"), (node_exchange, "TokenExchange")):
+            exchange, computed = getattr(module, kind), first_noting("computes", module.products_backward)
+            sending = first_noting("sends", exchange.start_back)
+            changed.enter_context(mock.patch.object(exchange, "start_back", sending))
+            changed.enter_context(mock.patch.object(module, "products_backward", computed))
+        yield
+
+
+def into_nodes(run) -> dict:
+    """Bytes that come into all nodes in a step whose tokens choose their experts evenly, by kind; its tokens a rank."""
+    import torch.distributed as dist
+    from node_bytes import IntoNode
+
+    from deepseek_sft.model.router import Router
+
+    torch.manual_seed(dist.get_rank())
+    (batch,) = run.batches(run.steps_done)
+    choose, counter = Router.choose, IntoNode(dist.get_world_size() // run.told.nodes, run.model.llm.config.hidden_size)
+    Router.choose = lambda self, scores: choose(self, torch.rand_like(scores))
+    with counter:
+        run.step()
+    Router.choose = choose
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (dict(counter.bytes), batch.input_ids.numel()))
+    kinds = {kind for found, _ in everyone for kind in found}
+    found = {kind: sum(entry.get(kind, 0.0) for entry, _ in everyone) for kind in kinds}
+    return {"bytes": found, "tokens": sum(tokens for _, tokens in everyone) / len(everyone)}
 
 
 def visits(exchange) -> list[int]:

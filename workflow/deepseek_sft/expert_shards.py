@@ -36,6 +36,20 @@ def experts_per_shard(config: dict[str, Any], stated: int | Literal["auto"], exp
     return max(size for size in range(1, most + 1) if held % size == 0)
 
 
+def adapted(config: dict[str, Any], stated: int | Literal["auto"], parallel: int, ranks_per_node: int) -> int:
+    """Experts of a shard where they are spread over ``parallel`` ranks and not over those that ``stated`` was made for.
+
+    What is stated, or less where it does not divide a rank's experts; over several nodes all that a rank holds. For
+    ``auto`` what a run would take.
+    """
+    held, over = divmod(config["n_routed_experts"], parallel)
+    if stated == AUTO or over:
+        return experts_per_shard(config, stated, parallel)
+    if parallel > ranks_per_node:
+        return held
+    return max(size for size in range(1, min(stated, held) + 1) if held % size == 0)
+
+
 def problems(
     config: dict[str, Any], each: int, parallel: int, ranks: int, ranks_per_node: int, recompute: str = "full"
 ) -> Iterator[tuple[str, str]]:

@@ -114,7 +114,11 @@ def main() -> None:
     if args.sweep and args.fit:
         raise BadInputError("--sweep and --fit are two questions", "ask one at a time")
     if args.sweep:
-        found = alternatives.sweep(plan, alternatives.parse_sweep(args.sweep))
+        chosen = alternatives.parse_sweep(args.sweep)
+        found, left_out = alternatives.sweep(plan, chosen, settings["train"]["experts_per_shard"])
+        for values, problem in left_out:
+            said = " ".join(f"{key}={value}" for key, value in values.items())
+            cli.say(f"left out: {said}: {problem}")
         if args.json:
             rows = [{"settings": chosen, **plan_text.figures(changed)} for chosen, changed in found]
             print(json.dumps(rows, indent=2))

@@ -80,6 +80,18 @@ def test_sweep_recommends_the_published_run_and_marks_what_does_not_fit(plan, ba
     assert done.stdout.count("does not fit") == 8
 
 
+def test_a_sweep_over_expert_parallel_sizes_fits_the_shards_to_each_and_says_what_it_leaves_out(plan, base):
+    overlay = base.with_name("stated.yaml")
+    overlay.write_text("plan: {storage_tb: 100, mean_length: 8000}\ntrain: {experts_per_shard: 16}")
+    words = ["--resources", RESOURCES.format(32), "--sweep", "expert_parallel=1,8,48,64"]
+    done = plan(*words, overlays=[base, overlay])
+    assert done.returncode == 0, done.stderr
+    head, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert head[:2] == ["expert_parallel", "experts_per_shard"]
+    assert [row[:2] for row in rows[:-1]] == [["1", "16"], ["8", "16"], ["64", "4"]]
+    assert "left out: expert_parallel=48 experts_per_shard=16: train.expert_parallel_size 48 does not" in done.stderr
+
+
 def test_fit_names_the_fewest_nodes(plan, base):
     overlay = base.with_name("disk.yaml")
     overlay.write_text("plan: {storage_tb: 100}")

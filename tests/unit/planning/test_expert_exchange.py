@@ -8,7 +8,7 @@ from planning_plans import published
 
 from deepseek_sft import expert_shards
 from deepseek_sft.errors import BadInputError
-from deepseek_sft.planning import expert_choice, gate
+from deepseek_sft.planning import alternatives, expert_choice, gate
 from deepseek_sft.planning import plan as planning
 from deepseek_sft.planning.expert_exchange import Exchange
 
@@ -83,6 +83,28 @@ def test_a_size_that_does_not_divide_is_refused_with_what_to_write(each, paralle
 def test_auto_divides_whatever_the_size(parallel):
     each = expert_shards.experts_per_shard(DEEPSEEK_V3, "auto", parallel)
     assert not list(expert_shards.problems(DEEPSEEK_V3, each, parallel, 256, 8))
+
+
+@pytest.mark.parametrize(
+    ("stated", "parallel", "per_node", "each"),
+    [
+        (16, 1, 8, 16),
+        (16, 8, 8, 16),
+        (16, 64, 8, 4),
+        (16, 4, 2, 64),
+        (12, 8, 8, 8),
+        ("auto", 64, 8, 4),
+        (16, 48, 8, 16),
+    ],
+)
+def test_a_stated_shard_follows_another_size_as_far_as_it_must(stated, parallel, per_node, each):
+    assert expert_shards.adapted(DEEPSEEK_V3, stated, parallel, per_node) == each
+
+
+def test_the_fewest_nodes_are_some_whose_ranks_the_groups_of_experts_divide():
+    plan = spread(64)
+    assert alternatives.fewest_nodes(plan, lambda one: one.cluster.nodes >= 9).cluster.nodes == 16
+    assert alternatives.fewest_nodes(spread(8), lambda one: one.cluster.nodes >= 9).cluster.nodes == 9
 
 
 def test_keeping_experts_inside_a_node_is_refused():

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..expert_shards import CHUNK_ROWS
 from .expert_products import Counts, ParameterGradients, by_expert, products, products_backward
+from .meanwhile import Meanwhile, Underway
 from .node_exchange import Nodes
 
 
@@ -115,7 +116,7 @@ class Exchange:
         self.chunks = max(1, -(-longest // most))
         self.rows = int(of_ranks[own].sum())
         self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._begun: tuple[torch.Tensor, Any] | None = None
+        self.meanwhile = Meanwhile()
         if self.chunks == 1:
             self.sent: list[list[int]] = [of_ranks[own].tolist()]
             self.received: list[list[int]] = [of_ranks[:, own].tolist()]
@@ -155,14 +156,9 @@ class Exchange:
         )
         return there, handle
 
-    def begin(self, rows: torch.Tensor) -> None:
-        """Begin the first chunk, so that something else is computed while it travels; ``begun`` takes it over."""
-        self._begun = self.start(rows.detach(), 0)
-
-    def begun(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The first chunk, under way."""
-        begun, self._begun = self._begun, None
-        return begun if begun is not None else self.start(rows, 0)
+    def start_back(self, rows: torch.Tensor, gradient: torch.Tensor, chunk: int) -> Underway:
+        """Likewise for the backward pass: rows, and the gradients of what came of them."""
+        return [self.start(rows, chunk), self.start(gradient, chunk)]
 
     def give_back(self, rows: torch.Tensor, chunk: int, target: torch.Tensor) -> None:
         """Send what came of a chunk's rows to where they came from, and put it into ``target`` [rows, size]."""
@@ -196,7 +192,8 @@ class ExchangedProducts(torch.autograd.Function):
         ctx.save_for_backward(rows, w1w3, w2)
         ctx.exchange = exchange
         outputs = torch.empty_like(rows)
-        underway = exchange.begun(rows)
+        underway = exchange.start(rows, 0)
+        exchange.meanwhile.compute()
         for chunk in range(exchange.chunks):
             (arrived, handle), last = underway, chunk + 1 == exchange.chunks
             handle.wait()
@@ -213,8 +210,9 @@ class ExchangedProducts(torch.autograd.Function):
         exchange, gradient = ctx.exchange, gradient.contiguous()
         rows_gradient, parameters = torch.empty_like(rows), ParameterGradients(exchange.chunks)
         for chunk in range(exchange.chunks):
-            arrived, first = exchange.start(rows, chunk)
-            arrived_gradient, second = exchange.start(gradient, chunk)
+            underway = exchange.meanwhile.taken() or exchange.start_back(rows, gradient, chunk)
+            (arrived, first), (arrived_gradient, second) = underway
+            del underway
             order, places = exchange.order(chunk)
             counts = exchange.counts(chunk)
             first.wait()

@@ -40,9 +40,11 @@ class ExpertShard(nn.Module):
         """
         if isinstance(work, TokenExchange):
             weights, known = more
-            return ProductsOverNodes.apply(hidden, weights, self.w1w3, self.w2, work, known)
+            sums = ProductsOverNodes.apply(hidden, weights, self.w1w3, self.w2, work, known)
+            return work.meanwhile.sends_first(sums, hidden, work)
         if isinstance(work, Exchange):
-            return ExchangedProducts.apply(hidden, self.w1w3, self.w2, work)
+            outputs = ExchangedProducts.apply(hidden, self.w1w3, self.w2, work)
+            return work.meanwhile.sends_first(outputs, hidden, work)
         return ExpertProducts.apply(hidden, self.w1w3, self.w2, work)
 
 
@@ -179,26 +181,24 @@ class MixtureOfExperts(nn.Module):
         kept: "Kept | None",
         shared: Callable[[], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each token once to each node of its experts; the shared experts' outputs are computed while rows travel."""
+        """Each token once to each node of its experts; the shared experts are computed while rows travel, both ways."""
         if kept is None:
             kept = Kept(
                 TokenExchange(self.parallel, experts, self.routed_experts, self.parallel.chunk_rows, self.grouped), None
             )
-        if kept.result is None:
-            kept.exchange.begin(tokens)
-        alike = shared()
+        kept.exchange.meanwhile.give(shared)
         (shard,) = self.experts.values()
         routed = shard(tokens, kept.exchange, weights, kept.result)
         if self.kept is not None and self.training:
             self.kept.put(Kept(kept.exchange, routed))
-        return routed, alike
+        return routed, kept.exchange.meanwhile.result()
 
     def _by_rows(
         self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, shared: Callable[[], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A row for each token and expert: to the experts of this rank, or of this group of ranks.
 
-        Where rows travel the shared experts' outputs are computed meanwhile, else last; gradients are added up in the
+        Where rows travel the shared experts are computed meanwhile, both ways, else last; gradients are added up in the
         same order either way.
         """
         slots = experts.flatten()
@@ -214,14 +214,11 @@ class MixtureOfExperts(nn.Module):
         else:
             per_shard = self.parallel.exchanges(counted, self.experts_per_shard, self.grouped)
             sizes = [exchange.rows for exchange in per_shard]
-        parts, alike = rows.split(sizes), None
-        if self.parallel is not None:
-            per_shard[0].begin(parts[0])
-            alike = shared()
-        shards = zip(self.experts.values(), parts, per_shard, strict=True)
+            per_shard[0].meanwhile.give(shared)
+        shards = zip(self.experts.values(), rows.split(sizes), per_shard, strict=True)
         outputs = torch.cat([shard(part, work) for shard, part, work in shards])
         routed = _Combine.apply(outputs, weights, places)
-        return routed, alike if alike is not None else shared()
+        return routed, shared() if self.parallel is None else per_shard[0].meanwhile.result()
 
     def _sorted_by(self, device: torch.device) -> torch.Tensor:
         """Place of each expert in the order in which rows travel; kept on the device."""

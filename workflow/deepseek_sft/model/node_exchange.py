@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .expert_products import Counts, ParameterGradients, by_expert, inverse, products, products_backward
+from .meanwhile import Meanwhile, Underway
 
 BLOCKS = 16  # in which a rank's tokens are counted: the least that a chunk holds
 ROWS_AT_ONCE = 2048  # tokens summed in fp32 at once
@@ -143,7 +144,7 @@ class TokenExchange:
         self._arrivals = here[:, :, lane].transpose(1, 0, 2)  # [chunk, from lane, expert]
         self.received = self._arrivals.sum(2).tolist()
         self.rows = sum(map(sum, self.spread))
-        self._begun: tuple[torch.Tensor, Any] | None = None
+        self.meanwhile = Meanwhile()
         self.pairs_held = int(pairs[..., own, :].sum())
 
     @property
@@ -164,26 +165,28 @@ class TokenExchange:
     def to_nodes(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
         return self._move(rows, self.sent[chunk], self.came[chunk], self.nodes.across)
 
-    def begin(self, tokens: torch.Tensor) -> None:
-        """Begin to send the first chunk's rows to their nodes, so that something else is computed while they travel."""
-        rows = tokens.detach()[self.leaving(0)[0]]
-        self._begun = self._start(rows, self.sent[0], self.came[0], self.nodes.across)
+    def start(self, tokens: torch.Tensor, chunk: int, leaving: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Begin to send a chunk's rows to their nodes, and to receive in this lane."""
+        return self._start(tokens[leaving], self.sent[chunk], self.came[chunk], self.nodes.across)
 
-    def arriving(self, chunk: int, tokens: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
-        """Rows of a chunk that arrive in this lane; the first may be under way."""
-        if self._begun is None:
-            return self.to_nodes(chunk, tokens[leaving])
-        (arrived, handle), self._begun = self._begun, None
-        handle.wait()
-        return arrived
+    def start_back(
+        self, tokens: torch.Tensor, gradient: torch.Tensor, chunk: int, leaving: torch.Tensor | None = None
+    ) -> Underway:
+        """Likewise for the backward pass: tokens, and the gradients of what came of them."""
+        leaving = self.leaving(chunk)[0] if leaving is None else leaving
+        return [self.start(tokens, chunk, leaving), self.start(gradient, chunk, leaving)]
 
     def from_nodes(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
         return self._move(rows, self.came[chunk], self.sent[chunk], self.nodes.across)
 
     def to_experts(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
+        if self.nodes.ranks == 1:
+            return rows
         return self._move(rows, self.spread[chunk], self.received[chunk], self.nodes.inside)
 
     def from_experts(self, chunk: int, rows: torch.Tensor) -> torch.Tensor:
+        if self.nodes.ranks == 1:
+            return rows
         return self._move(rows, self.received[chunk], self.spread[chunk], self.nodes.inside)
 
     def leaving(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor, slice]:
@@ -254,12 +257,15 @@ class ProductsOverNodes(torch.autograd.Function):
         ctx.save_for_backward(tokens, weights, w1w3, w2)
         ctx.exchange = exchange
         if known is not None:
+            exchange.meanwhile.compute()
             return known.view_as(known)
         result = torch.empty_like(tokens)
         for chunk in range(exchange.chunks):
             leaving, back, part = exchange.leaving(chunk)
+            arrived, handle = exchange.start(tokens, chunk, leaving)
+            exchange.meanwhile.compute()
             experts, of_lane = _with_experts(exchange, chunk, leaving, weights)
-            arrived = exchange.arriving(chunk, tokens, leaving)
+            handle.wait()
             pairs, places = exchange.spreading(chunk, experts)
             order, unsorted, counts = exchange.order(chunk)
             rows = exchange.to_experts(chunk, arrived[pairs // exchange.top_k])
@@ -277,9 +283,12 @@ class ProductsOverNodes(torch.autograd.Function):
         parameters = ParameterGradients(exchange.chunks)
         for chunk in range(exchange.chunks):
             leaving, back, part = exchange.leaving(chunk)
+            underway = exchange.meanwhile.taken() or exchange.start_back(tokens, gradient, chunk, leaving)
+            (arrived, first), (arrived_gradient, second) = underway
+            del underway
             experts, of_lane = _with_experts(exchange, chunk, leaving, weights)
-            arrived = exchange.to_nodes(chunk, tokens[leaving])
-            arrived_gradient = exchange.to_nodes(chunk, gradient[leaving])
+            first.wait()
+            second.wait()
             pairs, places = exchange.spreading(chunk, experts)
             order, unsorted, counts = exchange.order(chunk)
             rows_of_pairs = pairs // exchange.top_k

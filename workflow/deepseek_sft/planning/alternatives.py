@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
+from .. import expert_shards
 from ..errors import BadInputError
 from . import plan as planning
 from .plan import MISFIT, Plan
@@ -26,6 +28,7 @@ FIELDS = {
     "strategy": "strategy",
     "expert_parallel": "expert_parallel_size",
 }
+SHARD = "experts_per_shard"  # follows from ``expert_parallel``
 STRATEGIES = ("zero3", "zero3_offload")
 
 
@@ -52,8 +55,8 @@ def parse_sweep(words: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def change(plan: Plan, **values: Any) -> Plan:
-    """The plan with other settings, by the keys of a sweep."""
-    training = {FIELDS[key]: value for key, value in values.items() if key in FIELDS}
+    """The plan with other settings, by the keys of a sweep, and ``experts_per_shard``."""
+    training = {FIELDS.get(key, key): value for key, value in values.items() if key in (*FIELDS, SHARD)}
     samples, cluster = plan.samples, plan.cluster
     if "longest_row" in values:
         longest = values["longest_row"]
@@ -66,16 +69,46 @@ def change(plan: Plan, **values: Any) -> Plan:
 
 
 def possible(plan: Plan) -> bool:
-    """Whether the sequence-parallel size divides the ranks of a node and the heads."""
-    size = plan.training.sequence_parallel_size
-    return plan.cluster.ranks_per_node % size == 0 and plan.model["num_attention_heads"] % size == 0
+    """Whether sizes divide what they must: ranks of a node, heads, all ranks, experts."""
+    return not any(problems(plan))
 
 
-def sweep(plan: Plan, values: dict[str, list[Any]]) -> list[tuple[dict[str, Any], Plan]]:
-    """Every possible combination, in the order given."""
-    combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
-    changed = [(settings, change(plan, **settings)) for settings in combinations]
-    return [(settings, found) for settings, found in changed if possible(found)]
+def problems(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Sizes that do not divide what they must: problem and fix."""
+    training, cluster = plan.training, plan.cluster
+    sizes = (training.experts_per_shard, training.expert_parallel_size, cluster.ranks, cluster.ranks_per_node)
+    yield from expert_shards.problems(plan.model.config, *sizes, training.recompute)
+    size = training.sequence_parallel_size
+    if cluster.ranks_per_node % size or plan.model["num_attention_heads"] % size:
+        yield (
+            f"train.sequence_parallel_size {size} does not divide the {cluster.ranks_per_node} ranks of a node "
+            f"and the {plan.model['num_attention_heads']} heads",
+            "set it to a divisor of both",
+        )
+
+
+def sweep(
+    plan: Plan, values: dict[str, list[Any]], stated_shard: int | Literal["auto"]
+) -> tuple[list[tuple[dict[str, Any], Plan]], list[tuple[dict[str, Any], str]]]:
+    """Every combination, in the order given: those that are possible, and why the others are not.
+
+    Args:
+        stated_shard: ``train.experts_per_shard``, which fits the plan's own ``expert_parallel_size``; for others it is
+            told with the settings.
+    """
+    found, left_out = [], []
+    for chosen in itertools.product(*values.values()):
+        settings = dict(zip(values, chosen, strict=True))
+        if (size := settings.get("expert_parallel")) is not None:
+            ranks = plan.cluster.ranks_per_node
+            settings[SHARD] = expert_shards.adapted(plan.model.config, stated_shard, size, ranks)
+        changed = change(plan, **settings)
+        problem, _ = next(problems(changed), ("", ""))
+        if problem:
+            left_out.append((settings, problem))
+        else:
+            found.append((settings, changed))
+    return found, left_out
 
 
 def seconds_per_token(plan: Plan) -> float:
@@ -97,14 +130,19 @@ def _fits(plan: Plan) -> bool:
 
 
 def fewest_nodes(plan: Plan, judge: Callable[[Plan], bool] = _fits) -> Plan | None:
-    """The same experiment on the fewest nodes on which it fits; None where none does up to ``MOST_NODES``."""
+    """The same experiment on the fewest nodes on which it fits; None where none does up to ``MOST_NODES``.
+
+    Of numbers of nodes whose ranks the groups of expert parallelism divide.
+    """
+    ranks = plan.cluster.ranks_per_node
+    of_group = math.lcm(plan.training.expert_parallel_size, ranks) // ranks
     high = 1
-    while not judge(change(plan, nodes=high)):
+    while not judge(change(plan, nodes=high * of_group)):
         high *= 2
-        if high > MOST_NODES:
+        if high * of_group > MOST_NODES:
             return None
     low = high // 2  # does not fit, or 0
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if judge(change(plan, nodes=middle)) else (middle, high)
-    return change(plan, nodes=high)
+        low, high = (low, middle) if judge(change(plan, nodes=middle * of_group)) else (middle, high)
+    return change(plan, nodes=high * of_group)

@@ -1,6 +1,6 @@
 """What happens to a plan that does not fit."""
 
-from .. import expert_shards, time_limits
+from .. import time_limits
 from ..cli import say
 from ..errors import BadInputError, GateError
 from . import alternatives, duration
@@ -12,15 +12,8 @@ from .remedies import for_the_disk, remedies
 
 def check_possible(plan: Plan) -> None:
     """Raises BadInputError where a size divides not what it must: ranks of a node, heads, experts."""
-    training, cluster = plan.training, plan.cluster
-    sizes = (training.experts_per_shard, training.expert_parallel_size, cluster.ranks, cluster.ranks_per_node)
-    for problem, fix in expert_shards.problems(plan.model.config, *sizes, training.recompute):
+    for problem, fix in alternatives.problems(plan):
         raise BadInputError(problem, fix)
-    if not alternatives.possible(plan):
-        raise BadInputError(
-            f"train.sequence_parallel_size {plan.training.sequence_parallel_size} does not divide the "
-            f"{plan.cluster.ranks_per_node} ranks of a node and the {plan.model['num_attention_heads']} heads"
-        )
 
 
 def limit_problems(plan: Plan, hang_minutes: dict[str, float | None] | None) -> list[tuple[str, str]]:

@@ -82,13 +82,13 @@ def _changes(plan: Plan) -> Iterator[Advice]:
 
 def _spread_experts(plan: Plan) -> Iterator[Advice]:
     """Expert parallelism inside a node, which saves gathers, and over nodes, which saves what is gathered."""
-    cluster, experts = plan.cluster, plan.model["n_routed_experts"]
+    cluster, config = plan.cluster, plan.model.config
     for size in (2**power for power in range(1, 10)):
         over_nodes = size > cluster.ranks_per_node
-        shard = experts // size if over_nodes else min(plan.training.experts_per_shard, max(1, experts // size))
-        values = {"expert_parallel_size": size, "experts_per_shard": max(1, shard)}
-        sizes = (max(1, shard), size, cluster.ranks, cluster.ranks_per_node)
-        if any(expert_shards.problems(plan.model.config, *sizes, plan.training.recompute)):
+        shard = expert_shards.adapted(config, plan.training.experts_per_shard, size, cluster.ranks_per_node)
+        values = {"expert_parallel_size": size, "experts_per_shard": shard}
+        sizes = (shard, size, cluster.ranks, cluster.ranks_per_node)
+        if any(expert_shards.problems(config, *sizes, plan.training.recompute)):
             continue
         if size != plan.training.expert_parallel_size:
             yield _advice(plan, "experts spread over ranks, rows travel to them", **values)
