@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from demo_experts import demo_experts
 from faked_ranks import exchange, faked
+from padding import padding
 from skew import skew
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -73,9 +74,6 @@ ADVISED: dict[str, dict[str, Any]] = {  # settings that ``planning/recommend.py`
     "twice the experts a shard": {"experts_per_shard": 8},
     "attention kept": {"recompute": "without_attention"},
 }
-MEAN, SPREAD_OF_LENGTHS, LONGEST = 244, 0.8, 1024  # of log-normal rows: a 32nd of 7,800 and 32,768
-GROUPS = 64  # data-parallel ones of the published run
-PACKED_BAR = 1 / 3
 OLD, NEW = "DeepSpeed's own", "ours"  # with as many experts a shard as the configuration: 8 before, auto now
 LOOP_SECONDS = 0.5  # of ten million additions in Python, on the processors that host seconds are told for
 HOST_BAR, SPREAD_BAR = 4.0, 2.5  # seconds
@@ -292,51 +290,6 @@ def _speed(bench: Bench) -> None:
     print(f"  time: {shares}; {operations / ours / 1e9:.1f} GFLOP/s per rank in matrix products alone")
     measured = found["speed"]["gflop_per_second"]
     print(f"  this machine: {measured:.1f} GFLOP/s per rank in a bf16 product of 2048 × 512 × 2048, both ranks at once")
-
-
-def padding(bench: Bench) -> None:
-    """Tokens per second of rows of log-normal lengths: in the order of the data, dealt by cost, packed.
-
-    The published step at a thirty-second of its lengths: 64 data-parallel groups, micro batches of 2, 16 of them for
-    each group. As it was before rows were dealt or packed: in the order of the data, each micro batch padded to its
-    longest row, all groups waiting for the longest of the turn. Two ranks compute what all wait for.
-    """
-    from deepseek_sft.data import dealing
-    from deepseek_sft.data.packing import best_fit
-
-    shape = {"micro_batch_size": 2, "gradient_accumulation_steps": 16}
-    drawn = np.random.default_rng(0).lognormal(np.log(MEAN) - SPREAD_OF_LENGTHS**2 / 2, SPREAD_OF_LENGTHS, 4096)
-    lengths = np.clip(drawn, 16, LONGEST).astype(np.int32)
-    loose = bench.rows_of("loose", [[int(length)] for length in lengths])
-    rows = best_fit(lengths, LONGEST)
-    packed = bench.rows_of("packed", [[int(lengths[number]) for number in row] for row in rows])
-    fewer = dealing.accumulation_for(shape["gradient_accumulation_steps"], len(lengths) / len(rows))
-    case = {"kind": "lockstep", "groups": GROUPS, "tokens": loose, "settings": shape}
-    found = bench.run(
-        {
-            "in order": case | {"settings": shape | {"deal_rows": "order"}},
-            "dealt": case,
-            "packed": case | {"tokens": packed, "settings": shape | {"gradient_accumulation_steps": fewer}},
-        }
-    )
-    each = f"{len(lengths) / len(rows):.1f} samples a row"
-    print(
-        f"timed: one step of {GROUPS} groups, {RANKS} ranks × 1 thread computing the two longest micro batches of each "
-        f"turn; samples of {lengths.mean():.0f} tokens on average, up to {LONGEST}, micro batches of 2, "
-        f"{shape['gradient_accumulation_steps']} of them a step, {fewer} packed ({each})"
-    )
-    rates = {name: figures["tokens"] / figures["seconds"] / GROUPS for name, figures in found.items()}
-    for name, rate in rates.items():
-        figures = found[name]
-        of_processor = figures["tokens"] / figures["processor seconds"] / GROUPS
-        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in figures["phases"].items())
-        print(
-            f"  {name}: {rate:.1f} tokens/s a group, {rate / rates['in order']:.2f} ×; {figures['useful']:.1%} of slots"
-            f" useful; {figures['seconds']:.0f} s ({phases}), {of_processor:.1f} tokens a second of rank 0's processor"
-        )
-    bench.bar("in order / packed, by tokens per second", rates["in order"] / rates["packed"], PACKED_BAR)
-    bench.bar("slots that are not useful, dealt", 1 - found["dealt"]["useful"], 0.15)
-    bench.bar("slots that are not useful, packed", 1 - found["packed"]["useful"], 0.05)
 
 
 def scale(bench: Bench) -> None:

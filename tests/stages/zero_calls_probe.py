@@ -105,8 +105,8 @@ class Model(torch.nn.Module):
 def train(folder: Path, lean: bool, frozen: str | None) -> None:
     """Six steps of two micro batches: what was gathered when, losses, and this rank's weights at the end.
 
-    Before two of them something is evaluated, the first time before a micro batch has been seen whole in the learnt
-    order; and in one a block is left out, whose order is learnt anew.
+    Before three of them something is evaluated: before anything is learnt, before a micro batch has been seen whole in
+    the learnt order, and later. In one a block is left out, and the order is learnt anew.
 
     Args:
         lean: with our hooks, else with DeepSpeed's.
@@ -143,7 +143,7 @@ def train(folder: Path, lean: bool, frozen: str | None) -> None:
     repeated = []
     for number in range(12):
         rows = torch.randn(3, 12, generator=generator).requires_grad_()
-        if number in (2, 6):
+        if number in (0, 2, 6):
             with evaluating.evaluating(engine):
                 losses += [engine(rows).square().mean().item() for _ in range(2)]
         loss = engine(rows, without=3 if number == 7 else None).square().mean()
