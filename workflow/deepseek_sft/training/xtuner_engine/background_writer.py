@@ -17,12 +17,13 @@ from .. import checkpoints
 from .deferred_files import DeferredFile, Landing, write
 
 TOLD_EVERY = 60.0  # seconds between two words on a step that waits
-NICENESS = 10  # where cores are short, the thread that gives a GPU its work comes first
+NICENESS = 10  # more than the process's: where cores are short, the thread that gives a GPU its work comes first
 
 
 def _give_way() -> None:
     """Lower the priority of the calling thread alone: Linux takes its number for a process's here (setpriority(2))."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    own = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + NICENESS))
 
 
 class BackgroundWriter:
