@@ -1,7 +1,7 @@
 # make demo · make status · make watch · make check · make test · make families · make soak · make lint · make clean        PYTHON: a Python 3.11 with venv and pip
 PYTHON ?= python3
 # Test files run side by side: most of them wait for clusters and trainers more than they compute.
-WORKERS ?= 2
+WORKERS ?= 3
 DEMO := --configfile config/experiments/demo.yaml
 ENV := .envs/workflow/bin
 DEV := .envs/dev/bin

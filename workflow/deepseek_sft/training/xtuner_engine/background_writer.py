@@ -17,7 +17,7 @@ from .. import checkpoints
 from .deferred_files import DeferredFile, Landing, write
 
 TOLD_EVERY = 60.0  # seconds between two words on a step that waits
-NICENESS = 10  # more than the process's: where cores are short, the thread that gives a GPU its work comes first
+NICENESS = 19  # more than the process's: where cores are short, the thread that gives a GPU its work comes first
 
 
 def _give_way() -> None:
