@@ -126,3 +126,32 @@ def test_binary_lines_end_in_rejects(tmp_path_factory, lines):
     figures = prepare(find_sources([str(folder / "a.jsonl")]), folder / "train.jsonl", folder / "rejects.jsonl")
     assert figures.records == sum(bool(line.strip()) for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
     assert figures.records == len(read_lines(folder / "train.jsonl")) + len(read_lines(folder / "rejects.jsonl"))
+
+
+def parquet_of(path, answers, **columns):
+    """Records of one question and an answer each, whose bytes need be no text."""
+    table = {
+        "instruction": pa.array([f"Q{number}" for number in range(len(answers))]),
+        "output": pa.array(answers, pa.binary()).view(pa.string()),
+        **columns,
+    }
+    pyarrow.parquet.write_table(pa.table(table), path)
+    return path
+
+
+@pytest.mark.parametrize("rows", [2, 700])
+def test_a_parquet_text_that_is_no_utf8_costs_its_record_alone(tmp_path, rows):
+    source = parquet_of(tmp_path / "a.parquet", [b"A"] * (rows - 1) + [b"\x80A"])
+    figures = prepare(find_sources([f"alpaca={source}"]), tmp_path / "train.jsonl", tmp_path / "rejects.jsonl")
+    (rejected,) = read_lines(tmp_path / "rejects.jsonl")
+    assert figures.records == rows and len(read_lines(tmp_path / "train.jsonl")) == rows - 1
+    assert (rejected["record"], rejected["reason"]) == (rows, "invalid_utf8")
+    assert rejected["excerpt"] == "\\x80A"
+
+
+def test_a_parquet_value_that_python_has_no_form_for_is_told_with_what_to_do(tmp_path):
+    beyond_the_year_9999 = pa.scalar(1 << 40, pa.timestamp("s"))
+    source = parquet_of(tmp_path / "a.parquet", [b"A"], at=pa.array([beyond_the_year_9999]))
+    with pytest.raises(BadInputError, match=r"(?s)a\.parquet holds a value that Python has.*without that column"):
+        prepare(find_sources([f"alpaca={source}"]), tmp_path / "train.jsonl", tmp_path / "rejects.jsonl")
+    assert not (tmp_path / "train.jsonl").exists()

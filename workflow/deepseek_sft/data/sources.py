@@ -6,6 +6,7 @@ the stage, because how many records it hides cannot be known.
 """
 
 import codecs
+import contextlib
 import difflib
 import gzip
 import zlib
@@ -281,14 +282,28 @@ def _parquet_rows(path: Path) -> Iterator[tuple[Any, int]]:
                     yield from _batch_rows(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise BadInputError(f"source {path} is not a whole Parquet file: {error}", "copy the file again") from None
+    except (ValueError, OverflowError) as error:  # a date beyond the year 9999
+        raise BadInputError(
+            f"source {path} holds a value that Python has no form for: {error}",
+            "write the file without that column, or with the column as text",
+        ) from None
 
 
 def _batch_rows(batch: Any) -> Iterator[tuple[Any, int]]:
     if batch.nbytes <= LARGEST_RECORD:
         size = batch.nbytes // max(1, batch.num_rows)
-        yield from ((row, size) for row in batch.to_pylist())
-        return
-    for number in range(batch.num_rows):  # one of the rows is large
+        with contextlib.suppress(UnicodeDecodeError):
+            yield from [(row, size) for row in batch.to_pylist()]
+            return
+    for number in range(batch.num_rows):  # one of the rows is large, or has a text that is none
         row = batch.slice(number, 1)
         large = row.nbytes > LARGEST_RECORD
-        yield (Oversized(b"", row.nbytes), 0) if large else (row.to_pylist()[0], row.nbytes)
+        yield (Oversized(b"", row.nbytes), 0) if large else (_row(row), row.nbytes)
+
+
+def _row(row: Any) -> Any:
+    """A row's record; where a text in it is no UTF-8, its bytes, which whoever decodes records refuses."""
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return bytes(error.object)
