@@ -44,6 +44,7 @@ if any("xtuner_engine.worker" in word for word in sys.orig_argv):
     BackgroundWriter._count = slower
 """
 RESUMED = re.compile(r"resumed from (step_\d+):")
+ANEW = re.compile(r"step 1/\d+ +loss")  # of a start that finds no checkpoint: what the one before left is gone by then
 
 
 def unfinished(work: Path) -> Path | None:
@@ -67,7 +68,7 @@ def kill(trainer: Trainer, settings: dict[str, Any], slow: Path, chance: random.
     deadline = time.monotonic() + LIMIT
     # What the start before has left is set aside, and its metrics are cut, by then.
     while not (
-        (known is None or RESUMED.search(trainer.log.read_text()))
+        (RESUMED if known else ANEW).search(trainer.log.read_text())
         and trainer.steps_done() >= least
         and unfinished(trainer.work)
     ):
