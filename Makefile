@@ -26,7 +26,7 @@ help:
 	@echo "make containers  as root: the demo's training in an image built from its lock, by podman and a stand-in for Pyxis; about 15 minutes"
 	@echo "make mutations   2,000 random changes of each shipped configuration: what the start accepts every stage accepts; about 4 minutes"
 	@echo "make resume-full-size   671B of 256 ranks read by 128 and by 192, and planned for conversion with its experts spread over 1, 8, 64; about 6 minutes"
-	@echo "make async-save-kills   training killed twenty times while a checkpoint is written; KILLS='--kills 20 --seed 30', about 20 minutes"
+	@echo "make async-save-kills   training killed twenty times while a checkpoint is written; KILLS='--kills 20 --seed 30', about 5 minutes, 20 on a busy machine"
 	@echo "make gpu-check   on a machine with an NVIDIA GPU: kernels, memory, DeepSpeed, tools; GPU_PYTHON=a Python with torch 2.11 or newer"
 	@echo "make gpu-check-cpu   the same code on a CPU, at small sizes"
 	@echo "make check  linters and unit tests of what changed since this branch left main; SINCE=COMMIT for another one"
