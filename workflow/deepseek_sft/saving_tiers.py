@@ -25,40 +25,44 @@ class Saving(Protocol):
     def checkpoints(self) -> Sequence[Tier]: ...
 
 
-def local(saving: Saving) -> Tier | None:
-    """The entry for the nodes' own disks."""
-    return next((tier for tier in saving.checkpoints if tier.path is not None), None)
+def local(saving: Saving | Mapping[str, Any]) -> Any:
+    """The entry for the nodes' own disks; None where there is none. Of settings, or as they are written, as below."""
+    return next((tier for tier in _of(saving, "checkpoints") or () if _of(tier, "path") is not None), None)
 
 
-def local_seconds(saving: Saving) -> float | None:
+def local_seconds(saving: Saving | Mapping[str, Any]) -> float | None:
     """Between checkpoints on the nodes' own disks."""
-    tier = local(saving)
-    return tier and tier.every_minutes and 60 * tier.every_minutes
+    minutes = _of(local(saving), "every_minutes")
+    return minutes and 60 * minutes
 
 
-def shared_minutes(saving: Saving) -> float | None:
-    """Minutes between checkpoints in the run's folder."""
-    stated = next((tier.every_minutes for tier in saving.checkpoints if tier.path is None), None)
-    return saving.save_every_minutes if stated is None else stated
+def local_keep(saving: Saving | Mapping[str, Any]) -> int:
+    """Newest checkpoints kept on the nodes' own disks."""
+    return _of(local(saving), "keep") or 1
+
+
+def of_shared(saving: Saving | Mapping[str, Any]) -> dict[str, Any]:
+    """``save_every_minutes`` and ``keep_checkpoints`` as they hold for the shared storage: whoever knows one folder
+    alone reads these."""
+    shared = next((tier for tier in _of(saving, "checkpoints") or () if _of(tier, "path") is None), None)
+    stated = {"save_every_minutes": _of(shared, "every_minutes"), "keep_checkpoints": _of(shared, "keep")}
+    return {key: _of(saving, key) if value is None else value for key, value in stated.items()}
 
 
 def shared_seconds(saving: Saving) -> float | None:
-    """The same in seconds."""
-    minutes = shared_minutes(saving)
+    """Between checkpoints in the run's folder."""
+    minutes = of_shared(saving)["save_every_minutes"]
     return minutes and 60 * minutes
 
 
 def shared_keep(saving: Saving) -> int:
     """Newest checkpoints kept in the run's folder."""
-    return next((tier.keep for tier in saving.checkpoints if tier.path is None and tier.keep), saving.keep_checkpoints)
+    return of_shared(saving)["keep_checkpoints"]
 
 
-def of_shared(train: Mapping[str, Any]) -> dict[str, Any]:
-    """``save_every_minutes`` and ``keep_checkpoints`` as they hold for the shared storage, of settings as they are
-    written: whoever knows one folder alone reads these."""
-    shared = next((tier for tier in train.get("checkpoints") or () if tier.get("path") is None), {})
-    stated = {"save_every_minutes": shared.get("every_minutes"), "keep_checkpoints": shared.get("keep")}
-    return {key: train.get(key) if value is None else value for key, value in stated.items()}
+def _of(settings: Any, name: str) -> Any:
+    """A value of settings or of a mapping; None where it is not there."""
+    return settings.get(name) if isinstance(settings, Mapping) else getattr(settings, name, None)
 
 
 def on_this_node(path: str, variables: Mapping[str, str] = os.environ) -> Path:

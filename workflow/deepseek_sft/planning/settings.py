@@ -87,8 +87,8 @@ class Training:
         """From the configuration's sections and the model's ``config.json``."""
         keys = [*cls.train_keys(), "engine"]
         values = {key: train[key] for key in keys if key in train} | saving_tiers.of_shared(train)
-        own = next((tier for tier in values.get("checkpoints") or () if tier.get("path")), None)
-        values["checkpoints"] = own and OwnDisks(60 * own["every_minutes"], own.get("keep") or 1)
+        every_s = saving_tiers.local_seconds(train)
+        values["checkpoints"] = every_s and OwnDisks(every_s, saving_tiers.local_keep(train))
         if values.get("validation"):
             given = values["validation"]
             values["validation"] = Validation(given["every_steps"], given["samples"], bool(given["early_stop"]))

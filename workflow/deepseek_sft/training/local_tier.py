@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import engines, files, json_files, saving_tiers
+from .. import files, json_files, saving_tiers
 from ..engines import MARKER, XTUNER
 from . import checkpoints
 
@@ -343,7 +343,7 @@ def commit(folder: Path, marker: Mapping[str, Any]) -> None:
     Raises:
         OSError: it could not be written.
     """
-    files.write_json(folder / engines.MARKER, marker)
+    files.write_json(folder / MARKER, marker)
     files.fsync_directory(folder.parent)
 
 

@@ -56,7 +56,7 @@ class NodeLocal:
     def __init__(self, config: EngineConfig, attempt: Attempt, root: Path, neighbours: Neighbours, names: list[str]):
         self.root, self.neighbours, self.names = root, neighbours, names
         self._attempt = attempt
-        self._keep = saving_tiers.local(config.settings).keep or 1
+        self._keep = saving_tiers.local_keep(config.settings)
         self._last_bytes = 0
 
     def begin(self, step: int) -> Path | None:

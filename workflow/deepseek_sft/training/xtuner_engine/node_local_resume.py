@@ -186,9 +186,8 @@ def _move(tier: NodeLocal, move: Move, folder: Path, marker: dict[str, Any], dig
 
 def _differs(done: HandedOver, files: dict[str, int], marker: dict[str, Any]) -> str | None:
     sums = marker.get("crc32")
-    known = (
-        sums if isinstance(sums, dict) else {}
-    )  # one that a single node wrote has none: its records are judged later
+    # One that a single node wrote has none: its records are judged later.
+    known = sums if isinstance(sums, dict) else {}
     for name, size in files.items():
         came = done.received.get(name)
         if came and came != (size, known.get(name, came[1])):
